@@ -1,0 +1,121 @@
+"""The doors: parse, build, hand over."""
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+
+from fastrot.errors import Fault, UserError
+
+_EXAMPLES = """\
+examples:
+  deepspeed fastrot/train.py --config configs/in1k.yaml data.train=/data/train data.val=/data/val
+  torchrun --nproc_per_node 8 fastrot/train.py --config configs/in1k_fast.yaml data.train=/data/train
+  python fastrot/train.py --config configs/photos10.yaml data.train=/data/train run.out=runs/small
+  fastrot train --config configs/in1k.yaml data.train=/data/train --dry-run
+  fastrot stream --config configs/in1k.yaml data.train=/data/train --first-step 0 --steps 50 --ranks 4
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", metavar="FILE", help="YAML file of sections data, rotation, model, optim, engine, run")
+    common.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; the last one wins")
+    common.add_argument("--json", action="store_true", help="print the result as one line of JSON on standard output")
+    common.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+
+    parser = argparse.ArgumentParser(
+        "fastrot", description="Pretrain ResNets by predicting image rotations.", epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", parents=[common], help="pretrain (fastrot/train.py is the same)",
+                                epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    train.add_argument("--dry-run", action="store_true", help="build everything, run one step, say what the run would be")
+    train.add_argument("--resume", default="auto", metavar="auto|never|PATH",
+                       help="auto: the newest sound checkpoint of run.out, if any; or a checkpoint or run folder")
+    train.add_argument("--resume-anyway", action="append", default=[], metavar="KEY",
+                       help="let this config key differ from the checkpoint's (repeatable)")
+    train.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed's own JSON; it may not contradict the YAML")
+    train.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # scripts written for DeepSpeed pass it
+
+    stream = commands.add_parser("stream", parents=[common], help="print and hash steps of the stream, without training",
+                                 epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stream.add_argument("--first-step", type=int, default=0, metavar="A")
+    stream.add_argument("--steps", type=int, default=10, metavar="N")
+    stream.add_argument("--ranks", type=int, default=1, metavar="R", help="plan as this many ranks would")
+    stream.add_argument("--decode", metavar="D", help="same as data.decode=D")
+    stream.add_argument("--pixels", action="store_true", help="decode, and hash the crops too")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit code: 0 done, 2 the user's error, 3 a fault, 130 Ctrl-C."""
+    args = _parse(argv)
+    try:
+        return _run(args)
+    except (UserError, Fault) as error:
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("stopped by Ctrl-C; --resume auto goes on from the last checkpoint")
+        return 130
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """argparse, with overrides allowed before, between and after the options."""
+    args, rest = _parser().parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        _parser().error(f"unknown option {' '.join(unknown)}")
+    args.overrides += rest
+    return args
+
+
+def _complain(message: str) -> None:
+    """The error's lines, from rank 0 alone; the others give it time to speak before a launcher that
+    sees them end stops everyone."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)
+        return
+    for line in message.splitlines():
+        print(f"fastrot: {line}", file=sys.stderr, flush=True)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fastrot import config as configs
+
+    overrides = args.overrides + ([f"data.decode={args.decode}"] if getattr(args, "decode", None) else [])
+    config, sources = configs.load(args.config, overrides)
+    warnings.filterwarnings("ignore", module=r"torch\..*|deepspeed\..*")
+
+    from fastrot import distributed
+
+    ranks = distributed.start()
+    try:
+        result = _hand_over(args, config, sources, ranks)
+        if args.json and ranks.first:
+            print(json.dumps(result), flush=True)
+    finally:
+        distributed.end()
+    return 0
+
+
+def _hand_over(args, config, sources, ranks) -> dict:
+    if args.command == "stream":
+        from fastrot.stream import stream
+
+        result = stream(config, ranks, args.first_step, args.steps, args.ranks, args.pixels)
+        if not args.json:
+            for name in ("sha256", "pixels_sha256"):
+                if name in result:
+                    print(f"{name} {result[name]}")
+        return result
+    from fastrot import job
+    from fastrot.dryrun import dry_run
+
+    if args.dry_run:
+        return dry_run(config, sources, ranks, args.deepspeed_config)
+    return job.train(config, ranks, args.resume, args.resume_anyway, args.deepspeed_config)

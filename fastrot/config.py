@@ -1,0 +1,284 @@
+"""Every knob of a run, documented where it stands; read from YAML and dotted overrides."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import ValidationError
+
+from fastrot.errors import UserError
+
+Pair = tuple[float, float]
+Triple = tuple[float, float, float]
+Unit = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Data(Section):
+    train: str | None = None
+    """Training images: a folder of class folders, or list:FILE with `path<TAB>label` lines."""
+    val: str | None = None
+    """Held-out images, same forms; without it nothing is evaluated."""
+    decode: Literal["auto", "dali", "torch"] = "auto"
+    """Decoder: dali, torch (torchvision), or auto = dali where it runs, else torch, said in a line."""
+    decode_on: Literal["auto", "gpu", "cpu"] = "auto"
+    """Where dali decodes: gpu is its `mixed` path; auto = gpu on a CUDA machine."""
+    crop: Annotated[int, Field(ge=8, le=4096)] = 224
+    """Side of a training and evaluation crop, pixels."""
+    crop_by_epoch: dict[int, Annotated[int, Field(ge=8, le=4096)]] = {}
+    """Progressive resolution: {first epoch: side}; before the first entry and in evaluation, `crop`."""
+    resize: PositiveInt | None = None
+    """Evaluation resizes the short side to this before its central crop; default crop * 256 / 224."""
+    scale: Pair = (0.08, 1.0)
+    """Share of the image's area that a training window covers: least, most."""
+    ratio: Pair = (3 / 4, 4 / 3)
+    """Width / height of a training window: least, most."""
+    flip: Unit = 0.5
+    """Probability of a left-right flip."""
+    mean: Triple = (0.485, 0.456, 0.406)
+    """Per-channel mean, RGB in [0, 1]."""
+    std: Triple = (0.229, 0.224, 0.225)
+    """Per-channel standard deviation, RGB in [0, 1]."""
+    order: Literal["full", "window"] = "full"
+    """Shuffle all rows, or (for slow disks) rows inside windows of neighbouring chunks."""
+    window_rows: PositiveInt = 1024
+    """Order `window`: neighbouring rows a chunk."""
+    window_chunks: PositiveInt = 64
+    """Order `window`: chunks a window."""
+    threads: PositiveInt | None = None
+    """Decoding threads a rank; default: this machine's cores over its ranks."""
+    prefetch: PositiveInt = 3
+    """Micro-batches decoded ahead, a rank; each holds n * crop * crop * 3 bytes."""
+    max_bad: Annotated[int, Field(ge=0)] | None = None
+    """Unreadable images that stop a run; default: the larger of 10 and 0.1% of the rows."""
+    max_pixels: PositiveInt = 178_000_000
+    """Images above this many pixels are quarantined at indexing (decompression bombs)."""
+    timeout: PositiveFloat = 300.0
+    """Seconds without a decoded batch after which the run ends, naming what it waited for."""
+
+
+class Rotation(Section):
+    views: Literal["all", "one"] = "all"
+    """Four turns of every image, or one random turn an image."""
+    shuffle_labels: bool = False
+    """The control: train on labels shuffled within a micro-step; held-out accuracy must stay at chance."""
+
+
+class Model(Section):
+    arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
+    """torchvision's ResNet, with a 4-way head."""
+    sync_batchnorm: bool = True
+    """Batch norm over the views of all ranks (the recipe); false is another recipe."""
+
+
+class Optim(Section):
+    name: Literal["sgd", "lars"] = "sgd"
+    """SGD with momentum, or LARS for large batches."""
+    images_per_step: PositiveInt = 128
+    """Images a step over all ranks, before rotation."""
+    lr: PositiveFloat = 0.2
+    """Peak rate at images_per_step; never scaled behind your back."""
+    epochs: PositiveFloat = 70
+    """Passes over the training images."""
+    momentum: Unit = 0.9
+    """Momentum of SGD and LARS; dampening is 0."""
+    nesterov: bool = False
+    """Nesterov's momentum (SGD)."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """L2 penalty added to the gradient."""
+    decay_norms: bool = True
+    """Whether the decay also hits batch-norm weights and biases (the recipe: yes)."""
+    clip: PositiveFloat | None = None
+    """Largest gradient norm over all parameters; none clips nothing."""
+    schedule: Literal["step", "cosine", "poly"] = "step"
+    """Shape of the rate after warm-up."""
+    milestones: tuple[float, ...] = (30, 50)
+    """Schedule `step`: epochs at which the rate is multiplied by gamma."""
+    gamma: PositiveFloat = 0.1
+    """Schedule `step`: the factor."""
+    power: PositiveFloat = 0.9
+    """Schedule `poly`: the exponent."""
+    final_lr: NonNegativeFloat = 0.0
+    """Schedules `cosine` and `poly`: the rate at the end."""
+    warmup_epochs: NonNegativeFloat = 5
+    """Linear warm-up, per step, over this many epochs."""
+    warmup_ratio: Unit = 0.1
+    """The warm-up starts at this share of the rate."""
+    trust: PositiveFloat = 0.001
+    """LARS: trust coefficient eta."""
+
+
+class Engine(Section):
+    kind: Literal["deepspeed", "plain"] = "deepspeed"
+    """DeepSpeed, or plain torch (its oracle in the tests)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast type over fp32 master weights; fp16 with a dynamic loss scale."""
+    zero: Literal[0, 1] = 0
+    """DeepSpeed's ZeRO stage; 1 splits the momentum over the ranks and saves under 100 MB here."""
+    images_per_micro_step: Annotated[int, Field(ge=2)] | None = None
+    """Most images a rank holds at once; default: its whole share. Batch norm sees a micro-step's views."""
+    compile: bool = False
+    """torch.compile the network."""
+    channels_last: bool = True
+    """Keep the network's weights and maps channels-last."""
+    deterministic: bool = False
+    """Only deterministic CUDA algorithms, so that a resume is equal bit for bit on a GPU; slower."""
+
+
+class Run(Section):
+    out: str = "runs/rotation"
+    """The run's folder: config, metrics, checkpoints; nothing is written outside it but named caches."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    """Of the stream and of the first weights."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many steps; default: the whole schedule. The schedule itself does not shrink."""
+    log_every: PositiveInt = 50
+    """Steps between lines of metrics.jsonl; a checkpoint's step is logged too."""
+    evaluate_every: PositiveInt = 1
+    """Epochs between evaluations of the held-out images; the end is evaluated always."""
+    checkpoint_every: PositiveInt = 1000
+    """Steps between checkpoints; the end is saved always."""
+    keep_last: Annotated[int, Field(ge=2)] = 3
+    """Checkpoints kept; the best on the held-out images is kept besides."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files."""
+
+
+class Config(Section):
+    data: Data = Data()
+    rotation: Rotation = Rotation()
+    model: Model = Model()
+    optim: Optim = Optim()
+    engine: Engine = Engine()
+    run: Run = Run()
+
+
+def cross_field_errors(config: Config) -> list[str]:
+    """What is wrong between fields, a line each; empty where all is well."""
+    data, optim, engine = config.data, config.optim, config.engine
+    checks = (
+        (not 0 < data.scale[0] <= data.scale[1] <= 1, f"data.scale {list(data.scale)} must rise within (0, 1]"),
+        (not 0 < data.ratio[0] <= data.ratio[1], f"data.ratio {list(data.ratio)} must rise and be above 0"),
+        (min(data.std) <= 0, f"data.std {list(data.std)} must be above 0"),
+        (data.resize is not None and data.resize < data.crop, f"data.resize {data.resize} is below data.crop {data.crop}"),
+        (optim.warmup_epochs >= optim.epochs and optim.warmup_epochs > 0,
+         f"optim.warmup_epochs {optim.warmup_epochs:g} leaves nothing of optim.epochs {optim.epochs:g}"),
+        (list(optim.milestones) != sorted(set(optim.milestones)), f"optim.milestones {list(optim.milestones)} must rise"),
+        (optim.nesterov and optim.name == "lars", "optim.nesterov is SGD's; optim.name is lars"),
+        (optim.nesterov and optim.momentum == 0, "optim.nesterov needs optim.momentum above 0"),
+        (engine.zero == 1 and engine.kind == "plain", "engine.zero 1 is DeepSpeed's; engine.kind is plain"),
+        (engine.zero == 1 and optim.name == "lars",
+         "engine.zero 1 flattens the layers whose norms optim.name lars needs; use engine.zero 0"),
+        (engine.zero == 1 and engine.precision == "fp16",
+         "engine.zero 1 with engine.precision fp16: DeepSpeed 0.19's loss scale never falls there after an "
+         "overflow; use bf16, or engine.zero 0"),
+        (data.decode == "torch" and data.decode_on == "gpu", "data.decode_on gpu is dali's; data.decode is torch"),
+    )
+    return [line for wrong, line in checks if wrong]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose 1e-4 is a number (YAML 1.2's rule; PyYAML's own follows 1.1, where it is text)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 -- a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not YAML ({getattr(error, 'problem', error)})") from None
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{section: {key: value}} as {section.key: value}; values that are mappings stay whole."""
+    flat = {}
+    for section, body in tree.items():
+        if section in Config.model_fields and isinstance(body, dict):
+            flat |= {f"{section}.{key}": value for key, value in body.items()}
+        elif not (section in Config.model_fields and body is None):
+            flat[str(section)] = body
+    return flat
+
+
+def known_keys() -> list[str]:
+    """Every dotted key there is, in the order of the sections."""
+    return [
+        f"{name}.{key}"
+        for name, section in Config.model_fields.items()
+        for key in section.annotation.model_fields
+    ]
+
+
+def load(path: str | None, overrides: list[str]) -> tuple[Config, dict[str, str]]:
+    """The resolved config, and where each key's value comes from (file, command line, default).
+
+    path       a YAML file of sections, or None for the defaults.
+    overrides  "section.key=value", the last one wins.
+    Raises UserError with one line for each thing that is wrong.
+    """
+    values, sources = {}, {}
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise UserError(f"--config {path}: {reason}") from None
+        tree = _parse(text, path) or {}
+        if not isinstance(tree, dict):
+            raise UserError(f"--config {path}: expected sections ({', '.join(Config.model_fields)})")
+        values = _flatten(tree)
+        sources = dict.fromkeys(values, path)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"{override!r}: expected section.key=value, as in optim.lr=0.1")
+        values[key] = _parse(value, override)
+        sources[key] = "command line"
+    return _validated(values, sources), {key: sources.get(key, "default") for key in known_keys()}
+
+
+def _validated(values: dict[str, Any], sources: dict[str, str]) -> Config:
+    known = known_keys()
+    wrong = []
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.5) or [
+                k for k in known if k.endswith("." + key.rpartition(".")[2])
+            ]
+            hint = f"; did you mean {near[0]}?" if near else f"; sections: {', '.join(Config.model_fields)}"
+            wrong.append(f"{sources[key]}: unknown key {key}{hint}")
+    tree: dict[str, dict] = {}
+    for key, value in values.items():
+        if key in known:
+            section, _, name = key.partition(".")
+            tree.setdefault(section, {})[name] = value
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as errors:
+        for error in errors.errors():
+            key = ".".join(str(part) for part in error["loc"][:2])
+            wrong.append(f"{sources.get(key, 'default')}: {key} is {error['input']!r}: {error['msg']}")
+    else:
+        wrong += cross_field_errors(config)
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that `load` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,87 @@
+"""torchvision on the CPU: the oracle of the pixels."""
+
+import io
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional as F
+
+from fastrot.data.faults import decode_upright, kind_of, open_image
+from fastrot.errors import BadImage
+
+
+def make(where: str, device: torch.device, threads: int, batch: int, depth: int) -> "TorchDecoder":
+    return TorchDecoder(threads)
+
+
+def upright_pixels(buffer: NDArray[np.uint8]) -> torch.Tensor:
+    """The whole upright image, uint8 [3, H, W]; JPEG by torchvision, anything else by Pillow.
+
+    Raises BadImage.
+    """
+    if kind_of(buffer[:16].tobytes()) == "JPEG" and _components(buffer) in (1, 3):
+        try:
+            return decode_jpeg(torch.from_numpy(buffer), ImageReadMode.RGB, apply_exif_orientation=True)
+        except RuntimeError as error:
+            raise BadImage(f"cannot be decoded ({str(error).splitlines()[0]})") from None
+    return torch.from_numpy(np.array(decode_upright(buffer))).permute(2, 0, 1)
+
+
+def _components(buffer: NDArray[np.uint8]) -> int:
+    """Colour components of a JPEG by its header: torchvision's inverted CMYK is not Pillow's."""
+    return len(open_image(io.BytesIO(buffer)).getbands())
+
+
+def window_pixels(buffer: NDArray[np.uint8], window: NDArray, size: int) -> torch.Tensor:
+    """One crop, uint8 [size, size, 3]: an integer window cropped and resized (antialiased
+    bilinear), or a float64 box resized by Pillow's `resize(box=)`.
+
+    Raises BadImage.
+    """
+    pixels = upright_pixels(buffer)
+    if window.dtype == np.float64:
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        top, left, height, width = window
+        right, bottom = min(left + width, image.width), min(top + height, image.height)
+        box = (max(left, 0), max(top, 0), right, bottom)
+        return torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BILINEAR, box)))
+    top, left, height, width = (int(v) for v in window)
+    if top + height > pixels.shape[1] or left + width > pixels.shape[2]:
+        raise BadImage(f"is {pixels.shape[2]}x{pixels.shape[1]}, not as indexed")
+    crop = F.resized_crop(pixels, top, left, height, width, [size, size], antialias=True)
+    return crop.permute(1, 2, 0)
+
+
+class TorchDecoder:
+    """A pool of threads, one image a task."""
+
+    def __init__(self, threads: int):
+        self.name = "torch on the CPU"
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._flying: deque[tuple[list[Future], int]] = deque()
+
+    def submit(self, buffers, windows, size) -> None:
+        tasks = [self._pool.submit(window_pixels, b, w, size) for b, w in zip(buffers, windows, strict=True)]
+        self._flying.append((tasks, size))
+
+    def result(self):
+        tasks, size = self._flying.popleft()
+        out = torch.zeros(len(tasks), size, size, 3, dtype=torch.uint8)
+        bad = {}
+        for at, task in enumerate(tasks):
+            try:
+                out[at] = task.result()
+            except BadImage as error:
+                bad[at] = str(error)
+        return out, bad
+
+    def one(self, buffer, window, size):
+        return window_pixels(buffer, window[0], size)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,216 @@
+"""plan -> bytes -> pixels, batches ahead of the step."""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastrot.data.decode import Decoder
+from fastrot.data.faults import BadImages
+from fastrot.data.manifest import Manifest
+from fastrot.data.plan import Plan, Sample, slice_of
+from fastrot.data.storage import FileStorage
+from fastrot.errors import BadImage, Fault
+
+DECODES_IN_FLIGHT = 2  # one that decodes, one that waits for it: a decoder's threads never idle
+_ADVISED_AHEAD = 4  # batches whose bytes the kernel is told to fetch before they are read
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank trains on at once.
+
+    pixels uint8 [n, S, S, 3] upright crops; flips uint8 [n]; turns uint8 [n, V], on the device.
+    sample the plan's side of it, replaced images included; labels int64 [n] of the manifest.
+    views_of_step  views of the whole step over all ranks: what a sum of losses is divided by.
+    """
+
+    pixels: torch.Tensor
+    flips: torch.Tensor
+    turns: torch.Tensor
+    sample: Sample
+    labels: NDArray[np.int64]
+    views_of_step: int
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One step: its stream position and this rank's micro-steps, decoded as they are iterated."""
+
+    step: int
+    position: int
+    epoch: float
+    micro_steps: Iterator[MicroBatch]
+
+
+@dataclass(frozen=True)
+class _Request:
+    sample: Sample
+    size: int
+
+
+class Loader:
+    """The images of one manifest under one plan, read, decoded and brought to the device.
+
+    depth      batches decoded ahead; timeout: seconds without one after which a Fault is raised.
+    """
+
+    def __init__(self, manifest: Manifest, plan: Plan, storage: FileStorage, decoder: Decoder,
+                 bad: BadImages, device: torch.device, depth: int, timeout: float):
+        self.manifest, self.plan = manifest, plan
+        self._storage, self._decoder, self._bad = storage, decoder, bad
+        self._device, self._depth, self._timeout = device, depth, timeout
+        self._stage = "starting"
+
+    def train(self, steps: range, position: int, images: int, ranks: int, rank: int,
+              micro_steps: int, size_at: Callable[[float], int]) -> Iterator[StepBatch]:
+        """This rank's share of steps `steps`, the first of which begins at stream position `position`.
+
+        images   a step, over all ranks; size_at(epoch) -> side of the crops.
+        """
+        n = len(self.manifest)
+        starts = [position + i * images for i in range(len(steps))]
+
+        def requests():
+            for start in starts:
+                for micro_step in range(micro_steps):
+                    first, last = slice_of(images, ranks, micro_steps, micro_step, rank)
+                    yield _Request(self.plan.at(start + first, start + last), size_at(start / n))
+
+        flow = self._flow(requests(), self.plan.of)
+        for step, start in zip(steps, starts, strict=True):
+            yield StepBatch(step, start, start / n, (
+                self._batch(request, pixels, images) for request, pixels in islice(flow, micro_steps)))
+
+    def held_out(self, ranks: int, rank: int, images: int, short: int, crop: int) -> Iterator[MicroBatch]:
+        """This rank's contiguous share of all rows, in order, at most `images` a batch."""
+        n = len(self.manifest)
+        first, last = slice_of(n, ranks, 1, 0, rank)
+
+        def show(rows, _epochs=None):
+            return self.plan.held_out(rows, short, crop)
+
+        requests = (_Request(show(np.arange(at, min(at + images, last))), crop)
+                    for at in range(first, last, images))
+        for request, pixels in self._flow(requests, show):
+            yield self._batch(request, pixels, n)
+
+    def close(self) -> None:
+        self._storage.close()
+        self._decoder.close()
+
+    def _batch(self, request: _Request, pixels: torch.Tensor, images: int) -> MicroBatch:
+        sample = request.sample
+        flips, turns = torch.from_numpy(sample.flips), torch.from_numpy(sample.turns)
+        return MicroBatch(
+            pixels.to(self._device, non_blocking=True), flips.to(self._device, non_blocking=True),
+            turns.to(self._device, non_blocking=True), sample, self.manifest.label[sample.rows],
+            images * turns.shape[1],
+        )
+
+    def _flow(self, requests: Iterable[_Request], remake: Callable) -> Iterator[tuple[_Request, torch.Tensor]]:
+        """Requests with their pixels, in order, produced by a thread that runs ahead."""
+        ready: queue.Queue = queue.Queue(self._depth)
+        stop = threading.Event()
+
+        def put(item) -> None:
+            while not stop.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def produce() -> None:
+            try:
+                for item in self._decoded(requests, remake):
+                    put(item)
+                    if stop.is_set():
+                        return
+                put(None)
+            except BaseException as error:  # carried to the consumer, which raises it
+                put(error)
+
+        producer = threading.Thread(target=produce, name="loader", daemon=True)
+        producer.start()
+        try:
+            while True:
+                try:
+                    item = ready.get(timeout=self._timeout)
+                except queue.Empty:
+                    raise Fault(f"no batch for data.timeout {self._timeout:g} s: the loader was {self._stage}") from None
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            producer.join(timeout=self._timeout)
+
+    def _decoded(self, requests, remake) -> Iterator[tuple[_Request, torch.Tensor]]:
+        ahead: deque[_Request] = deque()
+        flying: deque[tuple[_Request, dict[int, str]]] = deque()
+        for request in requests:
+            ahead.append(request)
+            self._storage.advise(request.sample.rows)
+            if len(ahead) > _ADVISED_AHEAD:
+                yield from self._submit(ahead.popleft(), flying, remake)
+        while ahead:
+            yield from self._submit(ahead.popleft(), flying, remake)
+        while flying:
+            yield self._collect(flying, remake)
+
+    def _submit(self, request, flying, remake):
+        rows = request.sample.rows
+        self._stage = f"reading rows {rows[:3].tolist()}... of {self.manifest.source}"
+        read = self._storage.read(rows)
+        unread = {at: str(b) for at, b in enumerate(read) if isinstance(b, BadImage)}
+        good = [at for at in range(len(read)) if at not in unread]
+        self._decoder.submit([read[at] for at in good], request.sample.windows[good], request.size)
+        flying.append((request, unread))
+        if len(flying) >= DECODES_IN_FLIGHT:
+            yield self._collect(flying, remake)
+
+    def _collect(self, flying, remake):
+        request, bad = flying.popleft()
+        self._stage = f"decoding rows {request.sample.rows[:3].tolist()}... of {self.manifest.source}"
+        decoded, failed = self._decoder.result()
+        if not bad and not failed:
+            return request, self._staged(decoded)
+        n = len(request.sample)
+        good = [at for at in range(n) if at not in bad]
+        pixels = decoded.new_empty(n, *decoded.shape[1:])
+        pixels[good] = decoded
+        bad |= {good[at]: reason for at, reason in failed.items()}
+        for at, reason in sorted(bad.items()):
+            request = self._replaced(request, at, reason, pixels, remake)
+        return request, self._staged(pixels)
+
+    def _replaced(self, request: _Request, at: int, reason: str, pixels: torch.Tensor, remake) -> _Request:
+        """The request with image `at` replaced by the next sound row in manifest order, with that
+        row's own window, flip, turn and label of the epoch; its pixels written into `pixels`."""
+        row, epoch = int(request.sample.rows[at]), request.sample.epochs[at : at + 1]
+        for _ in range(len(self.manifest)):
+            self._bad.add(self.manifest.path(row), row, reason)
+            row = (row + 1) % len(self.manifest)
+            other = remake(np.array([row]), epoch)
+            (buffer,) = self._storage.read(other.rows)
+            try:
+                if isinstance(buffer, BadImage):
+                    raise buffer
+                pixels[at] = self._decoder.one(buffer, other.windows, request.size)
+            except BadImage as error:
+                reason = str(error)
+                continue
+            return _Request(request.sample.replaced(at, other), request.size)
+        raise Fault(f"{self.manifest.source}: no row can be read any more; the last: {reason}")
+
+    def _staged(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Host pixels pinned where a GPU will copy them, so that the copy runs beside the step."""
+        return pixels.pin_memory() if self._device.type == "cuda" and not pixels.is_cuda else pixels

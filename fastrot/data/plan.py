@@ -1,0 +1,115 @@
+"""The exact stream: what a step shows, as a pure function of (seed, data, config, position)."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrot.data import augment
+from fastrot.data.order import FullOrder, WindowOrder
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What happens to some positions of the stream; every array has one entry an image.
+
+    rows int64 [n] of the manifest, epochs int64 [n], windows int32 [n, 4] (top, left, height,
+    width of the upright image; evaluation: float64 boxes), flips uint8 [n], turns uint8 [n, V]
+    (= labels of the views).
+    """
+
+    rows: NDArray[np.int64]
+    epochs: NDArray[np.int64]
+    windows: NDArray[np.int32] | NDArray[np.float64]
+    flips: NDArray[np.uint8]
+    turns: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def replaced(self, where: int, other: "Sample") -> "Sample":
+        """A copy whose image `where` is the only image of `other`."""
+        fields = {name: array.copy() for name, array in vars(self).items()}
+        for name, array in fields.items():
+            array[where] = getattr(other, name)[0]
+        return Sample(**fields)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stream of one data set under one seed and one set of augmentations.
+
+    heights, widths  int32 [N] of the upright images, by row.
+    order            FullOrder or WindowOrder over the N rows.
+    views            "all" or "one": four turns an image, or one at random.
+    """
+
+    seed: int
+    heights: NDArray[np.int32]
+    widths: NDArray[np.int32]
+    order: FullOrder | WindowOrder
+    views: str = "all"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def at(self, first: int, last: int) -> Sample:
+        """The images at stream positions first .. last - 1; they may straddle epochs."""
+        n = len(self.heights)
+        positions = np.arange(first, last, dtype=np.int64)
+        epochs = positions // n
+        rows = np.concatenate(
+            [self.order.rows(positions[epochs == e] % n, int(e)) for e in np.unique(epochs)]
+        )
+        return self.of(rows, epochs)
+
+    def of(self, rows: NDArray[np.int64], epochs: NDArray[np.int64]) -> Sample:
+        """What happens to given rows in given epochs."""
+        return Sample(
+            rows,
+            epochs,
+            augment.crop_windows(
+                self.seed, rows, epochs, self.heights[rows], self.widths[rows], self.scale, self.ratio
+            ),
+            augment.flips(self.seed, rows, epochs, self.flip),
+            augment.turns(self.seed, rows, epochs, self.views),
+        )
+
+    def held_out(self, rows: NDArray[np.int64], short: int, crop: int) -> Sample:
+        """How evaluation shows given rows: short side resized, central crop, no flip, four turns."""
+        boxes = augment.central_boxes(self.heights[rows], self.widths[rows], short, crop)
+        none = np.zeros(len(rows), np.uint8)
+        return Sample(rows, none.astype(np.int64), boxes, none, augment.turns(self.seed, rows, 0, "all"))
+
+
+def micro_steps_of(images: int, ranks: int, per_micro_step: int | None) -> int:
+    """Micro-steps a step takes when a rank holds at most `per_micro_step` images at once."""
+    return -(-images // (ranks * per_micro_step)) if per_micro_step else 1
+
+
+def slice_of(images: int, ranks: int, micro_steps: int, micro_step: int, rank: int) -> tuple[int, int]:
+    """The share [s, e) of a step's images that one rank handles in one micro-step.
+
+    Shares need not be even: sizes differ by at most one, and over all ranks and micro-steps they
+    cover every image once.
+    """
+    start = images * micro_step // micro_steps
+    length = images * (micro_step + 1) // micro_steps - start
+    return start + length * rank // ranks, start + length * (rank + 1) // ranks
+
+
+class StreamHash:
+    """sha256 over the steps of a stream: rows, windows, flips, turns and labels of each step."""
+
+    def __init__(self):
+        self._sha = hashlib.sha256()
+
+    def add(self, step: Sample, labels: NDArray) -> None:
+        """One step: the whole sample, and its labels int64 [B] (or int8 [B, 20], multi-label)."""
+        kinds = (step.rows, "<i8"), (step.windows, "<i4"), (step.flips, "u1"), (step.turns, "u1")
+        for array, kind in (*kinds, (labels, "<i8" if labels.ndim == 1 else "i1")):
+            self._sha.update(np.ascontiguousarray(array.astype(kind)).tobytes())
+
+    def hexdigest(self) -> str:
+        return self._sha.hexdigest()

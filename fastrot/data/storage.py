@@ -1,0 +1,60 @@
+"""Reading image bytes: positioned reads, many at once, never mapped."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrot.data.manifest import Manifest
+from fastrot.errors import BadImage
+
+_READERS = 8  # concurrent reads a rank: enough to keep an SSD's queue filled
+
+
+class FileStorage:
+    """One file an image. An image that cannot be read comes back as a BadImage in its place."""
+
+    def __init__(self, manifest: Manifest):
+        self._manifest = manifest
+        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+
+    def read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8] | BadImage]:
+        """The bytes of these rows, uint8 [length] each, in order."""
+        return list(self._pool.map(self._read_one, rows.tolist()))
+
+    def advise(self, rows: NDArray[np.int64]) -> None:
+        """Tell the kernel that these rows are wanted soon; returns at once."""
+        for row in rows.tolist():
+            self._pool.submit(self._advise_one, row)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read_one(self, row: int) -> NDArray[np.uint8] | BadImage:
+        want = int(self._manifest.length[row])
+        try:
+            file = os.open(self._manifest.path(row), os.O_RDONLY)
+        except OSError as error:
+            return BadImage(f"cannot be opened ({error.strerror})")
+        try:
+            size = os.fstat(file).st_size
+            if size != want:
+                return BadImage(f"changed: {size} bytes, {want} when indexed")
+            buffer = np.empty(want, np.uint8)
+            got = os.preadv(file, [buffer], 0)
+        except OSError as error:
+            return BadImage(f"cannot be read ({error.strerror})")
+        finally:
+            os.close(file)
+        return buffer if got == want else BadImage(f"ended after {got} of {want} bytes")
+
+    def _advise_one(self, row: int) -> None:
+        try:
+            file = os.open(self._manifest.path(row), os.O_RDONLY)
+        except OSError:
+            return  # the read to come will say so
+        try:
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(file)

@@ -1,0 +1,125 @@
+"""Ranks: who we are, how we start and end, and saying the same thing on all of them."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fastrot.errors import Fault, UserError
+
+T = TypeVar("T")
+
+
+def cache_folder() -> Path:
+    """Where caches lie: $FASTROT_CACHE, else the user's XDG cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FASTROT_CACHE") or Path(home) / "fastrot")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers, and the device it works on."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def start(timeout_s: float = 1800) -> Ranks:
+    """Join the process group that the launcher describes, or be a group of one.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE as deepspeed, torchrun and Slurm wrappers
+    set them. NCCL where there is CUDA, gloo elsewhere.
+    """
+    for name, folder in (("TORCH_EXTENSIONS_DIR", "torch_extensions"), ("TRITON_CACHE_DIR", "triton"),
+                         ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
+        os.environ.setdefault(name, str(cache_folder() / folder))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"rank {rank}: no GPU {local_rank} here, only {torch.cuda.device_count()}; "
+                            "start at most one rank a GPU")
+        torch.cuda.set_device(local_rank)
+        device, backend = torch.device("cuda", local_rank), "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        # the cores are shared with the other ranks here; more threads than cores wait for one another
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    if "RANK" in os.environ:
+        _die_with_launcher()
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    else:  # a plain `python`: DeepSpeed wants the variables too, else it looks for MPI
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks(rank, world, local_rank, local_world, device)
+
+
+def end() -> None:
+    """Leave the process group; without this an exit may turn non-zero after the work is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Do something on rank 0 alone; every rank gets its result, or raises its UserError or Fault."""
+    outcome: list = [None, None]
+    if ranks.first:
+        try:
+            outcome[0] = work()
+        except (UserError, Fault) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _python_ancestors() -> list[tuple[int, str]]:
+    """(pid, start time) of the launchers above us: the unbroken line of Python processes."""
+    line, pid = [], os.getppid()
+    while pid > 1:
+        try:
+            name, rest = Path(f"/proc/{pid}/stat").read_text().split("(", 1)[1].rsplit(") ", 1)
+            cmdline = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+        except (OSError, IndexError, ValueError):
+            break
+        if b"python" not in os.path.basename(cmdline) and "python" not in name:
+            break
+        fields = rest.split()
+        line.append((pid, fields[19]))
+        pid = int(fields[1])
+    return line
+
+
+def _die_with_launcher() -> None:
+    """End this process when a launcher above it is gone: a killed launcher leaves no orphans."""
+    watched = _python_ancestors()
+
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            for pid, started in watched:
+                try:
+                    stat = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+                except OSError:
+                    os._exit(Fault.exit_code)
+                if stat[19] != started or stat[0] == "Z":
+                    os._exit(Fault.exit_code)
+
+    if watched:
+        threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

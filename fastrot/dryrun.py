@@ -1,0 +1,56 @@
+"""--dry-run: build everything, run a step, and say what the run would be."""
+
+from dataclasses import replace
+from functools import partial
+
+from fastrot import runlog
+from fastrot.config import Config
+from fastrot.distributed import Ranks
+from fastrot.job import RECIPE_VIEWS, Job, describe, open_manifest
+from fastrot.loop import run
+
+
+def dry_run(config: Config, sources: dict[str, str], ranks: Ranks, deepspeed_config: dict | None) -> dict:
+    """Time one step after a first that warms up; writes nothing but the named caches.
+
+    Prints the resolved config with each value's source, the batch arithmetic, size and hours.
+    """
+    say = partial(runlog.console().print, soft_wrap=True, markup=False) if ranks.first else lambda line: None
+    train = open_manifest(config.data.train, config, ranks, "data.train")
+    val = open_manifest(config.data.val, config, ranks, "data.val") if config.data.val else None
+    for manifest in filter(None, (train, val)):
+        describe(manifest, say)
+    job = Job(config, ranks, train, val, None, deepspeed_config, say)
+    n, quiet = job.numbers, runlog.RunLog(None, 0, 0, False)
+    for step in range(2):
+        course = replace(job.course(step + 1), log_every=1)
+        timed = run(course, job.batches(range(step, step + 1), step * n.images), job.task, job.engine, job.lr_of,
+                    None, lambda *_: None, quiet, job.clock)
+    job.close()
+    hours = timed["step_s"] * n.steps / 3600
+    result = {
+        "images_per_step": n.images, "views_per_step": n.images * n.views_per_image, "ranks": n.ranks,
+        "micro_steps": n.micro_steps, "largest_share_images": n.largest, "batch_norm_views": n.norm_views,
+        "rows": len(train), "steps": n.steps, "parameters": job.parameters, "memory_gib": timed["memory_gib"],
+        "lr_per_256_views": config.optim.lr * 256 / (n.images * n.views_per_image),
+        "views_per_s": timed["views_per_s"], "expected_hours": hours,
+    }
+    if ranks.first:
+        _show(config, sources, result)
+    return result
+
+
+def _show(config: Config, sources: dict[str, str], r: dict) -> None:
+    values = {f"{section}.{key}": value for section, body in config.model_dump(mode="json").items()
+              for key, value in body.items()}
+    runlog.table("config", [(key, f"{value}  ({sources[key]})") for key, value in values.items()])
+    runlog.table("dry run", [
+        ("a step", f"{r['images_per_step']} images = {r['views_per_step']} views over {r['ranks']} ranks, "
+                   f"{r['micro_steps']} micro-steps, at most {r['largest_share_images']} images a rank at once"),
+        ("batch norm", f"over {r['batch_norm_views']} views (recipe {RECIPE_VIEWS})"),
+        ("rate", f"{config.optim.lr:g} at its peak, {r['lr_per_256_views']:g} per 256 views"),
+        ("steps", f"{r['steps']:,} = {config.optim.epochs:g} epochs of {r['rows']:,} images"),
+        ("parameters", f"{r['parameters']:,}"),
+        ("memory", f"{r['memory_gib']:.2f} GiB on rank 0 at its peak"),
+        ("expected", f"{r['expected_hours']:.2f} hours at {r['views_per_s']:,.0f} views/s, measured on one step"),
+    ])

@@ -1,0 +1,45 @@
+"""The step: backward, step, state, load_state, reduce. Plain torch is DeepSpeed's oracle."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastrot.distributed import Ranks
+from fastrot.errors import UserError
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """precision fp32, bf16 or fp16 (autocast over fp32 weights); zero 0 or 1; clip a norm or None.
+
+    channels_last  layout of the weights; under ZeRO 1 they are slices of one flat buffer and keep
+    torch's default, which only costs the convolutions a copy of their filters.
+    """
+
+    precision: str = "fp32"
+    zero: int = 0
+    clip: float | None = None
+    momentum: float = 0.9
+    channels_last: bool = True
+
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_engine(kind: str, model: nn.Module, optimizer: torch.optim.Optimizer, settings: StepSettings,
+                ranks: Ranks, batch: dict[str, int], deepspeed_config: str | None = None):
+    """A DeepSpeedEngine or PlainEngine over a model on its device.
+
+    batch             DeepSpeed's names for the step's arithmetic (train_batch_size, ...).
+    deepspeed_config  the user's own JSON file, if any.
+    """
+    if kind == "plain":
+        if deepspeed_config:
+            raise UserError("--deepspeed_config is for engine.kind deepspeed; engine.kind is plain")
+        from fastrot.engine.plain import PlainEngine
+
+        return PlainEngine(model, optimizer, settings, ranks)
+    from fastrot.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, optimizer, settings, ranks, batch, deepspeed_config)

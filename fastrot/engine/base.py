@@ -1,0 +1,99 @@
+"""What both engines share: exact scaling, state by parameter name, sums over ranks."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastrot.distributed import Ranks
+from fastrot.engine import StepSettings
+from fastrot.optim import clip_and_measure
+
+_PREFIX = "momentum_buffer/"
+
+
+class Engine:
+    """A model, its optimiser, and the five calls the loop makes.
+
+    module     called for the forward pass, under autocast.
+    grad_norm  norm of the last step's gradient before clipping: a tensor, or a float under ZeRO 1;
+               infinite where fp16 skipped the update.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: StepSettings, ranks: Ranks):
+        self.model, self.optimizer = model, optimizer
+        self.module = model
+        self.grad_norm: Tensor | float = 0.0
+        self._settings, self._ranks = settings, ranks
+        self._measure = True
+
+    def backward(self, loss: Tensor, views_of_step: int) -> None:
+        """Add the gradient of a micro-step. loss: the sum over this rank's views.
+
+        Scaled by ranks / views of the whole step, so that the mean over ranks is the mean over
+        views however uneven the shares are.
+        """
+        self._backward(loss * (self._ranks.world / views_of_step))
+
+    def _backward(self, loss: Tensor) -> None:
+        raise NotImplementedError
+
+    def step(self, measure: bool = True) -> None:
+        """Average the gradients over ranks, clip, update, forget them.
+
+        measure  whether grad_norm is wanted; a clipped step has it anyway.
+        """
+        self._measure = measure
+        self.grad_norm = math.inf  # stays so where fp16 skips the update
+        self._step()
+
+    def _step(self) -> None:
+        raise NotImplementedError
+
+    def train(self, on: bool) -> None:
+        """Train mode, or (False) evaluation with running statistics."""
+        self.model.train(on)
+
+    def reduce(self, sums: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        dist.all_reduce(sums)
+        return sums
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+        """(model, optimiser, scalars), whole tensors by name: free of the number of ranks.
+
+        Collective under ZeRO 1: every rank calls it.
+        """
+        momenta = {}
+        if self._settings.momentum:
+            for name, parameter in self.model.named_parameters():
+                momenta[_PREFIX + name] = self._momentum(parameter)
+        scaler = self._scaler()
+        return self.model.state_dict(), momenta, {"loss_scale": scaler.state_dict() if scaler else None}
+
+    def load_state(self, model: dict[str, Tensor], momenta: dict[str, Tensor], scalars: dict) -> None:
+        """Continue from `state`, at any number of ranks. Raises RuntimeError on missing or other keys."""
+        self.model.load_state_dict(model)
+        for name, parameter in self.model.named_parameters():
+            self._set(parameter, momenta.get(_PREFIX + name))
+        if (scaler := self._scaler()) and scalars["loss_scale"]:
+            scaler.load_state_dict(scalars["loss_scale"])
+
+    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+        state = self.optimizer.state.get(parameter, {})
+        return state.get("momentum_buffer", torch.zeros_like(parameter)).detach()
+
+    def _set(self, parameter: nn.Parameter, momentum: Tensor | None) -> None:
+        if momentum is not None:
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return None
+
+    def _measure_and_clip(self, optimizer, _args, _kwargs) -> None:
+        """Runs between unscaling and the update, on averaged fp32 gradients."""
+        if not self._measure and self._settings.clip is None:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.grad_norm = clip_and_measure(parameters, self._settings.clip)

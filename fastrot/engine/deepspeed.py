@@ -1,0 +1,126 @@
+"""DeepSpeed, ZeRO 0 and 1, with the step's arithmetic kept in our hands."""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastrot.engine import AUTOCAST
+from fastrot.engine.base import Engine
+from fastrot.errors import UserError
+
+
+def settings_to_json(settings, world: int) -> dict:
+    """DeepSpeed's config for ours.
+
+    Its batch triple stays constant and its accumulation unmanaged: A backwards and one step, with
+    no division but ours; slices may be uneven.
+    """
+    autocast = AUTOCAST.get(settings.precision)
+    return {
+        "train_batch_size": world,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "steps_per_print": None,
+        "zero_optimization": {"stage": settings.zero},
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": {"enabled": autocast is not None, "dtype": str(autocast or torch.bfloat16).split(".")[1]},
+        # at stage 0 our own hook clips, since DeepSpeed forgets the norm there
+        "gradient_clipping": (settings.clip or 0.0) if settings.zero else 0.0,
+    }
+
+
+def merged(ours: dict, path: str, batch: dict[str, int], clip: float | None) -> dict:
+    """Ours with the keys of the user's --deepspeed_config file that we leave to DeepSpeed.
+
+    batch  what DeepSpeed's three batch keys mean for this run.
+    Raises UserError where the file is no JSON object, naming every key that contradicts the YAML.
+    """
+    try:
+        given = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--deepspeed_config {path}: cannot be read as JSON ({error})") from None
+    if not isinstance(given, dict):
+        raise UserError(f"--deepspeed_config {path}: expected a JSON object")
+    wrong, out = [], dict(ours)
+    wanted = {**ours, **batch, "gradient_clipping": clip or 0.0}
+    for key, value in given.items():
+        if key in ("optimizer", "scheduler", "fp16", "bf16", "amp"):
+            if key in ("optimizer", "scheduler") or (isinstance(value, dict) and value.get("enabled")):
+                wrong.append(f"--deepspeed_config: {key} is set in the YAML (optim.*, engine.precision); remove it here")
+        elif key in wanted:
+            if isinstance(value, dict):
+                for name, inner in value.items():
+                    if name in wanted[key] and inner not in ("auto", wanted[key][name]):
+                        wrong.append(f"--deepspeed_config: {key}.{name} is {inner}, the YAML makes it {wanted[key][name]}")
+                out[key] = {**value, **ours[key]}
+            elif value not in ("auto", wanted[key]):
+                wrong.append(f"--deepspeed_config: {key} is {value}, the YAML makes it {wanted[key]}")
+        else:
+            out[key] = value
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return out
+
+
+class DeepSpeedEngine(Engine):
+    def __init__(self, model, optimizer, settings, ranks, batch: dict[str, int], config_path: str | None):
+        super().__init__(model, optimizer, settings, ranks)
+        import deepspeed  # seconds to import, and only this engine needs it
+        from deepspeed.utils import logger
+
+        logger.setLevel(logging.WARNING)
+        config = settings_to_json(settings, ranks.world)
+        if config_path:
+            config = merged(config, config_path, batch, settings.clip)
+        if settings.zero == 0:
+            optimizer.register_step_pre_hook(self._measure_and_clip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config,
+                                                   dist_init_required=False)
+        if settings.channels_last and not settings.zero:  # not before: DeepSpeed's broadcast wants rows
+            model.to(memory_format=torch.channels_last)
+        if settings.zero and settings.momentum:
+            self._make_momentum()
+
+    def _make_momentum(self) -> None:
+        """ZeRO links the state of a parameter at its first step: give it zeros to link now."""
+        zero = self.module.optimizer
+        for flat in zero.single_partition_of_fp32_groups:
+            zero.optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat)
+        zero._lazy_init_hp_params_optimizer_state()
+
+    def _backward(self, loss: Tensor) -> None:
+        self.module.backward(loss)
+
+    def train(self, on: bool) -> None:
+        self.module.train(on)
+
+    def _step(self) -> None:
+        self.module.step()
+        if self._settings.zero:
+            self.grad_norm = self.module.get_global_grad_norm() or 0.0
+
+    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+        if not self._settings.zero:
+            return super()._momentum(parameter)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(parameter, "momentum_buffer").view_as(parameter)
+
+    def _set(self, parameter: nn.Parameter, momentum: Tensor | None) -> None:
+        if not self._settings.zero:
+            return super()._set(parameter, momentum)
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        safe_set_full_fp32_param(parameter, parameter.data)
+        if momentum is not None:
+            safe_set_full_optimizer_state(parameter, momentum.to(parameter), "momentum_buffer")
+
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return None if self._settings.zero else self.module.torch_autocast_z0_gradscaler

@@ -1,0 +1,47 @@
+"""Plain torch: DeepSpeed's oracle, and the base for CUDA graphs."""
+
+import torch
+import torch.distributed as dist
+
+from fastrot.engine import AUTOCAST
+from fastrot.engine.base import Engine
+
+
+class PlainEngine(Engine):
+    def __init__(self, model, optimizer, settings, ranks):
+        super().__init__(model, optimizer, settings, ranks)
+        self.module = self._forward
+        self._autocast = AUTOCAST.get(settings.precision)
+        self._grad_scaler = (
+            torch.amp.GradScaler(ranks.device.type) if settings.precision == "fp16" else None
+        )
+        optimizer.register_step_pre_hook(self._measure_and_clip)
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+        if settings.channels_last:
+            model.to(memory_format=torch.channels_last)
+
+    def _forward(self, images):
+        with torch.autocast(self._ranks.device.type, self._autocast, enabled=self._autocast is not None):
+            return self.model(images)
+
+    def _backward(self, loss):
+        (self._grad_scaler.scale(loss) if self._grad_scaler else loss).backward()
+
+    def _step(self):
+        if self._ranks.world > 1:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            flat = torch._utils._flatten_dense_tensors(grads)
+            dist.all_reduce(flat)
+            flat /= self._ranks.world
+            for grad, mean in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
+                grad.copy_(mean)
+        if self._grad_scaler:
+            self._grad_scaler.step(self.optimizer)
+            self._grad_scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _scaler(self):
+        return self._grad_scaler

@@ -1,0 +1,21 @@
+"""What may go wrong, and the exit code that tells it.
+
+UserError   2   the user's to mend: one line, no traceback
+Fault       3   the machine or the data failed while running
+"""
+
+
+class UserError(Exception):
+    """One line a person can act on: what is wrong, where, and what to do."""
+
+    exit_code = 2
+
+
+class Fault(Exception):
+    """The run cannot go on: a time-out, a full disk, too many bad images, a non-finite loss."""
+
+    exit_code = 3
+
+
+class BadImage(Exception):
+    """One image could not be read or decoded; the loader replaces it by rule."""

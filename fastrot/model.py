@@ -1,0 +1,117 @@
+"""torchvision's ResNets as the protocol initialises them, their taps, and batch norm over ranks."""
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TURNS = 4
+
+
+def build_model(arch: str, classes: int, seed: int) -> nn.Module:
+    """A torchvision ResNet with a linear head of `classes`, fp32, on the CPU.
+
+    Convolutions Kaiming normal (fan out, ReLU), batch norm 1 and 0, head N(0, 0.01^2) and 0.
+    The same seed gives the same weights. Source: protocol "Rotation pretraining", Init and Head.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(torchvision.models, arch)(weights=None, num_classes=classes, zero_init_residual=False)
+        nn.init.normal_(model.fc.weight, 0.0, 0.01)
+        nn.init.zeros_(model.fc.bias)
+    return model
+
+
+def tap_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """The five maps probes read: stem after ReLU and before max-pooling, then layer1 .. layer4.
+
+    images [n, 3, H, W]; at 224 the maps are 64x112, 256x56, 512x28, 1024x14, 2048x7 (ResNet-50).
+    Source: protocol "Feature taps".
+    """
+    maps = [model.relu(model.bn1(model.conv1(images)))]
+    x = model.maxpool(maps[0])
+    for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
+        x = layer(x)
+        maps.append(x)
+    return maps
+
+
+def backbone_state(model: nn.Module) -> dict[str, Tensor]:
+    """Everything but the head, by torchvision's key names."""
+    return {name: value for name, value in model.state_dict().items() if not name.startswith("fc.")}
+
+
+class _SyncedNorm(torch.autograd.Function):
+    """Batch norm over the batches of all ranks: one gather forward, one all-reduce backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        mean, var = _local_statistics(x, weight, bias)
+        # one rank's (count, mean, variance) a row
+        count = torch.full_like(mean[:1], x.numel() // x.shape[1])
+        mine = torch.cat([count, mean, var])
+        rows = mine.new_empty(dist.get_world_size() * len(mine))
+        dist.all_gather_into_tensor(rows, mine)
+        counts, means, variances = rows.view(-1, len(mine)).split([1, len(mean), len(var)], dim=1)
+        total = counts.sum()
+        share = counts / total
+        mean = (share * means).sum(0)
+        var = (share * (variances + (means - mean) ** 2)).sum(0)
+        out = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        ctx.save_for_backward(x, weight, mean, var, total)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var, total)
+        return out, mean, var, total
+
+    @staticmethod
+    def backward(ctx, grad, _mean, _var, _total):
+        x, weight, mean, var, total = ctx.saved_tensors
+        invstd = torch.rsqrt(var + ctx.eps)
+        # as if mean and variance were constants: dy * w * invstd, and this rank's dw, db
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, mean, invstd, False, ctx.eps, [True, True, True])
+        sums = torch.cat([grad_weight, grad_bias])
+        dist.all_reduce(sums)
+        dw, db = sums.chunk(2)
+        # what flows through the statistics: -(w * invstd / n) * (db + xhat * dw)
+        slope = (weight * invstd / total * dw * invstd).to(x.dtype)
+        level = (weight * invstd / total * (db - mean * invstd * dw)).to(x.dtype)
+        grad_x.addcmul_(x, slope[:, None, None], value=-1).sub_(level[:, None, None])
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _local_statistics(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [C] of this rank's maps, fp32, by torch's own batch-norm kernels: on
+    channels-last maps they are many times faster than torch.var_mean."""
+    if x.is_cuda:
+        mean, invstd = torch.batch_norm_stats(x, 0.0)
+    else:
+        _, mean, invstd = torch.ops.aten.native_batch_norm(x, weight, bias, None, None, True, 0.0, 0.0)
+    return mean, invstd**-2
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over all ranks' views: equal to one big batch within float error, NCCL or gloo.
+
+    Counts may differ between ranks. The gradients of weight and bias are this rank's own, to be
+    summed over the ranks like any other gradient.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or dist.get_world_size() == 1:
+            return super().forward(x)
+        out, mean, var, total = _SyncedNorm.apply(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (total / (total - 1)), self.momentum)
+        return out
+
+
+def synchronise_batchnorm(model: nn.Module) -> nn.Module:
+    """Make every BatchNorm2d of `model` a SyncBatchNorm2d, in place; parameters stay the same objects."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm2d
+    return model

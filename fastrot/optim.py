@@ -1,0 +1,103 @@
+"""Optimisers and schedules: pure torch, pure functions."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay_norms: bool) -> list[dict]:
+    """Matrices and filters in one group, vectors (norms, biases) in another that may go undecayed."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay, "adapt": True},
+        {"params": [p for p in params if p.ndim <= 1], "adapt": False,
+         "weight_decay": weight_decay if decay_norms else 0.0},
+    ]
+
+
+def build_optimizer(name: str, model: nn.Module, *, lr: float, momentum: float, nesterov: bool,
+                    weight_decay: float, decay_norms: bool, trust: float, fused: bool = True) -> torch.optim.Optimizer:
+    """SGD or LARS over the model's parameters.
+
+    fused  one pass over the weights; not where a loss scaler must unscale before our clipping.
+    """
+    groups = parameter_groups(model, weight_decay, decay_norms)
+    if name == "lars":
+        return LARS(groups, lr=lr, momentum=momentum, trust=trust)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose rate in each layer follows ||w|| / ||g||.
+
+    Groups with adapt=False (norms, biases) get plain SGD. The rate enters after the momentum.
+    Source: You, Gitman, Ginsburg, arXiv:1708.03888.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay,
+                                  "trust": trust, "adapt": True})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update; no host sync. Layers of zero norm keep a ratio of 1."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            updates = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
+            if group["adapt"]:
+                w = torch.stack(torch._foreach_norm(params))
+                g = torch.stack(torch._foreach_norm([p.grad for p in params]))
+                ratio = group["trust"] * w / (g + group["weight_decay"] * w)
+                ratio = torch.where((w > 0) & (g > 0), ratio, 1.0)
+                torch._foreach_mul_(updates, list(ratio.unbind()))
+            buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        return loss
+
+
+def lr_at(epoch: float, *, epochs: float, peak: float, schedule: str, warmup_epochs: float = 0.0,
+          warmup_ratio: float = 0.0, milestones: tuple[float, ...] = (), gamma: float = 0.1,
+          power: float = 0.9, final: float = 0.0) -> float:
+    """Rate at `epoch` = stream position / rows at the start of a step.
+
+    step    peak * gamma ** (milestones passed)
+    cosine  from peak at the end of warm-up to `final` at `epochs`
+    poly    (peak - final) * (1 - epoch / epochs) ** power + final
+    Warm-up multiplies that by 1 - (1 - warmup_ratio) * (1 - epoch / warmup_epochs).
+    Past `epochs` the rate stays. Raises ValueError below 0. Source: protocol "Rotation pretraining", mmcv's LrUpdaterHook.
+    """
+    if epoch < 0:
+        raise ValueError(f"epoch {epoch} is below 0")
+    epoch = min(epoch, epochs)
+    if schedule == "step":
+        rate = peak * gamma ** sum(epoch >= m for m in milestones)
+    elif schedule == "cosine":
+        done = max(0.0, epoch - warmup_epochs) / (epochs - warmup_epochs)
+        rate = final + 0.5 * (peak - final) * (1 + math.cos(math.pi * done))
+    elif schedule == "poly":
+        rate = (peak - final) * (1 - epoch / epochs) ** power + final
+    else:
+        raise ValueError(f"schedule {schedule!r} is none of step, cosine, poly")
+    if epoch < warmup_epochs:
+        rate *= 1 - (1 - warmup_ratio) * (1 - epoch / warmup_epochs)
+    return rate
+
+
+def set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def clip_and_measure(parameters, most: float | None) -> Tensor:
+    """The gradient's norm over all parameters before clipping (a device tensor, no host sync)."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads)
+    if most is not None:
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm

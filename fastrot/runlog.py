@@ -1,0 +1,173 @@
+"""What a person reads and what a program reads: progress, metrics, status, environment."""
+
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fastrot.checkpoint import write_text
+
+T = TypeVar("T")
+_PACKAGES = ("fastrot", "torch", "torchvision", "triton", "deepspeed", "nvidia-dali-cuda130", "numpy", "pillow", "safetensors")
+_QUIET_S = 10  # seconds between plain progress lines
+
+
+def console() -> Console:
+    """Standard error: standard output is for results."""
+    return Console(stderr=True, highlight=False)
+
+
+def _bar(out: Console) -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                    TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=out)
+
+
+def duration(seconds: float) -> str:
+    """As a person says it: 42 s, 3 min 20 s, 5 h 12 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def track(items: Iterable[T], total: int, title: str) -> Iterator[T]:
+    """The items, with a progress bar on a terminal and a line every ten seconds elsewhere."""
+    out = console()
+    if out.is_terminal:
+        with _bar(out) as bar:
+            task = bar.add_task(title, total=total, note="")
+            for item in items:
+                yield item
+                bar.advance(task)
+        return
+    start = said = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - said > _QUIET_S:
+            said = now
+            left = (now - start) / done * (total - done)
+            out.print(f"{title}: {done:,} of {total:,}, {duration(left)} left", soft_wrap=True)
+
+
+def environment(ranks_line: str) -> dict:
+    """What a result depends on: versions, machine, command."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname(),
+        "python": platform.python_version(), "platform": platform.platform(), "cores": os.cpu_count(),
+        "gpus": gpus, "ranks": ranks_line, "versions": versions,
+    }
+
+
+def cut_back(path: Path, steps: int) -> None:
+    """Keep the lines of metrics.jsonl of steps below `steps`: a resume writes the others anew."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] < steps:
+                kept.append(line)
+        except (ValueError, KeyError):
+            break  # the half line that a kill left
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+class RunLog:
+    """One run's metrics.jsonl, TensorBoard, STATUS.json and progress; silent on ranks above 0."""
+
+    def __init__(self, folder: Path | None, total_steps: int, first_step: int, tensorboard: bool):
+        self._folder, self._total = folder, total_steps
+        self._out = console()
+        self._bar = self._task = self._board = None
+        self._metrics = None
+        if folder is None:
+            return
+        cut_back(folder / "metrics.jsonl", first_step)
+        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        if self._out.is_terminal:
+            self._bar = _bar(self._out)
+            self._task = self._bar.add_task("training", total=total_steps, completed=first_step, note="")
+            self._bar.start()
+
+    def say(self, line: str) -> None:
+        """One fact a line, for a person."""
+        if self._folder is not None:
+            (self._bar.console if self._bar else self._out).print(line, soft_wrap=True, markup=False)
+
+    def tick(self) -> None:
+        """A step is done."""
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+    def write(self, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl (floats that read back exactly), TensorBoard, and a person's line."""
+        if self._metrics is None:
+            return
+        self._metrics.write(json.dumps(values) + "\n")
+        self._metrics.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if name not in ("step", "epoch") and isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, values["step"] + 1)
+        line = _line(values, self._total)
+        if self._bar is not None and "loss" in values:
+            self._bar.update(self._task, note=f"loss {values['loss']:.3f}  accuracy {values['accuracy']:.1%}")
+        else:
+            self.say(line)
+
+    def status(self, state: str, **facts) -> None:
+        """Replace STATUS.json: state is running, done or failed. The authority on how a run ended."""
+        if self._folder is not None:
+            content = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(),
+                       "host": socket.gethostname(), **facts}
+            write_text(self._folder / "STATUS.json", json.dumps(content, indent=1) + "\n")
+
+    def close(self) -> None:
+        """End the bar and the files; a second call does nothing."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _line(values: dict, total: int) -> str:
+    head = f"step {values['step'] + 1:,}/{total:,}  epoch {values['epoch']:.2f}"
+    if "held_out_accuracy" in values:
+        return f"{head}  held-out accuracy {values['held_out_accuracy']:.1%}  loss {values['held_out_loss']:.3f}"
+    return (f"{head}  loss {values['loss']:.3f}  accuracy {values['accuracy']:.1%}  lr {values['lr']:.4g}  "
+            f"{values['views_per_s']:,.0f} views/s  wait {values['wait_share']:.1%}  ETA {duration(values['eta_s'])}")
+
+
+def table(title: str, rows: list[tuple[str, str]]) -> None:
+    """A short two-column table on standard error."""
+    grid = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows:
+        grid.add_row(name, value)
+    console().print(grid)
