@@ -256,7 +256,7 @@ def _validated(values: dict[str, Any], sources: dict[str, str]) -> Config:
     wrong = []
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.5) or [
+            near = difflib.get_close_matches(key, known, 1, 0.6) or [
                 k for k in known if k.endswith("." + key.rpartition(".")[2])
             ]
             hint = f"; did you mean {near[0]}?" if near else f"; sections: {', '.join(Config.model_fields)}"

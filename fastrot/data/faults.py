@@ -95,17 +95,16 @@ def decode_upright(data: NDArray[np.uint8] | bytes) -> Image.Image:
 
 
 class BadImages:
-    """bad_images.jsonl: every image replaced while running, once; too many stop the run."""
+    """bad_images.jsonl: every image replaced while running, once over all ranks and resumes.
+
+    path  the file, shared by the ranks; None keeps the list in memory.
+    most  a list longer than this stops the run.
+    """
 
     def __init__(self, path: Path | None, most: int):
         self._path, self._most = path, most
         self._known: set[str] = set()
         self._lock = threading.Lock()
-        if path is not None and path.exists():
-            self._known = {json.loads(line)["path"] for line in path.read_text().splitlines()}
-
-    def __len__(self) -> int:
-        return len(self._known)
 
     def add(self, path: bytes, row: int, reason: str) -> None:
         """List one image. Raises Fault when there are more than data.max_bad."""
@@ -113,10 +112,17 @@ class BadImages:
         with self._lock:
             if name in self._known:
                 return
-            self._known.add(name)
-            if self._path is not None:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"path": name, "row": row, "reason": reason}) + "\n")
+            self._read_what_other_ranks_found()
+            if name not in self._known:
+                self._known.add(name)
+                if self._path is not None:
+                    with self._path.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps({"path": name, "row": row, "reason": reason}) + "\n")
         if len(self._known) > self._most:
-            raise Fault(f"{len(self._known)} unreadable images, more than data.max_bad {self._most}; "
-                        f"they are listed in {self._path}")
+            raise Fault(f"{len(self._known)} unreadable images, more than data.max_bad {self._most}; the last: "
+                        f"{name}: {reason}" + (f"; all are in {self._path}" if self._path else ""))
+
+    def _read_what_other_ranks_found(self) -> None:
+        if self._path is not None and self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            self._known |= {json.loads(line)["path"] for line in lines if line.endswith("\n")}

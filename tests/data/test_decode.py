@@ -1,0 +1,136 @@
+"""Every decoder against Pillow, on every kind of image this half promises."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw
+from PIL import Image
+
+from fastrot.data.augment import central_boxes, crop_windows
+from fastrot.data.decode import make_decoder
+from fastrot.data.faults import decode_upright
+from fastrot.data.manifest import Manifest, index
+from fastrot.data.storage import FileStorage
+
+DECODERS = ("torch", "dali")
+CPU = torch.device("cpu")
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options) -> np.ndarray:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return np.frombuffer(out.getvalue(), np.uint8).copy()
+
+
+def oriented(orientation: int) -> np.ndarray:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(draw(60, 90), exif=exif, quality=95)
+
+
+KINDS = {
+    "baseline": encoded(draw(61, 83), quality=90),
+    "444": encoded(draw(61, 83), quality=90, subsampling=0),
+    "422": encoded(draw(61, 83), quality=90, subsampling=1),
+    "progressive": encoded(draw(61, 83), quality=90, progressive=True),
+    "gray": encoded(draw(61, 83).convert("L"), quality=90),
+    "cmyk": encoded(draw(61, 83).convert("CMYK"), quality=95),
+    "trailing bytes": np.concatenate([encoded(draw(61, 83), quality=90), np.arange(99, dtype=np.uint8)]),
+    "restart markers": encoded(draw(61, 83), quality=90, restart_marker_blocks=2),
+    "png": encoded(draw(61, 83), "PNG"),
+    "png palette": encoded(draw(61, 83).quantize(64), "PNG"),
+    "png alpha": encoded(draw(61, 83).convert("RGBA"), "PNG"),
+    "png gray": encoded(draw(61, 83).convert("L"), "PNG"),
+    "webp": encoded(draw(61, 83), "WEBP", lossless=True),
+    "bmp": encoded(draw(61, 83), "BMP"),
+    "gif": encoded(draw(61, 83).quantize(64), "GIF"),
+    "tiff": encoded(draw(61, 83), "TIFF"),
+    "1x1": encoded(draw(1, 1)),
+    "thin": encoded(draw(2, 700), quality=95),
+    **{f"orientation {o}": oriented(o) for o in range(1, 9)},
+}
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def decoder(request):
+    made, _ = make_decoder(request.param, "cpu", CPU, 2, 64, 2)
+    yield made
+    made.close()
+
+
+def run(decoder, buffers, windows, size):
+    decoder.submit(list(buffers), np.asarray(windows), size)
+    return decoder.result()
+
+
+def pillow(buffer, window, size) -> np.ndarray:
+    top, left, height, width = window
+    image = decode_upright(buffer)
+    return np.asarray(image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR), float)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_shows_pillows_pixels(decoder, kind):
+    buffer = KINDS[kind]
+    width, height = decode_upright(buffer).size
+    window = (height // 8, width // 4, max(1, height // 2), max(1, width // 2))
+    pixels, bad = run(decoder, [buffer], np.array([window], np.int32), 32)
+    assert not bad
+    assert pixels.dtype == torch.uint8 and pixels.shape == (1, 32, 32, 3)
+    assert np.abs(pixels[0].numpy().astype(float) - pillow(buffer, window, 32)).mean() < 2
+
+
+def test_a_batch_keeps_its_order_and_its_good_images(decoder):
+    whole = np.array([(0, 0, 61, 83)] * 5, np.int32)
+    good = [KINDS["baseline"], KINDS["png"], KINDS["gray"], KINDS["gif"], KINDS["progressive"]]
+    want, _ = run(decoder, good, whole, 40)
+    broken = list(good)
+    broken[1], broken[4] = KINDS["png"][:60], np.frombuffer(b"no image" * 9, np.uint8).copy()
+    decoder.submit(broken, whole, 40)
+    decoder.submit(good, whole, 40)
+    pixels, bad = decoder.result()
+    assert set(bad) == {1, 4}
+    assert torch.equal(pixels[[0, 2, 3]], want[[0, 2, 3]])
+    after, none = decoder.result()
+    assert not none and torch.equal(after, want)
+
+
+def test_one_image_alone_is_the_image_in_its_batch(decoder):
+    windows = np.array([(3, 5, 40, 50), (0, 0, 61, 83)], np.int32)
+    pixels, _ = run(decoder, [KINDS["baseline"], KINDS["444"]], windows, 24)
+    assert torch.equal(decoder.one(KINDS["444"], windows[1:], 24), pixels[1])
+
+
+def test_evaluation_boxes_show_pillows_resize_of_a_box(decoder):
+    buffer = encoded(draw(120, 170), quality=95)
+    box = central_boxes(np.array([120]), np.array([170]), 73, 64)
+    pixels, bad = run(decoder, [buffer], box, 64)
+    top, left, height, width = box[0]
+    want = decode_upright(buffer).resize((64, 64), Image.Resampling.BILINEAR, (left, top, left + width, top + height))
+    assert not bad
+    assert np.abs(pixels[0].numpy().astype(float) - np.asarray(want, float)).mean() < 0.5
+
+
+def test_an_image_of_another_size_than_indexed_is_bad_not_shifted(decoder):
+    _, bad = run(decoder, [KINDS["baseline"]], np.array([(0, 0, 500, 500)], np.int32), 16)
+    assert list(bad) == [0]
+
+
+def test_decoders_agree_on_real_photographs(shared_data, tmp_path):
+    """Mean absolute difference under 2/255 on the same windows, the odd files included."""
+    folder = index(str(shared_data("imagenet_sample")), tmp_path, 178_000_000, lambda items, total, title: items)
+    manifest = Manifest.load(folder)
+    rows = np.arange(len(manifest))
+    windows = crop_windows(0, rows, np.zeros(len(rows), np.int64), manifest.height[rows], manifest.width[rows])
+    buffers = FileStorage(manifest).read(rows)
+    results = []
+    for name in DECODERS:
+        decoder, _ = make_decoder(name, "cpu", CPU, 2, 64, 2)
+        parts = [run(decoder, buffers[a : a + 64], windows[a : a + 64], 224) for a in range(0, len(rows), 64)]
+        assert not any(bad for _, bad in parts)
+        results.append(torch.cat([pixels for pixels, _ in parts]).float())
+    difference = (results[0] - results[1]).abs().mean(dim=(1, 2, 3))
+    print(f"dali against torchvision on {len(rows)} images: mean {difference.mean():.3f}, worst image {difference.max():.3f}")
+    assert difference.max() < 2

@@ -1,0 +1,146 @@
+"""What becomes a row, what is left out and told, and what the hashes notice."""
+
+import io
+import os
+import shutil
+
+import numpy as np
+import pytest
+from conftest import draw, write_folder
+from PIL import Image
+
+from fastrot.data.faults import decode_upright
+from fastrot.data.manifest import Manifest, index, scan_file
+from fastrot.errors import UserError
+
+
+def build(source, cache, max_pixels=10**8):
+    return Manifest.load(index(str(source), cache, max_pixels, lambda items, total, title: items))
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "JPEG", **options)
+    return out.getvalue()
+
+
+def test_rows_are_classes_by_name_then_files_by_path_as_bytes(tmp_path):
+    for name in ("b/2.JPG", "b/10.jpeg", "a/sub/x.png", "a/z.jpg", "a/\u00e9 '\n.jpg"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(20, 30).save(path, "PNG" if name.endswith("png") else "JPEG")
+    for ignored in ("a/.hidden.jpg", "a/notes.txt", "outside.jpg"):
+        (tmp_path / "data" / ignored).write_bytes(b"x")
+    (tmp_path / "data/a/broken.jpg").symlink_to("nowhere")
+    (tmp_path / "data/a/loop").symlink_to("..")
+    (tmp_path / "data/c").mkdir()
+    manifest = build(tmp_path / "data", tmp_path / "cache")
+    names = [os.path.relpath(manifest.path(r), os.fsencode(tmp_path / "data")) for r in range(len(manifest))]
+    a = sorted(n.encode() for n in ("a/sub/x.png", "a/z.jpg", "a/\u00e9 '\n.jpg"))
+    assert [n for n in names if n.startswith(b"a/") and b"loop" not in n] == a
+    assert [n for n in names if n.startswith(b"b/")] == [b"b/10.jpeg", b"b/2.JPG"]
+    assert manifest.classes == ["a", "b", "c"]
+    assert manifest.label[names.index(b"b/2.JPG")] == 1
+    assert manifest.skipped["broken link"] == 1
+    assert manifest.skipped["other extension"] == 1
+    assert manifest.skipped["outside a class folder"] == 1
+    assert manifest.skipped["empty class folder"] == 1
+
+
+def test_sizes_are_those_of_the_upright_image(tmp_path):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        (tmp_path / "d/c").mkdir(parents=True, exist_ok=True)
+        draw(40, 60).save(tmp_path / f"d/c/{orientation}.jpg", exif=exif)
+    manifest = build(tmp_path / "d", tmp_path / "cache")
+    for row in range(8):
+        upright = decode_upright(np.fromfile(os.fsdecode(manifest.path(row)), np.uint8))
+        assert (manifest.width[row], manifest.height[row]) == upright.size
+
+
+@pytest.mark.parametrize("damage, reason", [
+    (lambda b: b"", "empty file"),
+    (lambda b: b"garbage" * 50, "not an image"),
+    (lambda b: b[:30], "header"),
+    (lambda b: b[: len(b) // 2], "cannot be decoded"),
+    (lambda b: b[:-2], "cannot be decoded"),
+])
+def test_unsound_files_are_quarantined_with_their_reason(tmp_path, damage, reason):
+    root = write_folder(tmp_path / "d", classes=1, per_class=3)
+    (root / "class0/1.jpg").write_bytes(damage(jpeg(draw(256, 256))))
+    manifest = build(root, tmp_path / "cache")
+    assert len(manifest) == 2
+    ((path, why),) = manifest.quarantined
+    assert path.endswith("class0/1.jpg")
+    assert reason in why
+
+
+def test_a_decompression_bomb_is_refused_from_its_header(tmp_path):
+    root = write_folder(tmp_path / "d", classes=1, per_class=2)
+    data = bytearray(jpeg(draw(8, 8)))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = (60000).to_bytes(2, "big") * 2
+    (root / "class0/bomb.jpg").write_bytes(data)
+    assert "above data.max_pixels" in scan_file(os.fsencode(root / "class0/bomb.jpg"), 178_000_000)
+    assert len(build(root, tmp_path / "cache")) == 2
+
+
+def test_the_kind_is_read_from_the_bytes_not_the_name(tmp_path):
+    (tmp_path / "d/c").mkdir(parents=True)
+    draw(20, 20).save(tmp_path / "d/c/png.jpg", "PNG")
+    manifest = build(tmp_path / "d", tmp_path / "cache")
+    from fastrot.data.faults import KINDS
+
+    assert KINDS[manifest.kind[0]] == "PNG"
+
+
+def test_content_is_the_images_and_storage_is_where_they_lie(tmp_path):
+    first = build(write_folder(tmp_path / "one"), tmp_path / "cache")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    moved = build(tmp_path / "two", tmp_path / "cache")
+    assert moved.content == first.content
+    assert moved.storage != first.storage
+    draw(48, 48, 99).save(tmp_path / "two/class1/2.jpg")
+    assert build(tmp_path / "two", tmp_path / "cache").content != first.content
+
+
+def test_an_unchanged_source_comes_from_the_cache(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "d")
+    first = build(root, tmp_path / "cache")
+    monkeypatch.setattr("fastrot.data.manifest.scan_file", None)
+    assert build(root, tmp_path / "cache").content == first.content
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path):
+    root = write_folder(tmp_path / "d")
+    folder = index(str(root), tmp_path / "cache", 10**8, lambda items, total, title: items)
+    (folder / "height.npy").write_bytes(b"junk")
+    assert len(build(root, tmp_path / "cache")) == 12
+
+
+def test_a_file_list_keeps_its_order_and_labels(tmp_path):
+    root = write_folder(tmp_path / "d")
+    (tmp_path / "d/all.txt").write_text("class2/0.jpg\t7\nclass0/1.jpg\n\nclass1/3.jpg\t-1\n")
+    manifest = build(f"list:{tmp_path / 'd/all.txt'}", tmp_path / "cache")
+    assert [os.fsdecode(manifest.path(r)) for r in range(3)] == [
+        str(root / n) for n in ("class2/0.jpg", "class0/1.jpg", "class1/3.jpg")]
+    assert manifest.label.tolist() == [7, -1, -1]
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda p: str(p / "none"), "no such folder"),
+    (lambda p: (p / "empty").mkdir() or str(p / "empty"), "holds no image"),
+    (lambda p: (p / "file").write_text("x") and str(p / "file"), "is a file"),
+    (lambda p: (p / "flat").mkdir() or draw(9, 9).save(p / "flat/a.jpg") or str(p / "flat"), "no class folder"),
+    (lambda p: f"list:{p / 'none.txt'}", "No such file"),
+    (lambda p: (p / "l.txt").write_text("gone.jpg\t1\n") and f"list:{p / 'l.txt'}", "line 1: no such file"),
+    (lambda p: (p / "e.txt").write_text("\n") and f"list:{p / 'e.txt'}", "is empty"),
+    (lambda p: (p / "b.txt").write_text("b.txt\tcat\n") and f"list:{p / 'b.txt'}", "'cat' is not an integer"),
+    (lambda p: [(p / "bad/c").mkdir(parents=True), (p / "bad/c/a.jpg").write_bytes(b"x")] and str(p / "bad"),
+     "none of its 1 files is a sound image"),
+])
+def test_a_source_with_nothing_to_read_is_one_line(tmp_path, make, words):
+    with pytest.raises(UserError, match="^[^\n]*$") as error:
+        build(make(tmp_path), tmp_path / "cache")
+    assert words in str(error.value)

@@ -1,0 +1,110 @@
+"""Engines on two uneven ranks against plain single-process torch on the whole batch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+from workers.steps import IMAGES, STEPS, batch, network
+
+from fastrot.engine.deepspeed import merged, settings_to_json
+from fastrot.engine import StepSettings
+from fastrot.errors import UserError
+
+EXACT = ["plain-fp32-0-sgd", "deepspeed-fp32-0-sgd", "deepspeed-fp32-1-sgd", "plain-fp32-0-sgd-clip",
+         "deepspeed-fp32-0-sgd-clip", "deepspeed-fp32-1-sgd-clip"]
+LARS = ["plain-fp32-0-lars", "deepspeed-fp32-0-lars"]
+LOW = ["plain-bf16-0-sgd", "deepspeed-bf16-0-sgd", "deepspeed-bf16-1-sgd", "plain-fp16-0-sgd", "deepspeed-fp16-0-sgd"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("steps") / "results.pt"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    command = [os.path.join(os.path.dirname(sys.executable), "torchrun"), "--standalone", "--nproc_per_node", "2",
+               "tests/workers/steps.py", str(out), *EXACT, *LARS, *LOW]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+def oracle(clip: float | None):
+    """One process, torch's own batch norm and SGD, the mean loss of the whole batch."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3, foreach=False)
+    losses, norms = [], []
+    for step in range(STEPS):
+        images, target = batch(step)
+        loss = nn.functional.cross_entropy(model(images), target)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))))
+        optimizer.step()
+        losses.append(loss.item() * IMAGES)
+    momenta = {f"momentum_buffer/{n}": optimizer.state[p]["momentum_buffer"] for n, p in model.named_parameters()}
+    return losses, norms, model.state_dict(), momenta
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_two_uneven_ranks_are_one_process_on_the_whole_batch(results, mode):
+    losses, norms, weights, momenta = oracle(0.3 if mode.endswith("clip") else None)
+    got = results[mode]["whole"]
+    torch.testing.assert_close(got["losses"], losses, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got["norms"], norms, rtol=1e-3, atol=1e-5)
+    for name, value in weights.items():
+        torch.testing.assert_close(got["weights"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for name, value in momenta.items():
+        torch.testing.assert_close(got["momenta"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_deepspeeds_lars_is_plain_torchs(results):
+    plain, deep = (results[mode]["whole"] for mode in LARS)
+    torch.testing.assert_close(deep["losses"], plain["losses"], rtol=1e-5, atol=1e-6)
+    assert plain["losses"] != results["plain-fp32-0-sgd"]["whole"]["losses"]
+
+
+@pytest.mark.parametrize("mode", LOW)
+def test_low_precision_stays_near_fp32_and_keeps_fp32_weights(results, mode):
+    got = results[mode]["whole"]
+    want = results["plain-fp32-0-sgd"]["whole"]["losses"]
+    assert all(value.dtype == torch.float32 for name, value in got["weights"].items() if "num_batches" not in name)
+    torch.testing.assert_close(got["losses"], want, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("mode", [*EXACT, *LARS, *LOW])
+def test_resumed_from_the_middle_is_equal_bit_for_bit(results, mode):
+    whole, resumed = results[mode]["whole"], results[mode]["resumed"]
+    assert resumed["losses"] == whole["losses"][2:]
+    assert resumed["norms"] == whole["norms"][2:]
+    for part in ("weights", "momenta"):
+        assert whole[part].keys() == resumed[part].keys()
+        for name, value in whole[part].items():
+            assert torch.equal(value, resumed[part][name]), name
+
+
+def test_a_deepspeed_config_may_add_but_not_contradict(tmp_path):
+    ours = settings_to_json(StepSettings("bf16", 0, 1.0), 2)
+    batch_keys = {"train_batch_size": 128, "gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 64}
+    file = tmp_path / "ds.json"
+    file.write_text('{"train_batch_size": 128, "gradient_accumulation_steps": "auto", "wall_clock_breakdown": true,'
+                    ' "zero_optimization": {"stage": 0, "reduce_bucket_size": 1000}, "gradient_clipping": 1.0}')
+    out = merged(ours, str(file), batch_keys, 1.0)
+    assert out["wall_clock_breakdown"] is True
+    assert out["zero_optimization"] == {"stage": 0, "reduce_bucket_size": 1000}
+    assert out["train_batch_size"] == 2  # ours: constant, whatever the slices
+    file.write_text('{"train_batch_size": 64, "zero_optimization": {"stage": 2}, "fp16": {"enabled": true},'
+                    ' "optimizer": {"type": "Adam"}, "gradient_clipping": 5}')
+    with pytest.raises(UserError) as error:
+        merged(ours, str(file), batch_keys, 1.0)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 5
+    for words in ("train_batch_size is 64, the YAML makes it 128", "zero_optimization.stage is 2", "fp16 is set in the YAML",
+                  "optimizer is set in the YAML", "gradient_clipping is 5, the YAML makes it 1.0"):
+        assert any(words in line for line in lines), words
+    for text in ("[1]", "{"):
+        file.write_text(text)
+        with pytest.raises(UserError, match="--deepspeed_config"):
+            merged(ours, str(file), batch_keys, None)

@@ -1,0 +1,56 @@
+"""The network against the protocol; batch norm over ranks against one big batch (also test_engine)."""
+
+import math
+
+import pytest
+import torch
+import torchvision
+
+from fastrot.model import backbone_state, build_model, tap_maps
+
+
+@pytest.mark.parametrize("arch, parameters", [("resnet18", 11_178_564), ("resnet34", 21_286_724), ("resnet50", 23_516_228)])
+def test_sizes_are_torchvisions_with_four_classes(arch, parameters):
+    model = build_model(arch, 4, 0)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model.state_dict().keys() == getattr(torchvision.models, arch)().state_dict().keys()
+
+
+def test_weights_are_drawn_as_the_protocol_says():
+    model = build_model("resnet50", 4, 7)
+    for name, p in model.named_parameters():
+        if p.ndim == 4:  # Kaiming normal, fan out, ReLU
+            want = math.sqrt(2 / (p.shape[0] * p.shape[2] * p.shape[3]))
+            assert p.std().item() == pytest.approx(want, rel=0.05), name
+            assert abs(p.mean().item()) < 0.05 * want + 3 * want / math.sqrt(p.numel()), name
+        elif name == "fc.weight":
+            assert p.std().item() == pytest.approx(0.01, rel=0.05)
+        elif name.endswith("weight"):
+            assert torch.all(p == 1), f"{name}: no zero-initialised residuals"
+        else:
+            assert torch.all(p == 0), name
+
+
+def test_the_seed_decides_the_weights_and_nothing_else_is_drawn():
+    before = torch.random.get_rng_state()
+    a, b, c = build_model("resnet18", 4, 1), build_model("resnet18", 4, 1), build_model("resnet18", 4, 2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(a.conv1.weight, b.conv1.weight)
+    assert not torch.equal(a.conv1.weight, c.conv1.weight)
+
+
+def test_taps_have_the_protocols_shapes_and_lead_to_the_models_output():
+    model = build_model("resnet50", 4, 0).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        maps = tap_maps(model, images)
+        logits = model.fc(model.avgpool(maps[-1]).flatten(1))
+        torch.testing.assert_close(logits, model(images))
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (64, 112, 112), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
+    assert all(m.min() >= 0 for m in maps)
+
+
+def test_the_backbone_is_all_but_the_head():
+    model = build_model("resnet18", 4, 0)
+    assert set(model.state_dict()) - set(backbone_state(model)) == {"fc.weight", "fc.bias"}

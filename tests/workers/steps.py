@@ -1,0 +1,72 @@
+"""One rank of the engine tests: trains a tiny network in one mode and writes what came out.
+
+torchrun ... steps.py OUT MODE ...   MODE is kind-precision-zero-optimizer[-clip]
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastrot import distributed
+from fastrot.engine import StepSettings, make_engine
+from fastrot.model import synchronise_batchnorm
+from fastrot.optim import build_optimizer
+
+IMAGES, STEPS = 7, 4  # uneven over two ranks
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, bias=False),
+                         nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(IMAGES, 3, 9, 9, generator=generator), torch.randint(4, (IMAGES,), generator=generator)
+
+
+def train(mode: str, ranks, first: int = 0, state=None):
+    kind, precision, zero, optimizer_name, *clip = mode.split("-")
+    model = synchronise_batchnorm(network())
+    fused = optimizer_name == "sgd" and precision != "fp16"
+    optimizer = build_optimizer(optimizer_name, model, lr=0.05, momentum=0.9, nesterov=False, weight_decay=1e-3,
+                                decay_norms=True, trust=0.1, fused=fused)
+    settings = StepSettings(precision, int(zero), 0.3 if clip else None, 0.9)
+    engine = make_engine(kind, model, optimizer, settings, ranks, {})
+    if state:
+        engine.load_state(*state)
+    losses, norms, middle = [], [], None
+    for step in range(first, STEPS):
+        images, target = batch(step)
+        mine = slice(IMAGES * ranks.rank // ranks.world, IMAGES * (ranks.rank + 1) // ranks.world)
+        loss = nn.functional.cross_entropy(engine.module(images[mine]).float(), target[mine], reduction="sum")
+        engine.backward(loss, IMAGES)
+        engine.step()
+        losses.append(engine.reduce(loss.detach().clone()).item())
+        norms.append(float(engine.grad_norm))
+        if step == 1:
+            middle = copy.deepcopy(engine.state())
+    weights, momenta, _ = engine.state()
+    return {"losses": losses, "norms": norms, "weights": {k: v.clone() for k, v in weights.items()},
+            "momenta": {k: v.clone() for k, v in momenta.items()}}, middle
+
+
+def main() -> None:
+    out, *modes = sys.argv[1:]
+    ranks = distributed.start()
+    results = {}
+    for mode in modes:
+        whole, middle = train(mode, ranks)
+        resumed, _ = train(mode, ranks, 2, middle)
+        results[mode] = {"whole": whole, "resumed": resumed}
+    if ranks.first:
+        torch.save(results, Path(out))
+    distributed.end()
+
+
+if __name__ == "__main__":
+    main()
