@@ -77,8 +77,11 @@ def load(folder: Path) -> Checkpoint:
     """Read a checkpoint onto the CPU. Raises UserError where it cannot be."""
     try:
         return Checkpoint(
-            folder, load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors"),
-            json.loads((folder / "state.json").read_text()))
+            folder,
+            load_file(folder / "model.safetensors"),
+            load_file(folder / "optimizer.safetensors"),
+            json.loads((folder / "state.json").read_text()),
+        )
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{folder}: cannot be read ({error}); name another checkpoint") from None
 
@@ -117,8 +120,10 @@ def find(resume: str, run: Path, say) -> Path | None:
             raise UserError(f"--resume {resume}: not a sound checkpoint: {wrong}")
         say(f"{folder.name} is damaged ({wrong}); taking the one before")
     if candidates:
-        raise UserError(f"{run / 'checkpoints'}: none of {len(candidates)} checkpoints is sound; "
-                        "choose another run.out to start anew")
+        raise UserError(
+            f"{run / 'checkpoints'}: none of {len(candidates)} checkpoints is sound; "
+            "choose another run.out to start anew"
+        )
     return None
 
 
@@ -150,7 +155,8 @@ class Saver:
             "backbone.safetensors": _copied({k: v for k, v in model.items() if not k.startswith("fc.")}),
         }
         self._thread = threading.Thread(
-            target=self._write, args=(step, tensors, dict(state), accuracy), name="checkpoint")
+            target=self._write, args=(step, tensors, dict(state), accuracy), name="checkpoint"
+        )
         self._thread.start()
 
     def finish(self) -> None:
@@ -162,8 +168,9 @@ class Saver:
     def check(self) -> None:
         """Raises Fault where the newest checkpoint could not be written."""
         if self._failures:
-            raise Fault(f"{self._root}: the last {self._failures} checkpoints could not be written; "
-                        "an earlier one stands")
+            raise Fault(
+                f"{self._root}: the last {self._failures} checkpoints could not be written; an earlier one stands"
+            )
 
     def _write(self, step: int, tensors: dict, state: dict, accuracy: float | None) -> None:
         folder = self._root / f"step-{step:08d}"
@@ -192,8 +199,10 @@ class Saver:
             self._failures = 0
         except OSError as error:
             self._failures += 1
-            self._say(f"checkpoint {folder.name} could not be written ({error.strerror}); "
-                      "training goes on, the next interval tries again")
+            self._say(
+                f"checkpoint {folder.name} could not be written ({error.strerror}); "
+                "training goes on, the next interval tries again"
+            )
 
     def _thin_out(self) -> None:
         try:
@@ -207,8 +216,10 @@ class Saver:
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous host copies: the step may go on while they are written."""
-    return {name: torch.empty_like(t, device="cpu", memory_format=torch.contiguous_format).copy_(t)
-            for name, t in tensors.items()}
+    return {
+        name: torch.empty_like(t, device="cpu", memory_format=torch.contiguous_format).copy_(t)
+        for name, t in tensors.items()
+    }
 
 
 def refuse_differences(saved: dict, now: dict, may_differ: list[str], where: Path) -> None:
@@ -220,7 +231,8 @@ def refuse_differences(saved: dict, now: dict, may_differ: list[str], where: Pat
     lines = [
         f"{where.name}: {key} was {saved.get(key)!r}, is {now[key]!r}; restore it, choose another run.out, "
         f"or --resume-anyway {key}"
-        for key in now if saved.get(key) != now[key] and key not in may_differ
+        for key in now
+        if saved.get(key) != now[key] and key not in may_differ
     ]
     if lines:
         raise UserError("\n".join(lines))

@@ -21,28 +21,58 @@ examples:
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", metavar="FILE", help="YAML file of sections data, rotation, model, optim, engine, run")
+    common.add_argument(
+        "--config", metavar="FILE", help="YAML file of sections data, rotation, model, optim, engine, run"
+    )
     common.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; the last one wins")
     common.add_argument("--json", action="store_true", help="print the result as one line of JSON on standard output")
     common.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
     parser = argparse.ArgumentParser(
-        "fastrot", description="Pretrain ResNets by predicting image rotations.", epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        "fastrot",
+        description="Pretrain ResNets by predicting image rotations.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", parents=[common], help="pretrain (fastrot/train.py is the same)",
-                                epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    train.add_argument("--dry-run", action="store_true", help="build everything, run one step, say what the run would be")
-    train.add_argument("--resume", default="auto", metavar="auto|never|PATH",
-                       help="auto: the newest sound checkpoint of run.out, if any; or a checkpoint or run folder")
-    train.add_argument("--resume-anyway", action="append", default=[], metavar="KEY",
-                       help="let this config key differ from the checkpoint's (repeatable)")
-    train.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed's own JSON; it may not contradict the YAML")
-    train.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # scripts written for DeepSpeed pass it
+    train = commands.add_parser(
+        "train",
+        parents=[common],
+        help="pretrain (fastrot/train.py is the same)",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="build everything, run one step, say what the run would be"
+    )
+    train.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: the newest sound checkpoint of run.out, if any; or a checkpoint or run folder",
+    )
+    train.add_argument(
+        "--resume-anyway",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="let this config key differ from the checkpoint's (repeatable)",
+    )
+    train.add_argument(
+        "--deepspeed_config", metavar="FILE", help="DeepSpeed's own JSON; it may not contradict the YAML"
+    )
+    train.add_argument(
+        "--deepspeed", action="store_true", help=argparse.SUPPRESS
+    )  # scripts written for DeepSpeed pass it
 
-    stream = commands.add_parser("stream", parents=[common], help="print and hash steps of the stream, without training",
-                                 epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stream = commands.add_parser(
+        "stream",
+        parents=[common],
+        help="print and hash steps of the stream, without training",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     stream.add_argument("--first-step", type=int, default=0, metavar="A")
     stream.add_argument("--steps", type=int, default=10, metavar="N")
     stream.add_argument("--ranks", type=int, default=1, metavar="R", help="plan as this many ranks would")
@@ -119,3 +149,7 @@ def _hand_over(args, config, sources, ranks) -> dict:
     if args.dry_run:
         return dry_run(config, sources, ranks, args.deepspeed_config)
     return job.train(config, ranks, args.resume, args.resume_anyway, args.deepspeed_config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

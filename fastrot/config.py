@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from fastrot.errors import UserError
 
@@ -166,18 +165,30 @@ def cross_field_errors(config: Config) -> list[str]:
         (not 0 < data.scale[0] <= data.scale[1] <= 1, f"data.scale {list(data.scale)} must rise within (0, 1]"),
         (not 0 < data.ratio[0] <= data.ratio[1], f"data.ratio {list(data.ratio)} must rise and be above 0"),
         (min(data.std) <= 0, f"data.std {list(data.std)} must be above 0"),
-        (data.resize is not None and data.resize < data.crop, f"data.resize {data.resize} is below data.crop {data.crop}"),
-        (optim.warmup_epochs >= optim.epochs and optim.warmup_epochs > 0,
-         f"optim.warmup_epochs {optim.warmup_epochs:g} leaves nothing of optim.epochs {optim.epochs:g}"),
-        (list(optim.milestones) != sorted(set(optim.milestones)), f"optim.milestones {list(optim.milestones)} must rise"),
+        (
+            data.resize is not None and data.resize < data.crop,
+            f"data.resize {data.resize} is below data.crop {data.crop}",
+        ),
+        (
+            optim.warmup_epochs >= optim.epochs and optim.warmup_epochs > 0,
+            f"optim.warmup_epochs {optim.warmup_epochs:g} leaves nothing of optim.epochs {optim.epochs:g}",
+        ),
+        (
+            list(optim.milestones) != sorted(set(optim.milestones)),
+            f"optim.milestones {list(optim.milestones)} must rise",
+        ),
         (optim.nesterov and optim.name == "lars", "optim.nesterov is SGD's; optim.name is lars"),
         (optim.nesterov and optim.momentum == 0, "optim.nesterov needs optim.momentum above 0"),
         (engine.zero == 1 and engine.kind == "plain", "engine.zero 1 is DeepSpeed's; engine.kind is plain"),
-        (engine.zero == 1 and optim.name == "lars",
-         "engine.zero 1 flattens the layers whose norms optim.name lars needs; use engine.zero 0"),
-        (engine.zero == 1 and engine.precision == "fp16",
-         "engine.zero 1 with engine.precision fp16: DeepSpeed 0.19's loss scale never falls there after an "
-         "overflow; use bf16, or engine.zero 0"),
+        (
+            engine.zero == 1 and optim.name == "lars",
+            "engine.zero 1 flattens the layers whose norms optim.name lars needs; use engine.zero 0",
+        ),
+        (
+            engine.zero == 1 and engine.precision == "fp16",
+            "engine.zero 1 with engine.precision fp16: DeepSpeed 0.19's loss scale never falls there after an "
+            "overflow; use bf16, or engine.zero 0",
+        ),
         (data.decode == "torch" and data.decode_on == "gpu", "data.decode_on gpu is dali's; data.decode is torch"),
     )
     return [line for wrong, line in checks if wrong]
@@ -196,7 +207,7 @@ _Loader.add_implicit_resolver(
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 -- a SafeLoader
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -216,11 +227,7 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 def known_keys() -> list[str]:
     """Every dotted key there is, in the order of the sections."""
-    return [
-        f"{name}.{key}"
-        for name, section in Config.model_fields.items()
-        for key in section.annotation.model_fields
-    ]
+    return [f"{name}.{key}" for name, section in Config.model_fields.items() for key in section.annotation.model_fields]
 
 
 def load(path: str | None, overrides: list[str]) -> tuple[Config, dict[str, str]]:

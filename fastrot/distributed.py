@@ -15,6 +15,8 @@ import torch.distributed as dist
 from fastrot.errors import Fault, UserError
 
 T = TypeVar("T")
+# what a launcher would set, for a process that has none; no launcher gives port 0
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def cache_folder() -> Path:
@@ -44,16 +46,20 @@ def start(timeout_s: float = 1800) -> Ranks:
     Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE as deepspeed, torchrun and Slurm wrappers
     set them. NCCL where there is CUDA, gloo elsewhere.
     """
-    for name, folder in (("TORCH_EXTENSIONS_DIR", "torch_extensions"), ("TRITON_CACHE_DIR", "triton"),
-                         ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
+    for name, folder in (
+        ("TORCH_EXTENSIONS_DIR", "torch_extensions"),
+        ("TRITON_CACHE_DIR", "triton"),
+        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
+    ):
         os.environ.setdefault(name, str(cache_folder() / folder))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"rank {rank}: no GPU {local_rank} here, only {torch.cuda.device_count()}; "
-                            "start at most one rank a GPU")
+            raise UserError(
+                f"rank {rank}: no GPU {local_rank} here, only {torch.cuda.device_count()}; start at most one rank a GPU"
+            )
         torch.cuda.set_device(local_rank)
         device, backend = torch.device("cuda", local_rank), "nccl"
     else:
@@ -64,7 +70,7 @@ def start(timeout_s: float = 1800) -> Ranks:
         _die_with_launcher()
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     else:  # a plain `python`: DeepSpeed wants the variables too, else it looks for MPI
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        os.environ.update(_ALONE)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(rank, world, local_rank, local_world, device)
 
@@ -73,6 +79,9 @@ def end() -> None:
     """Leave the process group; without this an exit may turn non-zero after the work is done."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    if os.environ.get("MASTER_PORT") == _ALONE["MASTER_PORT"]:
+        for name in _ALONE:
+            os.environ.pop(name, None)
 
 
 def on_first(ranks: Ranks, work: Callable[[], T]) -> T:

@@ -24,16 +24,33 @@ def dry_run(config: Config, sources: dict[str, str], ranks: Ranks, deepspeed_con
     n, quiet = job.numbers, runlog.RunLog(None, 0, 0, False)
     for step in range(2):
         course = replace(job.course(step + 1), log_every=1)
-        timed = run(course, job.batches(range(step, step + 1), step * n.images), job.task, job.engine, job.lr_of,
-                    None, lambda *_: None, quiet, job.clock)
+        timed = run(
+            course,
+            job.batches(range(step, step + 1), step * n.images),
+            job.task,
+            job.engine,
+            job.lr_of,
+            None,
+            lambda *_: None,
+            quiet,
+            job.clock,
+        )
     job.close()
     hours = timed["step_s"] * n.steps / 3600
     result = {
-        "images_per_step": n.images, "views_per_step": n.images * n.views_per_image, "ranks": n.ranks,
-        "micro_steps": n.micro_steps, "largest_share_images": n.largest, "batch_norm_views": n.norm_views,
-        "rows": len(train), "steps": n.steps, "parameters": job.parameters, "memory_gib": timed["memory_gib"],
+        "images_per_step": n.images,
+        "views_per_step": n.images * n.views_per_image,
+        "ranks": n.ranks,
+        "micro_steps": n.micro_steps,
+        "largest_share_images": n.largest,
+        "batch_norm_views": n.norm_views,
+        "rows": len(train),
+        "steps": n.steps,
+        "parameters": job.parameters,
+        "memory_gib": timed["memory_gib"],
         "lr_per_256_views": config.optim.lr * 256 / (n.images * n.views_per_image),
-        "views_per_s": timed["views_per_s"], "expected_hours": hours,
+        "views_per_s": timed["views_per_s"],
+        "expected_hours": hours,
     }
     if ranks.first:
         _show(config, sources, result)
@@ -41,16 +58,25 @@ def dry_run(config: Config, sources: dict[str, str], ranks: Ranks, deepspeed_con
 
 
 def _show(config: Config, sources: dict[str, str], r: dict) -> None:
-    values = {f"{section}.{key}": value for section, body in config.model_dump(mode="json").items()
-              for key, value in body.items()}
+    values = {
+        f"{section}.{key}": value
+        for section, body in config.model_dump(mode="json").items()
+        for key, value in body.items()
+    }
     runlog.table("config", [(key, f"{value}  ({sources[key]})") for key, value in values.items()])
-    runlog.table("dry run", [
-        ("a step", f"{r['images_per_step']} images = {r['views_per_step']} views over {r['ranks']} ranks, "
-                   f"{r['micro_steps']} micro-steps, at most {r['largest_share_images']} images a rank at once"),
-        ("batch norm", f"over {r['batch_norm_views']} views (recipe {RECIPE_VIEWS})"),
-        ("rate", f"{config.optim.lr:g} at its peak, {r['lr_per_256_views']:g} per 256 views"),
-        ("steps", f"{r['steps']:,} = {config.optim.epochs:g} epochs of {r['rows']:,} images"),
-        ("parameters", f"{r['parameters']:,}"),
-        ("memory", f"{r['memory_gib']:.2f} GiB on rank 0 at its peak"),
-        ("expected", f"{r['expected_hours']:.2f} hours at {r['views_per_s']:,.0f} views/s, measured on one step"),
-    ])
+    runlog.table(
+        "dry run",
+        [
+            (
+                "a step",
+                f"{r['images_per_step']} images = {r['views_per_step']} views over {r['ranks']} ranks, "
+                f"{r['micro_steps']} micro-steps, at most {r['largest_share_images']} images a rank at once",
+            ),
+            ("batch norm", f"over {r['batch_norm_views']} views (recipe {RECIPE_VIEWS})"),
+            ("rate", f"{config.optim.lr:g} at its peak, {r['lr_per_256_views']:g} per 256 views"),
+            ("steps", f"{r['steps']:,} = {config.optim.epochs:g} epochs of {r['rows']:,} images"),
+            ("parameters", f"{r['parameters']:,}"),
+            ("memory", f"{r['memory_gib']:.2f} GiB on rank 0 at its peak"),
+            ("expected", f"{r['expected_hours']:.2f} hours at {r['views_per_s']:,.0f} views/s, measured on one step"),
+        ],
+    )

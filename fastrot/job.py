@@ -32,9 +32,23 @@ from fastrot.tasks.rotation import RotationTask
 
 RECIPE_VIEWS = 512  # that batch norm sees in the published run
 _FIXED = ("model.arch", "run.seed", "data")  # no resume can change these
-_DEFINING = ("model.", "rotation.", "optim.", "run.seed", "engine.precision", "data.crop", "data.crop_by_epoch",
-             "data.scale", "data.ratio", "data.flip", "data.mean", "data.std", "data.order", "data.window_rows",
-             "data.window_chunks")
+_DEFINING = (
+    "model.",
+    "rotation.",
+    "optim.",
+    "run.seed",
+    "engine.precision",
+    "data.crop",
+    "data.crop_by_epoch",
+    "data.scale",
+    "data.ratio",
+    "data.flip",
+    "data.mean",
+    "data.std",
+    "data.order",
+    "data.window_rows",
+    "data.window_chunks",
+)
 
 
 @dataclass(frozen=True)
@@ -57,14 +71,18 @@ def arithmetic(config: Config, ranks: int, rows: int) -> Arithmetic:
     if rows < ranks:
         raise UserError(f"data.train: {rows} images for {ranks} ranks; start at most one rank an image")
     if images < ranks:
-        raise UserError(f"optim.images_per_step {images} leaves some of {ranks} ranks without an image; "
-                        f"raise it to {ranks} or more, or start fewer ranks")
+        raise UserError(
+            f"optim.images_per_step {images} leaves some of {ranks} ranks without an image; "
+            f"raise it to {ranks} or more, or start fewer ranks"
+        )
     micro_steps = micro_steps_of(images, ranks, engine.images_per_micro_step)
     shares = [slice_of(images, ranks, micro_steps, a, r) for a in range(micro_steps) for r in range(ranks)]
     sizes = [last - first for first, last in shares]
     if min(sizes) < 1:
-        raise UserError(f"engine.images_per_micro_step {engine.images_per_micro_step} splits a step of {images} images "
-                        f"over {ranks} ranks into empty shares; raise it")
+        raise UserError(
+            f"engine.images_per_micro_step {engine.images_per_micro_step} splits a step of {images} images "
+            f"over {ranks} ranks into empty shares; raise it"
+        )
     norm = (images // micro_steps if config.model.sync_batchnorm else max(sizes)) * views
     steps = math.ceil(config.optim.epochs * rows / images)
     return Arithmetic(images, ranks, micro_steps, views, steps, max(sizes), norm)
@@ -72,10 +90,21 @@ def arithmetic(config: Config, ranks: int, rows: int) -> Arithmetic:
 
 def plan_of(config: Config, manifest: Manifest) -> Plan:
     data, n = config.data, len(manifest)
-    order = (FullOrder(n, config.run.seed) if data.order == "full"
-             else WindowOrder(n, config.run.seed, data.window_rows, data.window_chunks))
-    return Plan(config.run.seed, manifest.height, manifest.width, order, config.rotation.views,
-                data.scale, data.ratio, data.flip)
+    order = (
+        FullOrder(n, config.run.seed)
+        if data.order == "full"
+        else WindowOrder(n, config.run.seed, data.window_rows, data.window_chunks)
+    )
+    return Plan(
+        config.run.seed,
+        manifest.height,
+        manifest.width,
+        order,
+        config.rotation.views,
+        data.scale,
+        data.ratio,
+        data.flip,
+    )
 
 
 def open_manifest(source: str | None, config: Config, ranks: Ranks, key: str) -> Manifest:
@@ -83,8 +112,7 @@ def open_manifest(source: str | None, config: Config, ranks: Ranks, key: str) ->
     if source is None:
         raise UserError(f"{key} is not set; name an image folder, as in {key}=/path, or list:FILE")
     cache = distributed.cache_folder() / "manifests"
-    folder = distributed.on_first(
-        ranks, lambda: index(source, cache, config.data.max_pixels, runlog.track))
+    folder = distributed.on_first(ranks, lambda: index(source, cache, config.data.max_pixels, runlog.track))
     return Manifest.load(folder)
 
 
@@ -95,35 +123,61 @@ def describe(manifest: Manifest, say) -> None:
         say(f"{manifest.source}: passed over {kinds}")
     if manifest.quarantined:
         path, reason = manifest.quarantined[0]
-        say(f"{manifest.source}: {len(manifest.quarantined)} files are no sound images and are left out, the first: {path}: {reason}")
+        say(
+            f"{manifest.source}: {len(manifest.quarantined)} files are no sound images and are left out, the first: {path}: {reason}"
+        )
     if len(manifest.classes) == 1:
         say(f"{manifest.source}: one class ({manifest.classes[0]}); rotation needs no labels, so this trains")
 
 
-def make_loader(config: Config, manifest: Manifest, ranks: Ranks, batch: int, bad_path: Path | None) -> tuple[Loader, str]:
+def make_loader(
+    config: Config, manifest: Manifest, ranks: Ranks, batch: int, bad_path: Path | None
+) -> tuple[Loader, str]:
     """A loader over a manifest, and the line that says how it decodes."""
     data = config.data
     threads = data.threads or max(1, (os.cpu_count() or 1) // ranks.local_world)
     decoder, line = make_decoder(data.decode, data.decode_on, ranks.device, threads, batch, DECODES_IN_FLIGHT)
     most = data.max_bad if data.max_bad is not None else max(10, len(manifest) // 1000)
-    loader = Loader(manifest, plan_of(config, manifest), FileStorage(manifest), decoder,
-                    BadImages(bad_path, most), ranks.device, data.prefetch, data.timeout)
+    loader = Loader(
+        manifest,
+        plan_of(config, manifest),
+        FileStorage(manifest),
+        decoder,
+        BadImages(bad_path, most),
+        ranks.device,
+        data.prefetch,
+        data.timeout,
+    )
     return loader, line
 
 
 def defining(config: Config, content: str) -> dict:
     """What a resumed run must share with its checkpoint: flat keys and the data's content hash."""
-    flat = {f"{section}.{key}": value for section, body in config.model_dump(mode="json").items()
-            for key, value in body.items()}
-    return {key: value for key, value in flat.items()
-            if any(key == d or (d.endswith(".") and key.startswith(d)) for d in _DEFINING)} | {"data": content}
+    flat = {
+        f"{section}.{key}": value
+        for section, body in config.model_dump(mode="json").items()
+        for key, value in body.items()
+    }
+    return {
+        key: value
+        for key, value in flat.items()
+        if any(key == d or (d.endswith(".") and key.startswith(d)) for d in _DEFINING)
+    } | {"data": content}
 
 
 class Job:
     """The parts of one run, built once for training and for --dry-run alike."""
 
-    def __init__(self, config: Config, ranks: Ranks, train: Manifest, val: Manifest | None, folder: Path | None,
-                 deepspeed_config: str | None, say):
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        train: Manifest,
+        val: Manifest | None,
+        folder: Path | None,
+        deepspeed_config: str | None,
+        say,
+    ):
         self.config, self.ranks, self.say = config, ranks, say
         self.train, self.val = train, val
         self.numbers = arithmetic(config, ranks.world, len(train))
@@ -140,20 +194,38 @@ class Job:
         torch.use_deterministic_algorithms(e.deterministic)
         torch.backends.cudnn.benchmark = not e.deterministic
         torch.set_float32_matmul_precision("highest" if e.precision == "fp32" else "high")
-        self.task = RotationTask([255 * v for v in config.data.mean], [255 * v for v in config.data.std],
-                                 AUTOCAST.get(e.precision, torch.float32), ranks.device, config.rotation.shuffle_labels)
+        self.task = RotationTask(
+            [255 * v for v in config.data.mean],
+            [255 * v for v in config.data.std],
+            AUTOCAST.get(e.precision, torch.float32),
+            ranks.device,
+            config.rotation.shuffle_labels,
+        )
         model = self.task.build_model(config.model.arch, config.run.seed)
         if config.model.sync_batchnorm:
             synchronise_batchnorm(model)
         elif ranks.world > 1:
-            self.say(f"model.sync_batchnorm is off: batch norm over each rank's views alone, not the recipe's {RECIPE_VIEWS}")
+            self.say(
+                f"model.sync_batchnorm is off: batch norm over each rank's views alone, not the recipe's {RECIPE_VIEWS}"
+            )
         model.to(ranks.device)
         optimizer = optim.build_optimizer(
-            o.name, model, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, weight_decay=o.weight_decay,
-            decay_norms=o.decay_norms, trust=o.trust, fused=e.precision != "fp16")
+            o.name,
+            model,
+            lr=o.lr,
+            momentum=o.momentum,
+            nesterov=o.nesterov,
+            weight_decay=o.weight_decay,
+            decay_norms=o.decay_norms,
+            trust=o.trust,
+            fused=e.precision != "fp16",
+        )
         settings = StepSettings(e.precision, e.zero, o.clip, o.momentum, e.channels_last)
-        batch = {"train_batch_size": self.numbers.images, "gradient_accumulation_steps": self.numbers.micro_steps,
-                 "train_micro_batch_size_per_gpu": self.numbers.largest}
+        batch = {
+            "train_batch_size": self.numbers.images,
+            "gradient_accumulation_steps": self.numbers.micro_steps,
+            "train_micro_batch_size_per_gpu": self.numbers.largest,
+        }
         self.engine = make_engine(e.kind, model, optimizer, settings, ranks, batch, deepspeed_config)
         if e.compile:
             model.compile()
@@ -162,8 +234,17 @@ class Job:
     def lr_of(self, epoch: float) -> float:
         o = self.config.optim
         return optim.lr_at(
-            epoch, epochs=o.epochs, peak=o.lr, schedule=o.schedule, warmup_epochs=o.warmup_epochs,
-            warmup_ratio=o.warmup_ratio, milestones=o.milestones, gamma=o.gamma, power=o.power, final=o.final_lr)
+            epoch,
+            epochs=o.epochs,
+            peak=o.lr,
+            schedule=o.schedule,
+            warmup_epochs=o.warmup_epochs,
+            warmup_ratio=o.warmup_ratio,
+            milestones=o.milestones,
+            gamma=o.gamma,
+            power=o.power,
+            final=o.final_lr,
+        )
 
     def crop_at(self, epoch: float) -> int:
         reached = [first for first in self.config.data.crop_by_epoch if first <= epoch]
@@ -175,8 +256,17 @@ class Job:
 
     def course(self, last_step: int) -> Course:
         run_, n = self.config.run, self.numbers
-        return Course(last_step, len(self.train), n.images, n.views_per_image, run_.log_every, run_.checkpoint_every,
-                      run_.evaluate_every, run_.seed, self.ranks.rank)
+        return Course(
+            last_step,
+            len(self.train),
+            n.images,
+            n.views_per_image,
+            run_.log_every,
+            run_.checkpoint_every,
+            run_.evaluate_every,
+            run_.seed,
+            self.ranks.rank,
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss and accuracies over all ranks, exact for any number of them."""
@@ -312,8 +402,10 @@ def _show(result: dict) -> None:
     if "held_out_accuracy" in result:
         rows.append(("held-out rotation accuracy", f"{result['held_out_accuracy']:.1%} (chance {1 / TURNS:.0%})"))
     if "views_per_s" in result:
-        rows += [("throughput", f"{result['images_per_s']:,.0f} images/s, {result['views_per_s']:,.0f} views/s"),
-                 ("time waiting for data", f"{result['wait_share']:.1%}")]
+        rows += [
+            ("throughput", f"{result['images_per_s']:,.0f} images/s, {result['views_per_s']:,.0f} views/s"),
+            ("time waiting for data", f"{result['wait_share']:.1%}"),
+        ]
     runlog.table("rotation pretraining", [*rows, ("outputs", result["out"])])
 
 
@@ -321,5 +413,6 @@ def _write_facts(folder: Path, config: Config, ranks: Ranks, manifest: Manifest)
     if ranks.first:
         checkpoint.write_text(folder / "config.yaml", to_yaml(config))
         facts = runlog.environment(f"{ranks.world} on {ranks.device.type}") | {
-            "data": {"content": manifest.content, "storage": manifest.storage, "rows": len(manifest)}}
+            "data": {"content": manifest.content, "storage": manifest.storage, "rows": len(manifest)}
+        }
         checkpoint.write_text(folder / "environment.json", json.dumps(facts, indent=1) + "\n")

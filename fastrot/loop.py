@@ -37,9 +37,17 @@ class Course:
         return after > before and after % self.evaluate_every == 0
 
 
-def run(course: Course, batches: Iterable[StepBatch], task, engine: Engine, lr_of: Callable[[float], float],
-        evaluate: Callable[[], dict[str, float]] | None, save: Callable[[int, int, float | None], None],
-        log, clock: Clock) -> dict[str, float]:
+def run(
+    course: Course,
+    batches: Iterable[StepBatch],
+    task,
+    engine: Engine,
+    lr_of: Callable[[float], float],
+    evaluate: Callable[[], dict[str, float]] | None,
+    save: Callable[[int, int, float | None], None],
+    log,
+    clock: Clock,
+) -> dict[str, float]:
     """Train over `batches`; returns the last logged values with the whole run's rates.
 
     lr_of(epoch) -> rate.  evaluate() -> held-out metrics, or None.
@@ -73,12 +81,21 @@ def run(course: Course, batches: Iterable[StepBatch], task, engine: Engine, lr_o
         if due:
             times = clock.read()
             spent = {name: spent[name] + times[name] for name in spent}
-            latest = {"step": batch.step, "epoch": position / course.rows, **task.summary(engine.reduce(sums)),
-                      "lr": rate, **_norm(engine), **_rates(course, times, since), **_memory(device)}
+            latest = {
+                "step": batch.step,
+                "epoch": position / course.rows,
+                **task.summary(engine.reduce(sums)),
+                "lr": rate,
+                **_norm(engine),
+                **_rates(course, times, since),
+                **_memory(device),
+            }
             latest["eta_s"] = times["total"] / since * (course.last_step - done)
             if not math.isfinite(latest["loss"]):
-                raise Fault(f"the loss is {latest['loss']} at step {batch.step}; the last checkpoint stands: "
-                            "lower optim.lr or set optim.clip")
+                raise Fault(
+                    f"the loss is {latest['loss']} at step {batch.step}; the last checkpoint stands: "
+                    "lower optim.lr or set optim.clip"
+                )
             log.write(latest)
             sums.zero_()
             since = 0
@@ -103,8 +120,12 @@ def _rates(course: Course, times: dict[str, float], steps: int) -> dict[str, flo
     """Images and views a second over all ranks, and each stage's share of the time on this rank."""
     images = steps * course.images_per_step / times["total"]
     shares = {f"{name}_share": times[name] / times["total"] for name in STAGES}
-    return {"images_per_s": images, "views_per_s": images * course.views_per_image, "step_s": times["total"] / steps,
-            **shares}
+    return {
+        "images_per_s": images,
+        "views_per_s": images * course.views_per_image,
+        "step_s": times["total"] / steps,
+        **shares,
+    }
 
 
 def _memory(device: torch.device) -> dict[str, float]:

@@ -70,7 +70,8 @@ class _SyncedNorm(torch.autograd.Function):
         invstd = torch.rsqrt(var + ctx.eps)
         # as if mean and variance were constants: dy * w * invstd, and this rank's dw, db
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, mean, invstd, False, ctx.eps, [True, True, True])
+            grad, x, weight, mean, var, mean, invstd, False, ctx.eps, [True, True, True]
+        )
         sums = torch.cat([grad_weight, grad_bias])
         dist.all_reduce(sums)
         dw, db = sums.chunk(2)

@@ -11,13 +11,26 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_norms: bool) -
     params = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay, "adapt": True},
-        {"params": [p for p in params if p.ndim <= 1], "adapt": False,
-         "weight_decay": weight_decay if decay_norms else 0.0},
+        {
+            "params": [p for p in params if p.ndim <= 1],
+            "adapt": False,
+            "weight_decay": weight_decay if decay_norms else 0.0,
+        },
     ]
 
 
-def build_optimizer(name: str, model: nn.Module, *, lr: float, momentum: float, nesterov: bool,
-                    weight_decay: float, decay_norms: bool, trust: float, fused: bool = True) -> torch.optim.Optimizer:
+def build_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    decay_norms: bool,
+    trust: float,
+    fused: bool = True,
+) -> torch.optim.Optimizer:
     """SGD or LARS over the model's parameters.
 
     fused  one pass over the weights; not where a loss scaler must unscale before our clipping.
@@ -36,8 +49,9 @@ class LARS(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay,
-                                  "trust": trust, "adapt": True})
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": True}
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -61,9 +75,19 @@ class LARS(torch.optim.Optimizer):
         return loss
 
 
-def lr_at(epoch: float, *, epochs: float, peak: float, schedule: str, warmup_epochs: float = 0.0,
-          warmup_ratio: float = 0.0, milestones: tuple[float, ...] = (), gamma: float = 0.1,
-          power: float = 0.9, final: float = 0.0) -> float:
+def lr_at(
+    epoch: float,
+    *,
+    epochs: float,
+    peak: float,
+    schedule: str,
+    warmup_epochs: float = 0.0,
+    warmup_ratio: float = 0.0,
+    milestones: tuple[float, ...] = (),
+    gamma: float = 0.1,
+    power: float = 0.9,
+    final: float = 0.0,
+) -> float:
     """Rate at `epoch` = stream position / rows at the start of a step.
 
     step    peak * gamma ** (milestones passed)

@@ -19,7 +19,17 @@ from rich.table import Table
 from fastrot.checkpoint import write_text
 
 T = TypeVar("T")
-_PACKAGES = ("fastrot", "torch", "torchvision", "triton", "deepspeed", "nvidia-dali-cuda130", "numpy", "pillow", "safetensors")
+_PACKAGES = (
+    "fastrot",
+    "torch",
+    "torchvision",
+    "triton",
+    "deepspeed",
+    "nvidia-dali-cuda130",
+    "numpy",
+    "pillow",
+    "safetensors",
+)
 _QUIET_S = 10  # seconds between plain progress lines
 
 
@@ -29,8 +39,16 @@ def console() -> Console:
 
 
 def _bar(out: Console) -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                    TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=out)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=out,
+    )
 
 
 def duration(seconds: float) -> str:
@@ -73,9 +91,15 @@ def environment(ranks_line: str) -> dict:
             versions[package] = None
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname(),
-        "python": platform.python_version(), "platform": platform.platform(), "cores": os.cpu_count(),
-        "gpus": gpus, "ranks": ranks_line, "versions": versions,
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "gpus": gpus,
+        "ranks": ranks_line,
+        "versions": versions,
     }
 
 
@@ -143,8 +167,13 @@ class RunLog:
     def status(self, state: str, **facts) -> None:
         """Replace STATUS.json: state is running, done or failed. The authority on how a run ended."""
         if self._folder is not None:
-            content = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(),
-                       "host": socket.gethostname(), **facts}
+            content = {
+                "state": state,
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                **facts,
+            }
             write_text(self._folder / "STATUS.json", json.dumps(content, indent=1) + "\n")
 
     def close(self) -> None:
@@ -161,8 +190,10 @@ def _line(values: dict, total: int) -> str:
     head = f"step {values['step'] + 1:,}/{total:,}  epoch {values['epoch']:.2f}"
     if "held_out_accuracy" in values:
         return f"{head}  held-out accuracy {values['held_out_accuracy']:.1%}  loss {values['held_out_loss']:.3f}"
-    return (f"{head}  loss {values['loss']:.3f}  accuracy {values['accuracy']:.1%}  lr {values['lr']:.4g}  "
-            f"{values['views_per_s']:,.0f} views/s  wait {values['wait_share']:.1%}  ETA {duration(values['eta_s'])}")
+    return (
+        f"{head}  loss {values['loss']:.3f}  accuracy {values['accuracy']:.1%}  lr {values['lr']:.4g}  "
+        f"{values['views_per_s']:,.0f} views/s  wait {values['wait_share']:.1%}  ETA {duration(values['eta_s'])}"
+    )
 
 
 def table(title: str, rows: list[tuple[str, str]]) -> None:

@@ -25,8 +25,11 @@ def stream(config: Config, ranks: Ranks, first_step: int, steps: int, as_ranks: 
     numbers = arithmetic(config, as_ranks, len(manifest))
     span = range(first_step, first_step + steps)
     plan = plan_of(config, manifest)
-    shares = [slice_of(numbers.images, as_ranks, numbers.micro_steps, a, r)
-              for a in range(numbers.micro_steps) for r in range(as_ranks)]
+    shares = [
+        slice_of(numbers.images, as_ranks, numbers.micro_steps, a, r)
+        for a in range(numbers.micro_steps)
+        for r in range(as_ranks)
+    ]
     decoded = _crops(config, manifest, ranks, numbers, span) if pixels else None
     plan_hash, pixel_hash = StreamHash(), hashlib.sha256()
     for step in span:
@@ -40,8 +43,13 @@ def stream(config: Config, ranks: Ranks, first_step: int, steps: int, as_ranks: 
                 pixel_hash.update(crops)
             line += f"  pixels {pixel_hash.hexdigest()[:16]}"
         print(line, flush=True)
-    result = {"first_step": first_step, "steps": steps, "images_per_step": numbers.images, "ranks": as_ranks,
-              "sha256": plan_hash.hexdigest()}
+    result = {
+        "first_step": first_step,
+        "steps": steps,
+        "images_per_step": numbers.images,
+        "ranks": as_ranks,
+        "sha256": plan_hash.hexdigest(),
+    }
     return result | ({"pixels_sha256": pixel_hash.hexdigest()} if pixels else {})
 
 
@@ -52,11 +60,23 @@ def _first(rows: np.ndarray, count: int = 6) -> str:
 def _crops(config: Config, manifest: Manifest, ranks: Ranks, numbers: Arithmetic, span: range) -> Iterator[list[bytes]]:
     """The crops of each step, as bytes in the order of the step; every simulated rank has its own loader."""
     made = [make_loader(config, manifest, ranks, numbers.largest, None)[0] for _ in range(numbers.ranks)]
-    flows = [loader.train(span, span.start * numbers.images, numbers.images, numbers.ranks, rank,
-                          numbers.micro_steps, lambda epoch: config.data.crop)
-             for rank, loader in enumerate(made)]
+    flows = [
+        loader.train(
+            span,
+            span.start * numbers.images,
+            numbers.images,
+            numbers.ranks,
+            rank,
+            numbers.micro_steps,
+            lambda epoch: config.data.crop,
+        )
+        for rank, loader in enumerate(made)
+    ]
     for batches in zip(*flows, strict=True):
-        yield [next(batch.micro_steps).pixels.cpu().numpy().tobytes()
-               for _ in range(numbers.micro_steps) for batch in batches]
+        yield [
+            next(batch.micro_steps).pixels.cpu().numpy().tobytes()
+            for _ in range(numbers.micro_steps)
+            for batch in batches
+        ]
     for loader in made:
         loader.close()

@@ -24,8 +24,10 @@ def main() -> None:
             deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
     except (RuntimeError, OSError, ImportError) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        print(f"setup: DeepSpeed's host collectives did not compile ({line}); engine.kind=plain works without",
-              file=sys.stderr)
+        print(
+            f"setup: DeepSpeed's host collectives did not compile ({line}); engine.kind=plain works without",
+            file=sys.stderr,
+        )
     finally:
         distributed.end()
     del ranks

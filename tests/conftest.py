@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,23 +60,63 @@ def shared_data():
     return find
 
 
-def fastrot(*words, ranks: int = 0, launcher: str = "torchrun", timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run `fastrot/train.py` (or, where the first word is `stream`, the CLI) as a user does.
+@pytest.fixture
+def fastrot(capfd):
+    """A function that runs a command in this process, as the console script does."""
+    from fastrot.cli import main
 
-    ranks 0: plain python; else that many ranks under torchrun or deepspeed.
-    """
-    words = [str(w) for w in words]
-    if words[0] == "stream":
-        command = [sys.executable, "-m", "fastrot.cli", *words]
-    elif ranks and launcher == "deepspeed":
-        command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", "0", "fastrot/train.py", *words]
-    elif ranks:
-        command = ["torchrun", "--standalone", "--nproc_per_node", str(ranks), "fastrot/train.py", *words]
-    else:
-        command = [sys.executable, "fastrot/train.py", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
-                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    def call(*words) -> Done:
+        capfd.readouterr()
+        try:
+            code = main([str(w) for w in words])
+        except SystemExit as end:  # argparse's own refusals
+            code = end.code
+        said = capfd.readouterr()
+        return Done(code, said.out, said.err)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        assert self.code == 0, self.err
+        return json.loads(self.out.splitlines()[-1])
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("fastrot: ")]
+
+
+def launch(launcher: str, ranks: int, *words) -> subprocess.Popen:
+    """Start `fastrot/train.py` under a launcher, in a process group of its own, output kept."""
+    launch = {
+        "deepspeed": ["deepspeed", "--num_accelerators", str(ranks), "--master_port", "0"],
+        "torchrun": ["torchrun", "--standalone", "--nproc_per_node", str(ranks)],
+        "python": [sys.executable],
+    }[launcher]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.Popen(
+        [*launch, "fastrot/train.py", *map(str, words)],
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def launched(launcher: str, ranks: int, *words) -> tuple[int, str]:
+    """Run to the end: (exit code, all output)."""
+    process = launch(launcher, ranks, *words)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
 
 
 def metrics(run: Path) -> list[dict]:

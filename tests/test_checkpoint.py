@@ -22,10 +22,17 @@ def saver(run, keep=2):
 
 
 def save(made, step, value=0.0, accuracy=None):
-    model = {"conv1.weight": torch.full((2, 3, 3, 3), value).to(memory_format=torch.channels_last),
-             "fc.weight": torch.ones(4, 2)}
-    made.save(step, model, {"momentum_buffer/fc.weight": torch.zeros(4, 2)},
-              {"step": step, "position": step * 8, "scalars": {}, "defining": {}}, accuracy)
+    model = {
+        "conv1.weight": torch.full((2, 3, 3, 3), value).to(memory_format=torch.channels_last),
+        "fc.weight": torch.ones(4, 2),
+    }
+    made.save(
+        step,
+        model,
+        {"momentum_buffer/fc.weight": torch.zeros(4, 2)},
+        {"step": step, "position": step * 8, "scalars": {}, "defining": {}},
+        accuracy,
+    )
     made.finish()
 
 
@@ -53,14 +60,17 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     assert json.loads((tmp_path / "checkpoints/best").read_text()) == {"name": "step-00000002", "accuracy": 0.9}
 
 
-@pytest.mark.parametrize("damage", [
-    lambda f: (f / "model.safetensors").write_bytes(b"x" * (f / "model.safetensors").stat().st_size),
-    lambda f: (f / "optimizer.safetensors").unlink(),
-    lambda f: (f / "state.json").write_text("{}"),
-    lambda f: (f / "manifest.json").unlink(),
-    lambda f: (f / "manifest.json").write_text("{"),
-    lambda f: (f / "manifest.json").write_text("[]"),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: (f / "model.safetensors").write_bytes(b"x" * (f / "model.safetensors").stat().st_size),
+        lambda f: (f / "optimizer.safetensors").unlink(),
+        lambda f: (f / "state.json").write_text("{}"),
+        lambda f: (f / "manifest.json").unlink(),
+        lambda f: (f / "manifest.json").write_text("{"),
+        lambda f: (f / "manifest.json").write_text("[]"),
+    ],
+)
 def test_a_damaged_newest_is_told_and_the_one_before_taken(tmp_path, damage):
     made = saver(tmp_path)
     save(made, 1)
@@ -111,7 +121,10 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_three_end_the_run(tmp_p
 
 
 def test_differences_are_told_old_to_new_and_allowed_by_name(tmp_path):
-    saved, now = {"model.arch": "resnet18", "optim.lr": 0.1, "run.seed": 0}, {"model.arch": "resnet50", "optim.lr": 0.2, "run.seed": 0}
+    saved, now = (
+        {"model.arch": "resnet18", "optim.lr": 0.1, "run.seed": 0},
+        {"model.arch": "resnet50", "optim.lr": 0.2, "run.seed": 0},
+    )
     with pytest.raises(UserError) as error:
         checkpoint.refuse_differences(saved, now, [], tmp_path)
     lines = str(error.value).splitlines()

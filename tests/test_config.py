@@ -24,8 +24,22 @@ def test_in1k_is_the_published_recipe():
     """protocols.md, "Rotation pretraining", row by row."""
     config, _ = configs.load(str(FILES[0].parent / "in1k.yaml"), [])
     o = config.optim
-    assert (o.name, o.images_per_step, o.lr, o.momentum, o.nesterov, o.weight_decay) == ("sgd", 128, 0.2, 0.9, False, 1e-4)
-    assert (o.epochs, o.schedule, o.milestones, o.gamma, o.warmup_epochs, o.warmup_ratio) == (70, "step", (30, 50), 0.1, 5, 0.1)
+    assert (o.name, o.images_per_step, o.lr, o.momentum, o.nesterov, o.weight_decay) == (
+        "sgd",
+        128,
+        0.2,
+        0.9,
+        False,
+        1e-4,
+    )
+    assert (o.epochs, o.schedule, o.milestones, o.gamma, o.warmup_epochs, o.warmup_ratio) == (
+        70,
+        "step",
+        (30, 50),
+        0.1,
+        5,
+        0.1,
+    )
     assert o.decay_norms and o.clip is None
     assert (config.model.arch, config.model.sync_batchnorm, config.rotation.views) == ("resnet50", True, "all")
     d = config.data
@@ -34,7 +48,9 @@ def test_in1k_is_the_published_recipe():
     assert config.engine.precision == "fp32"
 
 
-@pytest.mark.parametrize("text, value", [("1e-4", 1e-4), ("1E-4", 1e-4), ("2.5e-1", 0.25), ("1e3", 1000.0), (".5", 0.5)])
+@pytest.mark.parametrize(
+    "text, value", [("1e-4", 1e-4), ("1E-4", 1e-4), ("2.5e-1", 0.25), ("1e3", 1000.0), (".5", 0.5)]
+)
 def test_a_number_is_a_number(text, value):
     assert configs.load(None, [f"optim.lr={text}"])[0].optim.lr == value
 
@@ -44,22 +60,29 @@ def test_the_last_override_wins_and_sources_are_told(tmp_path):
     file.write_text("optim: {lr: 0.3, epochs: 9}\ndata:\n")
     config, sources = configs.load(str(file), ["optim.lr=0.1", "optim.lr=0.7"])
     assert config.optim.lr == 0.7 and config.optim.epochs == 9
-    assert (sources["optim.lr"], sources["optim.epochs"], sources["optim.momentum"]) == ("command line", str(file), "default")
+    assert (sources["optim.lr"], sources["optim.epochs"], sources["optim.momentum"]) == (
+        "command line",
+        str(file),
+        "default",
+    )
 
 
-@pytest.mark.parametrize("override, words", [
-    ("optim.lrr=1", "unknown key optim.lrr; did you mean optim.lr?"),
-    ("lr=1", "unknown key lr; did you mean optim.lr?"),
-    ("nonsense=1", "unknown key nonsense; sections: data, rotation"),
-    ("optim.lr=fast", "optim.lr is 'fast'"),
-    ("optim.lr=-1", "greater than 0"),
-    ("data.decode=opencv", "'dali' or 'torch'"),
-    ("run.max_steps=1.5", "run.max_steps is 1.5"),
-    ("optim.lr", "expected section.key=value"),
-    ("optim.lr=[", "not YAML"),
-    ("run.seed=-1", "greater than or equal to 0"),
-    ("engine.images_per_micro_step=1", "greater than or equal to 2"),
-])
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("optim.lrr=1", "unknown key optim.lrr; did you mean optim.lr?"),
+        ("lr=1", "unknown key lr; did you mean optim.lr?"),
+        ("nonsense=1", "unknown key nonsense; sections: data, rotation"),
+        ("optim.lr=fast", "optim.lr is 'fast'"),
+        ("optim.lr=-1", "greater than 0"),
+        ("data.decode=opencv", "'dali' or 'torch'"),
+        ("run.max_steps=1.5", "run.max_steps is 1.5"),
+        ("optim.lr", "expected section.key=value"),
+        ("optim.lr=[", "not YAML"),
+        ("run.seed=-1", "greater than or equal to 0"),
+        ("engine.images_per_micro_step=1", "greater than or equal to 2"),
+    ],
+)
 def test_a_wrong_key_or_value_is_one_line(override, words):
     with pytest.raises(UserError, match=r"^[^\n]*$") as error:
         configs.load(None, [override])
@@ -78,18 +101,28 @@ def test_all_that_is_wrong_is_told_at_once():
         assert any(words in line for line in lines)
 
 
-@pytest.mark.parametrize("overrides", [
-    ["data.ratio=[2,1]"], ["data.std=[0,1,1]"], ["data.resize=20", "data.crop=32"], ["optim.milestones=[5,3]"],
-    ["optim.nesterov=true", "optim.name=lars"], ["optim.nesterov=true", "optim.momentum=0"],
-    ["engine.zero=1", "engine.kind=plain"], ["engine.zero=1", "engine.precision=fp16"],
-    ["data.decode=torch", "data.decode_on=gpu"],
-])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.ratio=[2,1]"],
+        ["data.std=[0,1,1]"],
+        ["data.resize=20", "data.crop=32"],
+        ["optim.milestones=[5,3]"],
+        ["optim.nesterov=true", "optim.name=lars"],
+        ["optim.nesterov=true", "optim.momentum=0"],
+        ["engine.zero=1", "engine.kind=plain"],
+        ["engine.zero=1", "engine.precision=fp16"],
+        ["data.decode=torch", "data.decode_on=gpu"],
+    ],
+)
 def test_contradictions_between_fields_are_refused(overrides):
     with pytest.raises(UserError):
         configs.load(None, overrides)
 
 
-@pytest.mark.parametrize("text, words", [("- 1", "expected sections"), ("a: [", "not YAML"), ("optim: 3", "unknown key optim")])
+@pytest.mark.parametrize(
+    "text, words", [("- 1", "expected sections"), ("a: [", "not YAML"), ("optim: 3", "unknown key optim")]
+)
 def test_a_config_file_that_is_none(tmp_path, text, words):
     file = tmp_path / "c.yaml"
     file.write_text(text)

@@ -6,16 +6,22 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
+
+from conftest import ROOT
+from fastrot.engine import StepSettings
+from fastrot.engine.deepspeed import merged, settings_to_json
+from fastrot.errors import UserError
 from workers.steps import IMAGES, STEPS, batch, network
 
-from fastrot.engine.deepspeed import merged, settings_to_json
-from fastrot.engine import StepSettings
-from fastrot.errors import UserError
-
-EXACT = ["plain-fp32-0-sgd", "deepspeed-fp32-0-sgd", "deepspeed-fp32-1-sgd", "plain-fp32-0-sgd-clip",
-         "deepspeed-fp32-0-sgd-clip", "deepspeed-fp32-1-sgd-clip"]
+EXACT = [
+    "plain-fp32-0-sgd",
+    "deepspeed-fp32-0-sgd",
+    "deepspeed-fp32-1-sgd",
+    "plain-fp32-0-sgd-clip",
+    "deepspeed-fp32-0-sgd-clip",
+    "deepspeed-fp32-1-sgd-clip",
+]
 LARS = ["plain-fp32-0-lars", "deepspeed-fp32-0-lars"]
 LOW = ["plain-bf16-0-sgd", "deepspeed-bf16-0-sgd", "deepspeed-bf16-1-sgd", "plain-fp16-0-sgd", "deepspeed-fp16-0-sgd"]
 
@@ -24,8 +30,17 @@ LOW = ["plain-bf16-0-sgd", "deepspeed-bf16-0-sgd", "deepspeed-bf16-1-sgd", "plai
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("steps") / "results.pt"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    command = [os.path.join(os.path.dirname(sys.executable), "torchrun"), "--standalone", "--nproc_per_node", "2",
-               "tests/workers/steps.py", str(out), *EXACT, *LARS, *LOW]
+    command = [
+        os.path.join(os.path.dirname(sys.executable), "torchrun"),
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "tests/workers/steps.py",
+        str(out),
+        *EXACT,
+        *LARS,
+        *LOW,
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
@@ -89,20 +104,29 @@ def test_a_deepspeed_config_may_add_but_not_contradict(tmp_path):
     ours = settings_to_json(StepSettings("bf16", 0, 1.0), 2)
     batch_keys = {"train_batch_size": 128, "gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 64}
     file = tmp_path / "ds.json"
-    file.write_text('{"train_batch_size": 128, "gradient_accumulation_steps": "auto", "wall_clock_breakdown": true,'
-                    ' "zero_optimization": {"stage": 0, "reduce_bucket_size": 1000}, "gradient_clipping": 1.0}')
+    file.write_text(
+        '{"train_batch_size": 128, "gradient_accumulation_steps": "auto", "wall_clock_breakdown": true,'
+        ' "zero_optimization": {"stage": 0, "reduce_bucket_size": 1000}, "gradient_clipping": 1.0}'
+    )
     out = merged(ours, str(file), batch_keys, 1.0)
     assert out["wall_clock_breakdown"] is True
     assert out["zero_optimization"] == {"stage": 0, "reduce_bucket_size": 1000}
     assert out["train_batch_size"] == 2  # ours: constant, whatever the slices
-    file.write_text('{"train_batch_size": 64, "zero_optimization": {"stage": 2}, "fp16": {"enabled": true},'
-                    ' "optimizer": {"type": "Adam"}, "gradient_clipping": 5}')
+    file.write_text(
+        '{"train_batch_size": 64, "zero_optimization": {"stage": 2}, "fp16": {"enabled": true},'
+        ' "optimizer": {"type": "Adam"}, "gradient_clipping": 5}'
+    )
     with pytest.raises(UserError) as error:
         merged(ours, str(file), batch_keys, 1.0)
     lines = str(error.value).splitlines()
     assert len(lines) == 5
-    for words in ("train_batch_size is 64, the YAML makes it 128", "zero_optimization.stage is 2", "fp16 is set in the YAML",
-                  "optimizer is set in the YAML", "gradient_clipping is 5, the YAML makes it 1.0"):
+    for words in (
+        "train_batch_size is 64, the YAML makes it 128",
+        "zero_optimization.stage is 2",
+        "fp16 is set in the YAML",
+        "optimizer is set in the YAML",
+        "gradient_clipping is 5, the YAML makes it 1.0",
+    ):
         assert any(words in line for line in lines), words
     for text in ("[1]", "{"):
         file.write_text(text)

@@ -9,7 +9,9 @@ import torchvision
 from fastrot.model import backbone_state, build_model, tap_maps
 
 
-@pytest.mark.parametrize("arch, parameters", [("resnet18", 11_178_564), ("resnet34", 21_286_724), ("resnet50", 23_516_228)])
+@pytest.mark.parametrize(
+    "arch, parameters", [("resnet18", 11_178_564), ("resnet34", 21_286_724), ("resnet50", 23_516_228)]
+)
 def test_sizes_are_torchvisions_with_four_classes(arch, parameters):
     model = build_model(arch, 4, 0)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -47,7 +49,12 @@ def test_taps_have_the_protocols_shapes_and_lead_to_the_models_output():
         logits = model.fc(model.avgpool(maps[-1]).flatten(1))
         torch.testing.assert_close(logits, model(images))
     assert [tuple(m.shape[1:]) for m in maps] == [
-        (64, 112, 112), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
+        (64, 112, 112),
+        (256, 56, 56),
+        (512, 28, 28),
+        (1024, 14, 14),
+        (2048, 7, 7),
+    ]
     assert all(m.min() >= 0 for m in maps)
 
 

@@ -61,12 +61,19 @@ def steps(model, optimizer, count=3):
 @pytest.mark.parametrize("decay_norms", [False, True])
 def test_sgd_decays_what_it_is_told_to(nesterov, decay_norms):
     ours, theirs = small_model(), small_model()
-    mine = build_optimizer("sgd", ours, lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.05,
-                           decay_norms=decay_norms, trust=0.001)
+    mine = build_optimizer(
+        "sgd", ours, lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.05, decay_norms=decay_norms, trust=0.001
+    )
     vectors = [p for p in theirs.parameters() if p.ndim <= 1]
     matrices = [p for p in theirs.parameters() if p.ndim > 1]
-    plain = torch.optim.SGD([{"params": matrices}, {"params": vectors, "weight_decay": 0.05 * decay_norms}], lr=0.1,
-                            momentum=0.9, nesterov=nesterov, weight_decay=0.05, foreach=False)
+    plain = torch.optim.SGD(
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.05 * decay_norms}],
+        lr=0.1,
+        momentum=0.9,
+        nesterov=nesterov,
+        weight_decay=0.05,
+        foreach=False,
+    )
     steps(ours, mine)
     steps(theirs, plain)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -76,8 +83,9 @@ def test_sgd_decays_what_it_is_told_to(nesterov, decay_norms):
 def test_lars_is_its_papers_arithmetic():
     model = small_model()
     reference = copy.deepcopy(model)
-    optimizer = build_optimizer("lars", model, lr=2.0, momentum=0.9, nesterov=False, weight_decay=0.01,
-                                decay_norms=False, trust=0.02)
+    optimizer = build_optimizer(
+        "lars", model, lr=2.0, momentum=0.9, nesterov=False, weight_decay=0.01, decay_norms=False, trust=0.02
+    )
     momenta = [torch.zeros_like(p) for p in reference.parameters()]
     for i in range(3):
         x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(i))
@@ -102,8 +110,9 @@ def test_lars_is_its_papers_arithmetic():
 def test_lars_leaves_a_layer_of_zeros_a_ratio_of_one():
     layer = nn.Linear(3, 2, bias=False)
     nn.init.zeros_(layer.weight)
-    optimizer = build_optimizer("lars", layer, lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0,
-                                decay_norms=True, trust=0.001)
+    optimizer = build_optimizer(
+        "lars", layer, lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0, decay_norms=True, trust=0.001
+    )
     layer.weight.grad = torch.ones(2, 3)
     optimizer.step()
     assert torch.equal(layer.weight, -torch.ones(2, 3))

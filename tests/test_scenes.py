@@ -69,7 +69,13 @@ def test_wrong_inputs_are_user_errors(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("keep me")
-    for folder, train, val, seed in (("file", n, n, 0), ("full", n, n, 0), ("new", n - 1, n, 0), ("new", n, n - 1, 0), ("new", n, n, -1)):
+    for folder, train, val, seed in (
+        ("file", n, n, 0),
+        ("full", n, n, 0),
+        ("new", n - 1, n, 0),
+        ("new", n, n - 1, 0),
+        ("new", n, n, -1),
+    ):
         with pytest.raises(UserError):
             write(tmp_path / folder, train, val, seed)
     assert (tmp_path / "full" / "thesis.txt").read_text() == "keep me"

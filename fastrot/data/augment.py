@@ -38,7 +38,7 @@ def crop_windows(
         area = h_image * w_image * (scale[0] + (scale[1] - scale[0]) * u[:, 0])
         aspect = np.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * u[:, 1])
         w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-        fits = (0 < w) & (w <= w_image) & (0 < h) & (h <= h_image)
+        fits = (w > 0) & (w <= w_image) & (h > 0) & (h <= h_image)
         h, w = h[fits].astype(np.int64), w[fits].astype(np.int64)
         top = below(words[fits, 2], h_image[fits].astype(np.int64) - h + 1)
         left = below(words[fits, 3], w_image[fits].astype(np.int64) - w + 1)
@@ -93,14 +93,10 @@ def lighting(seed: int, rows, epochs, std: float) -> NDArray[np.float64]:
     u = uniform(philox(seed, rows, epochs, LIGHTING))
     radius = std * np.sqrt(-2 * np.log1p(-u[:, [0, 0, 2]]))
     angle = 2 * np.pi * u[:, [1, 1, 3]]
-    return radius * np.stack(
-        [np.cos(angle[:, 0]), np.sin(angle[:, 1]), np.cos(angle[:, 2])], axis=1
-    )
+    return radius * np.stack([np.cos(angle[:, 0]), np.sin(angle[:, 1]), np.cos(angle[:, 2])], axis=1)
 
 
-def central_boxes(
-    heights: NDArray[np.int32], widths: NDArray[np.int32], short: int, crop: int
-) -> NDArray[np.float64]:
+def central_boxes(heights: NDArray[np.int32], widths: NDArray[np.int32], short: int, crop: int) -> NDArray[np.float64]:
     """Boxes of the upright image that Resize(short) + CenterCrop(crop) shows, float64 [n, 4].
 
     top, left, height, width in source pixels, to be resized to crop x crop in one step.

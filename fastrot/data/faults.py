@@ -119,8 +119,10 @@ class BadImages:
                     with self._path.open("a", encoding="utf-8") as file:
                         file.write(json.dumps({"path": name, "row": row, "reason": reason}) + "\n")
         if len(self._known) > self._most:
-            raise Fault(f"{len(self._known)} unreadable images, more than data.max_bad {self._most}; the last: "
-                        f"{name}: {reason}" + (f"; all are in {self._path}" if self._path else ""))
+            raise Fault(
+                f"{len(self._known)} unreadable images, more than data.max_bad {self._most}; the last: "
+                f"{name}: {reason}" + (f"; all are in {self._path}" if self._path else "")
+            )
 
     def _read_what_other_ranks_found(self) -> None:
         if self._path is not None and self._path.exists():

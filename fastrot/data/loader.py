@@ -61,15 +61,32 @@ class Loader:
     depth      batches decoded ahead; timeout: seconds without one after which a Fault is raised.
     """
 
-    def __init__(self, manifest: Manifest, plan: Plan, storage: FileStorage, decoder: Decoder,
-                 bad: BadImages, device: torch.device, depth: int, timeout: float):
+    def __init__(
+        self,
+        manifest: Manifest,
+        plan: Plan,
+        storage: FileStorage,
+        decoder: Decoder,
+        bad: BadImages,
+        device: torch.device,
+        depth: int,
+        timeout: float,
+    ):
         self.manifest, self.plan = manifest, plan
         self._storage, self._decoder, self._bad = storage, decoder, bad
         self._device, self._depth, self._timeout = device, depth, timeout
         self._stage = "starting"
 
-    def train(self, steps: range, position: int, images: int, ranks: int, rank: int,
-              micro_steps: int, size_at: Callable[[float], int]) -> Iterator[StepBatch]:
+    def train(
+        self,
+        steps: range,
+        position: int,
+        images: int,
+        ranks: int,
+        rank: int,
+        micro_steps: int,
+        size_at: Callable[[float], int],
+    ) -> Iterator[StepBatch]:
         """This rank's share of steps `steps`, the first of which begins at stream position `position`.
 
         images   a step, over all ranks; size_at(epoch) -> side of the crops.
@@ -85,8 +102,12 @@ class Loader:
 
         flow = self._flow(requests(), self.plan.of)
         for step, start in zip(steps, starts, strict=True):
-            yield StepBatch(step, start, start / n, (
-                self._batch(request, pixels, images) for request, pixels in islice(flow, micro_steps)))
+            yield StepBatch(
+                step,
+                start,
+                start / n,
+                (self._batch(request, pixels, images) for request, pixels in islice(flow, micro_steps)),
+            )
 
     def held_out(self, ranks: int, rank: int, images: int, short: int, crop: int) -> Iterator[MicroBatch]:
         """This rank's contiguous share of all rows, in order, at most `images` a batch."""
@@ -96,8 +117,7 @@ class Loader:
         def show(rows, _epochs=None):
             return self.plan.held_out(rows, short, crop)
 
-        requests = (_Request(show(np.arange(at, min(at + images, last))), crop)
-                    for at in range(first, last, images))
+        requests = (_Request(show(np.arange(at, min(at + images, last))), crop) for at in range(first, last, images))
         for request, pixels in self._flow(requests, show):
             yield self._batch(request, pixels, n)
 
@@ -109,8 +129,11 @@ class Loader:
         sample = request.sample
         flips, turns = torch.from_numpy(sample.flips), torch.from_numpy(sample.turns)
         return MicroBatch(
-            pixels.to(self._device, non_blocking=True), flips.to(self._device, non_blocking=True),
-            turns.to(self._device, non_blocking=True), sample, self.manifest.label[sample.rows],
+            pixels.to(self._device, non_blocking=True),
+            flips.to(self._device, non_blocking=True),
+            turns.to(self._device, non_blocking=True),
+            sample,
+            self.manifest.label[sample.rows],
             images * turns.shape[1],
         )
 
@@ -143,7 +166,9 @@ class Loader:
                 try:
                     item = ready.get(timeout=self._timeout)
                 except queue.Empty:
-                    raise Fault(f"no batch for data.timeout {self._timeout:g} s: the loader was {self._stage}") from None
+                    raise Fault(
+                        f"no batch for data.timeout {self._timeout:g} s: the loader was {self._stage}"
+                    ) from None
                 if item is None:
                     return
                 if isinstance(item, BaseException):

@@ -27,8 +27,15 @@ _FORMAT = 1
 _HEAD = 4096  # bytes of an image that enter the content hash
 _TAIL = 1024  # a JPEG's end marker is looked for in its last bytes
 _MANY = 4096  # files above which processes beat threads
-_COLUMNS = {"file": np.int32, "offset": np.int64, "length": np.int64, "height": np.int32,
-            "width": np.int32, "label": np.int64, "kind": np.uint8}
+_COLUMNS = {
+    "file": np.int32,
+    "offset": np.int64,
+    "length": np.int64,
+    "height": np.int32,
+    "width": np.int32,
+    "label": np.int64,
+    "kind": np.uint8,
+}
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,9 @@ def index(source: str, cache: Path, max_pixels: int, track: Callable) -> Path:
     try:
         manifest.save(cached)
     except OSError as error:
-        raise UserError(f"{cached}: cannot be written ({error.strerror}); set FASTROT_CACHE to a folder that can") from None
+        raise UserError(
+            f"{cached}: cannot be written ({error.strerror}); set FASTROT_CACHE to a folder that can"
+        ) from None
     return cached
 
 
@@ -167,18 +176,17 @@ def scan_file(path: bytes, max_pixels: int) -> tuple[int, int, int, bytes] | str
 def _scan_all(source, listing, sizes, storage, max_pixels, track) -> Manifest:
     n = len(listing.paths)
     workers = os.cpu_count() or 1
-    pool = (
-        ProcessPoolExecutor(workers, get_context("forkserver"))
-        if n > _MANY
-        else ThreadPoolExecutor(workers)
-    )
+    pool = ProcessPoolExecutor(workers, get_context("forkserver")) if n > _MANY else ThreadPoolExecutor(workers)
     with pool:
         chunk = max(1, min(256, n // (workers * 4)))
         found = pool.map(partial(scan_file, max_pixels=max_pixels), listing.paths, chunksize=chunk)
         scans = list(track(found, n, f"indexing {source}"))
     good = [row for row, scan in enumerate(scans) if not isinstance(scan, str)]
-    bad = [[os.fsdecode(listing.paths[row]).encode("utf-8", "backslashreplace").decode(), scan]
-           for row, scan in enumerate(scans) if isinstance(scan, str)]
+    bad = [
+        [os.fsdecode(listing.paths[row]).encode("utf-8", "backslashreplace").decode(), scan]
+        for row, scan in enumerate(scans)
+        if isinstance(scan, str)
+    ]
     if not good:
         raise UserError(f"{source}: none of its {n} files is a sound image; the first: {bad[0][0]}: {bad[0][1]}")
     heights, widths, kinds = (np.array([scans[row][i] for row in good], np.int32) for i in range(3))
@@ -190,9 +198,19 @@ def _scan_all(source, listing, sizes, storage, max_pixels, track) -> Manifest:
     paths = [listing.paths[row] for row in good]
     skipped = Counter(listing.skipped)
     return Manifest(
-        file=np.arange(len(good), dtype=np.int32), offset=np.zeros(len(good), np.int64), length=lengths,
-        height=heights, width=widths, label=labels, kind=kinds.astype(np.uint8),
-        names=np.frombuffer(b"".join(paths), np.uint8), name_ends=np.cumsum([len(p) for p in paths]),
-        source=source, classes=listing.classes, content=content.hexdigest(), storage=storage,
-        skipped=dict(skipped), quarantined=bad,
+        file=np.arange(len(good), dtype=np.int32),
+        offset=np.zeros(len(good), np.int64),
+        length=lengths,
+        height=heights,
+        width=widths,
+        label=labels,
+        kind=kinds.astype(np.uint8),
+        names=np.frombuffer(b"".join(paths), np.uint8),
+        name_ends=np.cumsum([len(p) for p in paths]),
+        source=source,
+        classes=listing.classes,
+        content=content.hexdigest(),
+        storage=storage,
+        skipped=dict(skipped),
+        quarantined=bad,
     )

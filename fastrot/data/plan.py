@@ -59,9 +59,7 @@ class Plan:
         n = len(self.heights)
         positions = np.arange(first, last, dtype=np.int64)
         epochs = positions // n
-        rows = np.concatenate(
-            [self.order.rows(positions[epochs == e] % n, int(e)) for e in np.unique(epochs)]
-        )
+        rows = np.concatenate([self.order.rows(positions[epochs == e] % n, int(e)) for e in np.unique(epochs)])
         return self.of(rows, epochs)
 
     def of(self, rows: NDArray[np.int64], epochs: NDArray[np.int64]) -> Sample:

@@ -12,9 +12,7 @@ _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL = 0x9E3779B9, 0xBB67AE85
 
 
-def philox(
-    seed: int, rows: ArrayLike, epochs: ArrayLike, purpose: int, block: int = 0
-) -> NDArray[np.uint32]:
+def philox(seed: int, rows: ArrayLike, epochs: ArrayLike, purpose: int, block: int = 0) -> NDArray[np.uint32]:
     """Philox4x32-10 words x0..x3 for each row, uint32 [n, 4].
 
     seed    0 .. 2**64 - 1: the key, low word first.

@@ -27,8 +27,15 @@ class StepSettings:
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_engine(kind: str, model: nn.Module, optimizer: torch.optim.Optimizer, settings: StepSettings,
-                ranks: Ranks, batch: dict[str, int], deepspeed_config: str | None = None):
+def make_engine(
+    kind: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: StepSettings,
+    ranks: Ranks,
+    batch: dict[str, int],
+    deepspeed_config: str | None = None,
+):
     """A DeepSpeedEngine or PlainEngine over a model on its device.
 
     batch             DeepSpeed's names for the step's arithmetic (train_batch_size, ...).

@@ -51,12 +51,16 @@ def merged(ours: dict, path: str, batch: dict[str, int], clip: float | None) -> 
     for key, value in given.items():
         if key in ("optimizer", "scheduler", "fp16", "bf16", "amp"):
             if key in ("optimizer", "scheduler") or (isinstance(value, dict) and value.get("enabled")):
-                wrong.append(f"--deepspeed_config: {key} is set in the YAML (optim.*, engine.precision); remove it here")
+                wrong.append(
+                    f"--deepspeed_config: {key} is set in the YAML (optim.*, engine.precision); remove it here"
+                )
         elif key in wanted:
             if isinstance(value, dict):
                 for name, inner in value.items():
                     if name in wanted[key] and inner not in ("auto", wanted[key][name]):
-                        wrong.append(f"--deepspeed_config: {key}.{name} is {inner}, the YAML makes it {wanted[key][name]}")
+                        wrong.append(
+                            f"--deepspeed_config: {key}.{name} is {inner}, the YAML makes it {wanted[key][name]}"
+                        )
                 out[key] = {**value, **ours[key]}
             elif value not in ("auto", wanted[key]):
                 wrong.append(f"--deepspeed_config: {key} is {value}, the YAML makes it {wanted[key]}")
@@ -81,8 +85,9 @@ class DeepSpeedEngine(Engine):
             optimizer.register_step_pre_hook(self._measure_and_clip)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config,
-                                                   dist_init_required=False)
+            self.module, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config, dist_init_required=False
+            )
         if settings.channels_last and not settings.zero:  # not before: DeepSpeed's broadcast wants rows
             model.to(memory_format=torch.channels_last)
         if settings.zero and settings.momentum:

@@ -12,9 +12,7 @@ class PlainEngine(Engine):
         super().__init__(model, optimizer, settings, ranks)
         self.module = self._forward
         self._autocast = AUTOCAST.get(settings.precision)
-        self._grad_scaler = (
-            torch.amp.GradScaler(ranks.device.type) if settings.precision == "fp16" else None
-        )
+        self._grad_scaler = torch.amp.GradScaler(ranks.device.type) if settings.precision == "fp16" else None
         optimizer.register_step_pre_hook(self._measure_and_clip)
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)

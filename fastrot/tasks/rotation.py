@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from fastrot_kernels import rotate_views
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrot.data.loader import MicroBatch
 from fastrot.model import TURNS, build_model
+from fastrot_kernels import rotate_views
 
 
 class RotationTask:

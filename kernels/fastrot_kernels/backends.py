@@ -26,9 +26,7 @@ def load(name: str) -> Callable[..., Tensor]:
 def obstacle(name: str, device_type: str) -> str:
     """Why this backend cannot run on such a device; empty if it can."""
     if name not in BACKENDS:
-        raise ValueError(
-            f"backend {name!r} is unknown; choose auto or one of {', '.join(BACKENDS)}"
-        )
+        raise ValueError(f"backend {name!r} is unknown; choose auto or one of {', '.join(BACKENDS)}")
     if name == "cpu" and device_type != "cpu":
         return f"tensors are on {device_type}, not the CPU"
     if name == "triton":

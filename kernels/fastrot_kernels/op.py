@@ -108,6 +108,4 @@ def _check(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}; expected one of {', '.join(map(str, DTYPES))}")
     if pad_channels != 0 and pad_channels < channels:
-        raise ValueError(
-            f"pad_channels is {pad_channels}; expected 0 or at least {channels}, the channels of x"
-        )
+        raise ValueError(f"pad_channels is {pad_channels}; expected 0 or at least {channels}, the channels of x")

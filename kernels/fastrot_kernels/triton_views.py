@@ -25,9 +25,7 @@ def rotate_views(
     """As `reference.rotate_views`, within 1 ulp of dtype."""
     n, side = x.shape[:2]
     if side * side * channels >= 2**31:
-        raise ValueError(
-            f"a view of {side} x {side} x {channels} exceeds 2**31 values; use reference"
-        )
+        raise ValueError(f"a view of {side} x {side} x {channels} exceeds 2**31 values; use reference")
     out = empty_views(x, turns, dtype, channels)
     shape = block_shape(channels)
     programs = n * triton.cdiv(side, shape["TILE"]) ** 2

@@ -5,9 +5,9 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import draw
 from PIL import Image
 
+from conftest import draw
 from fastrot.data.augment import central_boxes, crop_windows
 from fastrot.data.decode import make_decoder
 from fastrot.data.faults import decode_upright
@@ -68,7 +68,9 @@ def run(decoder, buffers, windows, size):
 def pillow(buffer, window, size) -> np.ndarray:
     top, left, height, width = window
     image = decode_upright(buffer)
-    return np.asarray(image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR), float)
+    return np.asarray(
+        image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR), float
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,5 +134,7 @@ def test_decoders_agree_on_real_photographs(shared_data, tmp_path):
         assert not any(bad for _, bad in parts)
         results.append(torch.cat([pixels for pixels, _ in parts]).float())
     difference = (results[0] - results[1]).abs().mean(dim=(1, 2, 3))
-    print(f"dali against torchvision on {len(rows)} images: mean {difference.mean():.3f}, worst image {difference.max():.3f}")
+    print(
+        f"dali against torchvision on {len(rows)} images: mean {difference.mean():.3f}, worst image {difference.max():.3f}"
+    )
     assert difference.max() < 2

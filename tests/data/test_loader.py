@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import write_folder
 
+from conftest import write_folder
 from fastrot.data.decode import make_decoder
 from fastrot.data.faults import BadImages
 from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
@@ -26,8 +26,16 @@ def source(tmp_path):
 def loader(manifest, decode="torch", views="all", bad=None, storage=None, timeout=60.0):
     plan = Plan(5, manifest.height, manifest.width, FullOrder(len(manifest), 5), views)
     decoder, _ = make_decoder(decode, "cpu", torch.device("cpu"), 2, 16, DECODES_IN_FLIGHT)
-    return Loader(manifest, plan, storage or FileStorage(manifest), decoder, bad or BadImages(None, 10),
-                  torch.device("cpu"), 2, timeout)
+    return Loader(
+        manifest,
+        plan,
+        storage or FileStorage(manifest),
+        decoder,
+        bad or BadImages(None, 10),
+        torch.device("cpu"),
+        2,
+        timeout,
+    )
 
 
 def collect(make, steps, ranks=1, micro_steps=1, images=8):
@@ -41,8 +49,10 @@ def collect(make, steps, ranks=1, micro_steps=1, images=8):
     out = []
     for at in range(len(steps)):
         parts = [per_rank[r][at][1][a] for a in range(micro_steps) for r in range(ranks)]
-        out.append(tuple(torch.cat([getattr(p, name) for p in parts]) for name in ("pixels", "flips", "turns"))
-                   + (np.concatenate([p.labels for p in parts]), np.concatenate([p.sample.rows for p in parts])))
+        out.append(
+            tuple(torch.cat([getattr(p, name) for p in parts]) for name in ("pixels", "flips", "turns"))
+            + (np.concatenate([p.labels for p in parts]), np.concatenate([p.sample.rows for p in parts]))
+        )
     return out
 
 
@@ -71,7 +81,9 @@ def test_labels_rows_and_turns_are_the_plans(source):
 
 def test_the_crop_grows_with_the_epoch(source):
     made = loader(source)
-    sizes = [next(b.micro_steps).pixels.shape[1] for b in made.train(range(4), 0, 6, 1, 0, 1, lambda e: 16 if e < 1 else 24)]
+    sizes = [
+        next(b.micro_steps).pixels.shape[1] for b in made.train(range(4), 0, 6, 1, 0, 1, lambda e: 16 if e < 1 else 24)
+    ]
     assert sizes == [16, 16, 24, 24]
 
 

@@ -6,9 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import draw, write_folder
 from PIL import Image
 
+from conftest import draw, write_folder
 from fastrot.data.faults import decode_upright
 from fastrot.data.manifest import Manifest, index, scan_file
 from fastrot.errors import UserError
@@ -59,13 +59,16 @@ def test_sizes_are_those_of_the_upright_image(tmp_path):
         assert (manifest.width[row], manifest.height[row]) == upright.size
 
 
-@pytest.mark.parametrize("damage, reason", [
-    (lambda b: b"", "empty file"),
-    (lambda b: b"garbage" * 50, "not an image"),
-    (lambda b: b[:30], "header"),
-    (lambda b: b[: len(b) // 2], "cannot be decoded"),
-    (lambda b: b[:-2], "cannot be decoded"),
-])
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda b: b"", "empty file"),
+        (lambda b: b"garbage" * 50, "not an image"),
+        (lambda b: b[:30], "header"),
+        (lambda b: b[: len(b) // 2], "cannot be decoded"),
+        (lambda b: b[:-2], "cannot be decoded"),
+    ],
+)
 def test_unsound_files_are_quarantined_with_their_reason(tmp_path, damage, reason):
     root = write_folder(tmp_path / "d", classes=1, per_class=3)
     (root / "class0/1.jpg").write_bytes(damage(jpeg(draw(256, 256))))
@@ -124,22 +127,28 @@ def test_a_file_list_keeps_its_order_and_labels(tmp_path):
     (tmp_path / "d/all.txt").write_text("class2/0.jpg\t7\nclass0/1.jpg\n\nclass1/3.jpg\t-1\n")
     manifest = build(f"list:{tmp_path / 'd/all.txt'}", tmp_path / "cache")
     assert [os.fsdecode(manifest.path(r)) for r in range(3)] == [
-        str(root / n) for n in ("class2/0.jpg", "class0/1.jpg", "class1/3.jpg")]
+        str(root / n) for n in ("class2/0.jpg", "class0/1.jpg", "class1/3.jpg")
+    ]
     assert manifest.label.tolist() == [7, -1, -1]
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda p: str(p / "none"), "no such folder"),
-    (lambda p: (p / "empty").mkdir() or str(p / "empty"), "holds no image"),
-    (lambda p: (p / "file").write_text("x") and str(p / "file"), "is a file"),
-    (lambda p: (p / "flat").mkdir() or draw(9, 9).save(p / "flat/a.jpg") or str(p / "flat"), "no class folder"),
-    (lambda p: f"list:{p / 'none.txt'}", "No such file"),
-    (lambda p: (p / "l.txt").write_text("gone.jpg\t1\n") and f"list:{p / 'l.txt'}", "line 1: no such file"),
-    (lambda p: (p / "e.txt").write_text("\n") and f"list:{p / 'e.txt'}", "is empty"),
-    (lambda p: (p / "b.txt").write_text("b.txt\tcat\n") and f"list:{p / 'b.txt'}", "'cat' is not an integer"),
-    (lambda p: [(p / "bad/c").mkdir(parents=True), (p / "bad/c/a.jpg").write_bytes(b"x")] and str(p / "bad"),
-     "none of its 1 files is a sound image"),
-])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda p: str(p / "none"), "no such folder"),
+        (lambda p: (p / "empty").mkdir() or str(p / "empty"), "holds no image"),
+        (lambda p: (p / "file").write_text("x") and str(p / "file"), "is a file"),
+        (lambda p: (p / "flat").mkdir() or draw(9, 9).save(p / "flat/a.jpg") or str(p / "flat"), "no class folder"),
+        (lambda p: f"list:{p / 'none.txt'}", "No such file"),
+        (lambda p: (p / "l.txt").write_text("gone.jpg\t1\n") and f"list:{p / 'l.txt'}", "line 1: no such file"),
+        (lambda p: (p / "e.txt").write_text("\n") and f"list:{p / 'e.txt'}", "is empty"),
+        (lambda p: (p / "b.txt").write_text("b.txt\tcat\n") and f"list:{p / 'b.txt'}", "'cat' is not an integer"),
+        (
+            lambda p: [(p / "bad/c").mkdir(parents=True), (p / "bad/c/a.jpg").write_bytes(b"x")] and str(p / "bad"),
+            "none of its 1 files is a sound image",
+        ),
+    ],
+)
 def test_a_source_with_nothing_to_read_is_one_line(tmp_path, make, words):
     with pytest.raises(UserError, match="^[^\n]*$") as error:
         build(make(tmp_path), tmp_path / "cache")

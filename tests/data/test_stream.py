@@ -31,12 +31,18 @@ def test_philox_words(case):
     assert words.tolist() == [case["words"]]
 
 
-@pytest.mark.parametrize("counter, key, words", [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
-])
+@pytest.mark.parametrize(
+    "counter, key, words",
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
 def test_philox_known_answers_of_its_paper(counter, key, words):
     row, seed = counter[0] | counter[1] << 32, key[0] | key[1] << 32
     got = philox(seed, np.array([row], np.uint64), np.array([counter[2]]), counter[3] >> 16, counter[3] & 0xFFFF)
@@ -129,8 +135,13 @@ def test_window_order_keeps_a_window_to_its_chunks():
 def test_shares_of_any_ranks_make_the_same_step(seed, first, images, ranks, micro_steps):
     plan, _ = golden_plan({"seed": seed, "views": "one"})
     whole = plan.at(first, first + images)
-    parts = [plan.at(first + s, first + e) for a in range(micro_steps) for r in range(ranks)
-             for s, e in [slice_of(images, ranks, micro_steps, a, r)] if e > s]
+    parts = [
+        plan.at(first + s, first + e)
+        for a in range(micro_steps)
+        for r in range(ranks)
+        for s, e in [slice_of(images, ranks, micro_steps, a, r)]
+        if e > s
+    ]
     for name in vars(whole):
         np.testing.assert_array_equal(np.concatenate([vars(part)[name] for part in parts]), vars(whole)[name])
 
@@ -138,7 +149,9 @@ def test_shares_of_any_ranks_make_the_same_step(seed, first, images, ranks, micr
 @given(st.integers(1, 5000), st.integers(1, 64), st.integers(2, 64))
 def test_a_share_is_at_most_what_a_rank_holds_and_shares_differ_by_one(images, ranks, per_micro):
     micro_steps = micro_steps_of(images, ranks, per_micro)
-    sizes = [e - s for a in range(micro_steps) for r in range(ranks) for s, e in [slice_of(images, ranks, micro_steps, a, r)]]
+    sizes = [
+        e - s for a in range(micro_steps) for r in range(ranks) for s, e in [slice_of(images, ranks, micro_steps, a, r)]
+    ]
     assert sum(sizes) == images
     assert max(sizes) <= per_micro
     assert max(sizes) - min(sizes) <= 1
@@ -177,9 +190,10 @@ def test_uniform_and_below_cover_their_range():
 
 @pytest.mark.parametrize("height, width", [(375, 500), (500, 375), (128, 128), (97, 301), (30, 20)])
 def test_central_box_shows_what_resize_and_centre_crop_show(height, width):
-    from conftest import draw
     from PIL import Image
     from torchvision.transforms import CenterCrop, Compose, Resize
+
+    from conftest import draw
 
     image = draw(height, width, 1)
     top, left, h, w = augment.central_boxes(np.array([height]), np.array([width]), 73, 64)[0]

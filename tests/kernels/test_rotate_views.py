@@ -5,11 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from fastrot_kernels import backends, rotate_views
-from fastrot_kernels.op import rotate_views_op
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+from fastrot_kernels import backends, rotate_views
+from fastrot_kernels.op import rotate_views_op
 
 MEAN = [123.675, 116.28, 103.53, 99.5]
 STD = [58.395, 57.12, 57.375, 61.0]
@@ -54,9 +55,7 @@ def oracle(x, flips, turns, mean, std, channels):
     for i, v in itertools.product(range(n), range(views)):
         image = np.fliplr(x[i]) if flips[i] else x[i]
         image = np.rot90(image, int(turns[i, v]) % 4)
-        out[i * views + v, :in_channels] = ((image.astype(np.float32) - mean) / std).transpose(
-            2, 0, 1
-        )
+        out[i * views + v, :in_channels] = ((image.astype(np.float32) - mean) / std).transpose(2, 0, 1)
     return torch.from_numpy(out)
 
 
@@ -130,9 +129,7 @@ def test_all_byte_values_are_normalised_alike(device, backend):
     upright = torch.zeros(1, 1, dtype=torch.uint8, device=device)
     got = rotate_views(x, upright[0], upright, MEAN[:3], STD[:3], torch.float32, backend=backend)
     want = (x.cpu().double() - torch.tensor(MEAN[:3])) / torch.tensor(STD[:3])
-    torch.testing.assert_close(
-        got.permute(0, 2, 3, 1).cpu().double(), want, rtol=2**-22, atol=2**-22
-    )
+    torch.testing.assert_close(got.permute(0, 2, 3, 1).cpu().double(), want, rtol=2**-22, atol=2**-22)
 
 
 @pytest.mark.parametrize("device, backend", DEVICES_AND_BACKENDS)

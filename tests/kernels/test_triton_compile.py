@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import triton
 import triton.backends.nvidia
-from fastrot_kernels import triton_views
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fastrot_kernels import triton_views
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
@@ -38,20 +39,14 @@ def compiled(dtype, capability, in_channels, channels, views):
 @pytest.mark.parametrize("in_channels, channels, views", [(3, 3, 4), (3, 4, 4), (4, 8, 1)])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_it_compiles_without_spills(
-    tmp_path, monkeypatch, capability, dtype, in_channels, channels, views
-):
+def test_it_compiles_without_spills(tmp_path, monkeypatch, capability, dtype, in_channels, channels, views):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # compile, do not find
     kernel = compiled(dtype, capability, in_channels, channels, views)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
 
-    usage = subprocess.run(
-        [CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    resources = {
-        name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)
-    }
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     assert resources["REG"] > 0 and resources["STACK"] == resources["LOCAL"] == 0, usage
 
     if channels % 4 == 0:  # whole pixels, not single values, leave for memory

@@ -20,8 +20,16 @@ IMAGES, STEPS = 7, 4  # uneven over two ranks
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, bias=False),
-                         nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, bias=False),
+        nn.BatchNorm2d(6),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    )
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,8 +41,17 @@ def train(mode: str, ranks, first: int = 0, state=None):
     kind, precision, zero, optimizer_name, *clip = mode.split("-")
     model = synchronise_batchnorm(network())
     fused = optimizer_name == "sgd" and precision != "fp16"
-    optimizer = build_optimizer(optimizer_name, model, lr=0.05, momentum=0.9, nesterov=False, weight_decay=1e-3,
-                                decay_norms=True, trust=0.1, fused=fused)
+    optimizer = build_optimizer(
+        optimizer_name,
+        model,
+        lr=0.05,
+        momentum=0.9,
+        nesterov=False,
+        weight_decay=1e-3,
+        decay_norms=True,
+        trust=0.1,
+        fused=fused,
+    )
     settings = StepSettings(precision, int(zero), 0.3 if clip else None, 0.9)
     engine = make_engine(kind, model, optimizer, settings, ranks, {})
     if state:
@@ -51,8 +68,12 @@ def train(mode: str, ranks, first: int = 0, state=None):
         if step == 1:
             middle = copy.deepcopy(engine.state())
     weights, momenta, _ = engine.state()
-    return {"losses": losses, "norms": norms, "weights": {k: v.clone() for k, v in weights.items()},
-            "momenta": {k: v.clone() for k, v in momenta.items()}}, middle
+    return {
+        "losses": losses,
+        "norms": norms,
+        "weights": {k: v.clone() for k, v in weights.items()},
+        "momenta": {k: v.clone() for k, v in momenta.items()},
+    }, middle
 
 
 def main() -> None:

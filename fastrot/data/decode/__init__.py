@@ -33,8 +33,9 @@ class Decoder(Protocol):
     def close(self) -> None: ...
 
 
-def make_decoder(name: str, where: str, device: torch.device, threads: int, batch: int,
-                 depth: int) -> tuple[Decoder, str]:
+def make_decoder(
+    name: str, where: str, device: torch.device, threads: int, batch: int, depth: int
+) -> tuple[Decoder, str]:
     """The decoder asked for, and a line that says what was taken and why.
 
     name   auto, dali or torch; where: auto, gpu or cpu.

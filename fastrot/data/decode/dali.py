@@ -45,8 +45,7 @@ def _windows(place: str, device: str):
     names = ("data", "start", "shape", "size")
     kinds = (types.UINT8, types.INT32, types.INT32, types.FLOAT)
     data, start, shape, size = (
-        fn.external_source(name=name, dtype=kind, ndim=1)
-        for name, kind in zip(names, kinds, strict=True)
+        fn.external_source(name=name, dtype=kind, ndim=1) for name, kind in zip(names, kinds, strict=True)
     )
     pixels = fn.decoders.image_slice(data, start, shape, axis_names="HW", device=place, output_type=types.RGB)
     return fn.resize(pixels, size=size, interp_type=types.INTERP_LINEAR, antialias=True, device=device)
@@ -58,12 +57,12 @@ def _boxes(place: str, device: str):
     names = ("data", "start", "end", "size")
     kinds = (types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT)
     data, start, end, size = (
-        fn.external_source(name=name, dtype=kind, ndim=1)
-        for name, kind in zip(names, kinds, strict=True)
+        fn.external_source(name=name, dtype=kind, ndim=1) for name, kind in zip(names, kinds, strict=True)
     )
     pixels = fn.decoders.image(data, device=place, output_type=types.RGB)
-    return fn.resize(pixels, size=size, roi_start=start, roi_end=end, interp_type=types.INTERP_LINEAR,
-                     antialias=True, device=device)
+    return fn.resize(
+        pixels, size=size, roi_start=start, roi_end=end, interp_type=types.INTERP_LINEAR, antialias=True, device=device
+    )
 
 
 class DaliDecoder:
@@ -109,9 +108,13 @@ class DaliDecoder:
         if kind not in self._pipes:
             make_pipe = _boxes if kind == np.float64 else _windows
             pipe = make_pipe(
-                "cpu" if self._gpu is None else "mixed", "cpu" if self._gpu is None else "gpu",
-                batch_size=self._batch, num_threads=self._threads, device_id=self._gpu,
-                prefetch_queue_depth=self._depth + 1, exec_dynamic=True,
+                "cpu" if self._gpu is None else "mixed",
+                "cpu" if self._gpu is None else "gpu",
+                batch_size=self._batch,
+                num_threads=self._threads,
+                device_id=self._gpu,
+                prefetch_queue_depth=self._depth + 1,
+                exec_dynamic=True,
             )
             self._pipes[kind] = pipe
             self._warm_up(pipe, kind)

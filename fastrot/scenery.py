@@ -1,0 +1,453 @@
+"""What the demo's scenes are made of: palettes, objects with a top and a bottom, sky and ground."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SCALE = 2  # drawn this many times larger, then averaged down: Pillow's shapes have hard edges
+MARGIN = 1.36  # how much wider the canvas is, so that a tilted camera sees no empty corner
+
+# name: sky at the top, sky at the horizon, ground at the horizon, ground at the feet, light
+# (what colours of objects are multiplied by), kind of ground
+PALETTES = {
+    "noon": ((64, 124, 205), (186, 212, 236), (134, 160, 88), (62, 104, 42), (1.0, 1.0, 1.0), "grass"),
+    "overcast": ((150, 156, 164), (208, 210, 212), (120, 128, 96), (84, 96, 62), (0.9, 0.9, 0.92), "grass"),
+    "sunset": ((70, 52, 108), (250, 150, 80), (110, 72, 60), (48, 34, 40), (0.9, 0.6, 0.5), "grass"),
+    "night": ((10, 12, 34), (38, 48, 84), (40, 52, 66), (18, 26, 36), (0.4, 0.46, 0.66), "grass"),
+    "snow": ((108, 124, 148), (164, 176, 192), (226, 232, 242), (246, 248, 252), (0.9, 0.95, 1.0), "dunes"),
+    "desert": ((60, 110, 170), (236, 206, 160), (228, 186, 112), (204, 146, 74), (1.05, 0.95, 0.8), "dunes"),
+    "storm": ((36, 42, 54), (84, 92, 100), (190, 176, 90), (158, 140, 58), (0.85, 0.85, 0.8), "grass"),
+    "sea": ((96, 160, 214), (214, 230, 238), (88, 150, 176), (22, 76, 116), (1.0, 1.0, 1.0), "water"),
+    "dusk sea": ((40, 36, 76), (224, 128, 112), (196, 120, 116), (40, 38, 72), (0.8, 0.6, 0.62), "water"),
+    "mars": ((196, 140, 104), (228, 184, 150), (170, 88, 54), (120, 54, 34), (1.0, 0.82, 0.7), "stones"),
+    "moor": ((176, 190, 200), (226, 222, 214), (140, 112, 128), (86, 60, 84), (0.92, 0.9, 0.95), "stones"),
+    "city": ((126, 150, 176), (204, 206, 204), (136, 134, 132), (84, 84, 88), (0.95, 0.95, 0.95), "tiles"),
+    "parlour": ((168, 148, 116), (190, 168, 132), (128, 84, 52), (96, 58, 34), (1.0, 0.92, 0.8), "tiles"),
+    "blue room": ((92, 120, 140), (110, 138, 156), (176, 150, 116), (206, 182, 146), (0.95, 0.97, 1.0), "tiles"),
+}
+INDOORS, AT_HOME = ("parlour", "blue room"), ("person", "plant")  # the rooms, and what may stand in them
+PAINTS = ((196, 62, 48), (222, 176, 70), (66, 110, 168), (232, 226, 214), (90, 130, 84), (150, 104, 72), (120, 76, 128), (64, 68, 78), (226, 134, 92), (110, 172, 178))  # fmt: skip
+LEAVES = ((64, 112, 48), (98, 138, 52), (44, 86, 62), (188, 112, 40), (170, 60, 44), (214, 178, 66))
+
+
+@dataclass
+class Scene:
+    """A canvas with its light: what every function below draws on."""
+
+    image: Image.Image
+    rng: np.random.Generator
+    horizon: float
+    sky: tuple
+    ground: tuple
+    light: np.ndarray
+    sun: int  # -1: the light comes from the left, 1: from the right
+
+    def __post_init__(self):
+        self.draw = ImageDraw.Draw(self.image, "RGBA")
+        self.width, self.height = self.image.size
+
+    def pick(self, table):
+        return table[self.rng.integers(len(table))]
+
+    def chance(self, probability):
+        return self.rng.random() < probability
+
+    def paint(self, table=PAINTS):
+        """A colour of the table, shifted a little so that no two walls are alike."""
+        return np.clip(np.array(self.pick(table)) + self.rng.normal(0, 16, 3), 0, 255)
+
+    def ink(self, colour, shade=1.0, alpha=255):
+        red, green, blue = np.clip(np.asarray(colour) * self.light * shade, 0, 255).astype(int).tolist()
+        return red, green, blue, int(alpha)
+
+
+class Brush:
+    """Draws one thing in units of its own size: (0, 0) is its foot, v grows upward."""
+
+    def __init__(self, scene, x, y, size):
+        self.scene, self.x, self.y, self.size = scene, x, y, size
+        self.rng, self.sun = scene.rng, scene.sun
+        self.pick, self.chance, self.paint = scene.pick, scene.chance, scene.paint
+
+    def at(self, u, v):
+        return self.x + u * self.size, self.y - v * self.size
+
+    def poly(self, points, colour, shade=1.0, alpha=255):
+        self.scene.draw.polygon([self.at(*p) for p in points], fill=self.scene.ink(colour, shade, alpha))
+
+    def line(self, points, colour, width=0.02, shade=1.0, alpha=255):
+        ink, width = self.scene.ink(colour, shade, alpha), max(1, round(width * self.size))
+        self.scene.draw.line([self.at(*p) for p in points], fill=ink, width=width, joint="curve")
+
+    def oval(self, u, v, ru, rv, colour, shade=1.0, alpha=255):
+        box = [*self.at(u - ru, v + rv), *self.at(u + ru, v - rv)]
+        self.scene.draw.ellipse(box, fill=self.scene.ink(colour, shade, alpha))
+
+    def taper(self, low, high, v0, v1, colour, bands=6, lean=0.0):
+        """A trunk, wall or hull: half width `low` at v0 and `high` at v1, darker towards its foot."""
+        for i in range(bands):
+            a, b = i / bands, (i + 1) / bands
+            wa, wb = low + (high - low) * a, low + (high - low) * b
+            va, vb = v0 + (v1 - v0) * a, v0 + (v1 - v0) * b
+            shade = 0.78 + 0.3 * b
+            self.poly(
+                [(lean * a - wa, va), (lean * a + wa, va), (lean * b + wb, vb), (lean * b - wb, vb)], colour, shade
+            )
+            far = -self.sun  # the side away from the light
+            self.poly([(lean * a + far * wa * 0.45, va), (lean * a + far * wa, va), (lean * b + far * wb, vb), (lean * b + far * wb * 0.45, vb)], colour, shade * 0.8)  # fmt: skip
+
+    def ball(self, u, v, r, colour, flat=1.0):
+        """A lump lit from above: ovals that shrink towards the light while they brighten."""
+        for i in range(5):
+            k = i / 5
+            self.oval(
+                u + self.sun * r * 0.22 * k,
+                v + r * flat * 0.38 * k,
+                r * (1 - k),
+                r * flat * (1 - k),
+                colour,
+                0.62 + 0.62 * k,
+            )
+
+    def shadow(self, reach):
+        for k in (1.0, 0.8, 0.6):
+            self.oval(-self.sun * reach * 0.35, -0.01, reach * 1.3 * k, reach * 0.26 * k, (0, 0, 0), alpha=46)
+
+    def window(self, u, v, w, h, frame=(232, 228, 216)):
+        """A pane with a bright sill below and the shadow of its lintel above."""
+        glass = (250, 214, 130) if self.chance(0.25) else (62, 78, 96)
+        self.poly([(u - w, v), (u + w, v), (u + w, v + h), (u - w, v + h)], frame)
+        self.poly([(u - w * 0.8, v + h * 0.1), (u + w * 0.8, v + h * 0.1), (u + w * 0.8, v + h * 0.9), (u - w * 0.8, v + h * 0.9)], glass)  # fmt: skip
+        self.poly([(u - w * 0.8, v + h * 0.72), (u + w * 0.8, v + h * 0.72), (u + w * 0.8, v + h * 0.9), (u - w * 0.8, v + h * 0.9)], glass, 0.55)  # fmt: skip
+        self.line([(u, v), (u, v + h)], frame, w * 0.2)
+        self.line([(u - w, v + h * 0.6), (u + w, v + h * 0.6)], frame, w * 0.2)
+        self.line([(u - w * 1.25, v), (u + w * 1.25, v)], frame, h * 0.12, 1.1)
+        self.line([(u - w * 1.1, v - h * 0.12), (u + w * 1.1, v - h * 0.12)], (0, 0, 0), h * 0.1, alpha=80)
+
+
+def boat(b):
+    """A hull, a mast and two sails, with the reflection of the sails broken by ripples."""
+    wood, cloth = b.paint(), b.pick(((240, 236, 224), b.paint()))
+    b.taper(0.3, 0.46, 0.0, 0.2, wood, 4)
+    b.line([(-0.46, 0.2), (0.46, 0.2)], (240, 232, 214), 0.03)
+    b.line([(0, 0.2), (0, 1)], (96, 70, 48), 0.025)
+    b.poly([(0.03, 0.27), (0.4, 0.3), (0.03, 0.97)], cloth, 1.0 if b.sun > 0 else 0.8)
+    b.poly([(-0.03, 0.27), (-0.32, 0.27), (-0.03, 0.82)], cloth, 0.8 if b.sun > 0 else 1.0)
+    b.poly([(0, 1), (0.14, 0.97), (0, 0.94)], b.paint())
+    for v in np.linspace(0.03, 0.5, 9):
+        w, u = 0.4 * (1 - v), b.rng.normal(0, 0.03)
+        b.line([(u - w, -v), (u + w, -v)], wood if v < 0.15 else cloth, 0.025, 0.7, 130 * (1 - v))
+
+
+def car(b):
+    """A car from the side; its own shadow lies between the wheels."""
+    body, tall = b.paint(), b.rng.uniform(0.75, 1.0)
+    b.shadow(0.95)
+    b.poly([(-0.55, 0.5), (0.5, 0.5), (0.32, tall), (-0.4, tall)], body, 1.05)
+    b.poly([(-0.47, 0.53), (-0.03, 0.53), (-0.03, tall - 0.06), (-0.36, tall - 0.06)], (70, 90, 108))
+    b.poly([(0.03, 0.53), (0.42, 0.53), (0.28, tall - 0.06), (0.03, tall - 0.06)], (70, 90, 108), 1.2)
+    b.taper(0.98, 0.92, 0.16, 0.54, body)
+    b.line([(-0.94, 0.52), (0.94, 0.52)], body, 0.03, 1.35)
+    b.line([(-0.98, 0.18), (0.98, 0.18)], (30, 30, 34), 0.05)
+    for u in (-0.58, 0.58):
+        b.oval(u, 0.18, 0.2, 0.2, (28, 28, 30))
+        b.oval(u, 0.19, 0.1, 0.1, (170, 172, 176))
+    b.oval(0.92 * b.sun, 0.4, 0.06, 0.06, (255, 240, 180))
+
+
+def house(b):
+    """Walls, a tiled roof with eaves, a door, windows with sills, a chimney that smokes."""
+    wall, tile, half, top = b.paint(), b.paint(), b.rng.uniform(0.4, 0.75), b.rng.uniform(0.45, 0.62)
+    b.shadow(half * 1.2)
+    u = half * b.rng.uniform(0.3, 0.6) * b.pick((-1, 1))
+    b.poly([(u - 0.05, top), (u + 0.05, top), (u + 0.05, 1), (u - 0.05, 1)], (120, 74, 60))
+    for i in range(5 if b.chance(0.6) else 0):
+        b.oval(
+            u + 0.03 * i * i * b.sun,
+            1.05 + 0.09 * i,
+            0.04 + 0.02 * i,
+            0.035 + 0.015 * i,
+            (214, 214, 216),
+            alpha=150 - 24 * i,
+        )
+    b.taper(half, half, 0, top, wall)
+    ridge = half * b.rng.choice((0.0, 0.5, 0.7))
+    for i in range(6):  # rows of tiles, each lighter than the one below it
+        a, c = i / 6, (i + 1) / 6
+        wa, wc = half * 1.16 + (ridge - half * 1.16) * a, half * 1.16 + (ridge - half * 1.16) * c
+        va, vc = top + (0.96 - top) * a, top + (0.96 - top) * c
+        b.poly([(-wa, va), (wa, va), (wc, vc), (-wc, vc)], tile, 0.8 + 0.07 * i)
+        b.line([(-wa, va), (wa, va)], tile, 0.012, 0.5)
+    b.poly([(-half, top), (half, top), (half, top - 0.05), (-half, top - 0.05)], (0, 0, 0), alpha=90)
+    b.poly([(-0.08, 0), (0.08, 0), (0.08, 0.3), (-0.08, 0.3)], b.paint(), 0.7)
+    b.oval(0.05, 0.14, 0.012, 0.012, (240, 220, 120))
+    for side in (-1, 1):
+        b.window(side * half * 0.6, top * 0.4, half * 0.17, top * 0.36)
+
+
+def lighthouse(b):
+    """A banded tower on a rock, with a gallery, a lantern room and a dome."""
+    band, base = b.paint(), b.rng.uniform(0.12, 0.18)
+    for u in (-0.2, 0.18, 0.0):
+        b.ball(u, 0.0, 0.2, (112, 104, 98), 0.55)
+    for i in range(6):
+        low, high = base * (1 - 0.08 * i), base * (1 - 0.08 * (i + 1))
+        b.taper(low, high, 0.08 + 0.11 * i, 0.08 + 0.11 * (i + 1), (band, (238, 234, 226))[i % 2], 1)
+    b.poly([(-0.03, 0.1), (0.03, 0.1), (0.03, 0.2), (-0.03, 0.2)], (50, 44, 44))
+    b.window(0, 0.42, 0.025, 0.07)
+    b.taper(base * 0.75, base * 0.85, 0.73, 0.76, (60, 60, 66), 1)
+    b.taper(0.055, 0.055, 0.76, 0.87, (255, 236, 150), 2)
+    b.taper(0.075, 0.012, 0.87, 0.97, band, 3)
+    b.line([(0, 0.97), (0, 1.03)], (40, 40, 44), 0.012)
+    if b.scene.light.mean() < 0.7:
+        b.poly([(0, 0.82), (b.sun * 1.6, 0.96), (b.sun * 1.6, 0.66)], (255, 240, 170), 1.6, 70)
+
+
+def mushroom(b):
+    """A cap with spots over a stem in its shade, gills at the rim."""
+    cap, wide, rim = b.paint(), b.rng.uniform(0.36, 0.6), b.rng.uniform(0.45, 0.58)
+    b.shadow(wide * 0.8)
+    b.taper(0.15, 0.1, 0, rim, (232, 220, 196), lean=b.rng.normal(0, 0.03))
+    b.poly([(-0.11, rim), (0.11, rim), (0.12, rim - 0.13), (-0.12, rim - 0.13)], (0, 0, 0), alpha=80)
+    b.oval(0, rim, wide * 0.94, 0.08, (206, 178, 146), 0.7)
+    arc = [(wide * math.cos(t), rim + (0.96 - rim) * math.sin(t)) for t in np.linspace(0, math.pi, 24)]
+    for i in range(5):
+        k = 1 - 0.17 * i
+        b.poly(
+            [(u * k + b.sun * 0.05 * (1 - k), rim + (v - rim) * (0.35 * k + 0.62)) for u, v in arc],
+            cap,
+            0.72 + 0.12 * i,
+        )
+    for _ in range(b.rng.integers(0, 9)):
+        t, r = b.rng.uniform(0.4, 2.7), b.rng.uniform(0.3, 0.85)
+        b.oval(wide * r * math.cos(t), rim + 0.03 + (0.9 - rim) * r * math.sin(t), 0.05, 0.035, (246, 238, 224))
+
+
+def person(b):
+    """Somebody who stands: shoes, legs, coat, arms, head with hair or a hat."""
+    coat, legs, skin, hair = b.paint(), b.paint(), b.pick(((236, 196, 164), (150, 102, 72), (98, 64, 46))), b.paint()
+    b.shadow(0.2)
+    for side in (-1, 1):
+        step = side * b.rng.uniform(0.04, 0.1)
+        b.line([(step, 0.02), (side * 0.05, 0.46)], legs, 0.085, 0.8)
+        b.oval(step + 0.03, 0.02, 0.07, 0.025, (36, 30, 30))
+        hand = side * b.rng.uniform(0.16, 0.26), b.rng.uniform(0.36, 0.5)
+        b.line([(side * 0.1, 0.78), hand], coat, 0.07, 0.85)
+        b.oval(*hand, 0.035, 0.035, skin)
+    b.taper(b.rng.uniform(0.12, 0.2), 0.11, 0.4, 0.81, coat)
+    b.line([(0, 0.42), (0, 0.8)], coat, 0.012, 0.6)
+    b.oval(0, 0.9, 0.09, 0.1, hair, 0.7)
+    b.oval(0, 0.88, 0.075, 0.085, skin)
+    for side in (-1, 1):
+        b.oval(side * 0.03, 0.895, 0.01, 0.012, (30, 26, 26))
+    b.line([(-0.025, 0.84), (0.025, 0.84)], (150, 60, 60), 0.012)
+    if b.chance(0.5):
+        b.taper(0.13, 0.13, 0.94, 0.955, hair, 1)
+        b.taper(0.085, 0.075, 0.955, 1.04, hair, 2)
+
+
+def plant(b):
+    """A pot, wider at its rim, with leaves that bend out of it and flowers on top."""
+    pot, leaf, petal = b.paint(), b.paint(LEAVES[:3]), b.paint()
+    b.shadow(0.3)
+    for u in np.linspace(-0.45, 0.45, b.rng.integers(5, 10)):
+        tip = u + b.rng.normal(0, 0.05), 0.95 - abs(u) * 0.7 + b.rng.normal(0, 0.04)
+        mid = u * 0.45, 0.66
+        b.poly(
+            [(u * 0.1, 0.36), (mid[0] - 0.045, mid[1]), tip, (mid[0] + 0.045, mid[1])], leaf, b.rng.uniform(0.7, 1.15)
+        )
+        if b.chance(0.5):
+            b.ball(*tip, 0.06, petal)
+            b.oval(*tip, 0.02, 0.02, (240, 210, 90))
+    b.taper(0.17, 0.25, 0, 0.32, pot)
+    b.taper(0.28, 0.28, 0.32, 0.4, pot, 2)
+    b.poly([(-0.24, 0.32), (0.24, 0.32), (0.235, 0.29), (-0.235, 0.29)], (0, 0, 0), alpha=90)
+
+
+def snowman(b):
+    """Three balls, a carrot, coal buttons, arms of twigs and mostly a hat."""
+    b.shadow(0.36)
+    for v, r in ((0.24, 0.27), (0.58, 0.19), (0.83, 0.13)):
+        b.ball(0, v, r, (206, 210, 222))
+    for side in (-1, 1):
+        b.line([(side * 0.17, 0.6), (side * 0.4, b.rng.uniform(0.6, 0.78))], (84, 58, 40), 0.02)
+        b.oval(side * 0.045, 0.87, 0.015, 0.015, (20, 20, 22))
+    for v in (0.5, 0.58, 0.66):
+        b.oval(0, v, 0.016, 0.016, (20, 20, 22))
+    b.poly([(0, 0.845), (0, 0.805), (b.sun * 0.15, 0.81)], (236, 124, 40))
+    b.line([(-0.12, 0.72), (0.12, 0.72)], b.paint(), 0.05)
+    if b.chance(0.8):
+        hat = b.paint()
+        b.taper(0.16, 0.16, 0.92, 0.945, hat, 1)
+        b.taper(0.1, 0.11, 0.945, 1.1, hat, 2)
+
+
+def tree(b):
+    """A broad crown of lumps over a trunk, or a conifer of skirts, at times under snow."""
+    leaf = b.paint(LEAVES)
+    b.shadow(0.32)
+    b.taper(0.075, 0.04, 0, 0.55, (98, 72, 52), lean=b.rng.normal(0, 0.03))
+    if b.chance(0.45):
+        cap = b.scene.ground[1] if b.chance(0.3) else leaf * 1.25
+        for i in range(5):
+            v, w = 0.14 + 0.16 * i, 0.38 - 0.065 * i
+            b.poly(
+                [(-w, v), (-w * 0.5, v - 0.035), (0, v), (w * 0.5, v - 0.035), (w, v), (0, v + 0.26)],
+                leaf,
+                0.66 + 0.06 * i,
+            )
+            b.poly([(0, v + 0.26), (b.sun * w * 0.75, v + 0.06), (b.sun * w * 0.2, v + 0.1)], cap, 0.95)
+        return
+    b.line([(0, 0.35), (0.16 * b.sun, 0.56)], (98, 72, 52), 0.03, 0.8)
+    for v in np.sort(b.rng.uniform(0.5, 0.86, b.rng.integers(7, 14))):  # low, shaded lumps first
+        b.ball(b.rng.normal(0, 0.17), v, b.rng.uniform(0.11, 0.19), leaf * (0.45 + 0.7 * v))
+
+
+OBJECTS = {f.__name__: f for f in (boat, car, house, lighthouse, mushroom, person, plant, snowman, tree)}
+CLASSES = tuple(OBJECTS)
+
+
+def bush(b):
+    b.shadow(0.5)
+    leaf = b.paint(LEAVES)
+    for _ in range(6):
+        b.ball(b.rng.uniform(-0.4, 0.4), b.rng.uniform(0.2, 0.6), 0.3, leaf)
+
+
+def stone(b):
+    b.shadow(0.5)
+    b.ball(0, 0.25, 0.5, b.paint(((128, 122, 116), (92, 88, 90), (166, 150, 130))), 0.6)
+
+
+def fence(b):
+    wood = b.paint(((150, 112, 80), (226, 222, 212), (96, 80, 70)))
+    for v in (0.3, 0.68):
+        b.line([(-1.7, v), (1.7, v)], wood, 0.09, 0.8)
+        b.line([(-1.7, v - 0.07), (1.7, v - 0.07)], (0, 0, 0), 0.04, alpha=90)
+    for u in np.linspace(-1.6, 1.6, 7):
+        b.poly([(u - 0.1, 0), (u + 0.1, 0), (u + 0.1, 0.85), (u, 1), (u - 0.1, 0.85)], wood)
+
+
+def tuft(b):
+    """Blades of grass: dark at the root, thin and light at the tip."""
+    leaf = b.paint(LEAVES)
+    for _ in range(7):
+        u, tip = b.rng.uniform(-0.3, 0.3), b.rng.normal(0, 0.4)
+        b.poly([(u - 0.06, 0), (u + 0.06, 0), (tip, b.rng.uniform(0.5, 1))], leaf, b.rng.uniform(0.6, 1.2))
+
+
+PROPS = (bush, stone, fence, tuft, bush, tuft)
+
+
+def gradient(scene, top, bottom, first, last):
+    """Fill the rows from `top` to `bottom` with a ramp between two colours."""
+    rows = np.linspace(0, 1, max(2, int(bottom) - int(top)))[:, None]
+    ramp = (np.array(first) * (1 - rows) + np.array(last) * rows)[:, None].clip(0, 255).astype(np.uint8)
+    scene.image.paste(Image.fromarray(ramp).resize((scene.width, len(rows)), 0), (0, int(top)))
+
+
+def clouds(scene):
+    """Heaps with a round top and a flat, shaded base; birds between them."""
+    tint = np.clip(np.array(scene.sky[1]) * 0.5 + scene.pick((120, 60, 20)), 0, 255)
+    for _ in range(scene.rng.integers(0, 7)):
+        x, y = scene.rng.uniform(0, scene.width), scene.rng.uniform(0, max(1.0, scene.horizon))
+        r = scene.rng.uniform(0.05, 0.16) * scene.width
+        for shade, rise in ((0.78, 0.0), (0.95, 0.12), (1.1, 0.28)):
+            ink = tuple(np.clip(tint * shade, 0, 255).astype(int).tolist())
+            for u in (-0.9, -0.4, 0.15, 0.7):
+                k = r * (0.75 - 0.35 * abs(u)) * (1 - rise)
+                scene.draw.pieslice(
+                    [x + u * r - k, y - k - rise * k, x + u * r + k, y + k - rise * k], 180, 360, fill=ink
+                )
+    for _ in range(scene.rng.integers(0, 5) if scene.chance(0.3) else 0):
+        x, y = scene.rng.uniform(0, scene.width), scene.rng.uniform(0, max(1.0, scene.horizon))
+        r = 0.02 * scene.width
+        scene.draw.line([(x - r, y - r * 0.4), (x, y), (x + r, y - r * 0.4)], fill=(30, 30, 36, 200), width=3)
+
+
+def heavens(scene, night):
+    """The sky: its ramp, a sun or moon with a halo, stars, clouds."""
+    gradient(scene, 0, scene.horizon, *scene.sky)
+    if scene.chance(0.5):
+        x = scene.width * (0.5 + scene.sun * scene.rng.uniform(0.1, 0.4))
+        y, r = scene.horizon * scene.rng.uniform(0.1, 1.0), scene.width * scene.rng.uniform(0.02, 0.06)
+        for k, alpha in ((3.0, 24), (2.0, 36), (1.4, 60), (1.0, 255)):
+            scene.draw.ellipse([x - r * k, y - r * k, x + r * k, y + r * k], fill=(255, 244, 206, alpha))
+    for _ in range(60 if night else 0):
+        x, y = scene.rng.uniform(0, scene.width), scene.rng.uniform(0, max(1.0, scene.horizon))
+        scene.draw.ellipse([x, y, x + 2, y + 2], fill=(240, 240, 255, 190))
+    clouds(scene)
+
+
+def hills(scene):
+    """Up to three ridges, each nearer and less hazy than the one before."""
+    count = scene.rng.integers(0, 4)
+    for i in range(count):
+        haze = 0.75 - 0.25 * i
+        colour = np.array(scene.sky[1]) * haze + np.array(scene.paint(LEAVES)) * scene.light * 0.7 * (1 - haze)
+        x = np.linspace(0, scene.width, 28)
+        waves = sum(
+            scene.rng.uniform(0.2, 1) / k * np.sin(x / scene.width * 6 * k + scene.rng.uniform(0, 6)) for k in (1, 2, 4)
+        )
+        rise = scene.height * (0.16 - 0.045 * i) * (0.5 + 0.3 * waves).clip(0.02)
+        ridge = list(zip(x.tolist(), (scene.horizon - rise).tolist(), strict=True))
+        scene.draw.polygon(
+            [*ridge, (scene.width, scene.horizon), (0, scene.horizon)],
+            fill=tuple(colour.clip(0, 255).astype(int).tolist()),
+        )
+        scene.draw.line(ridge, fill=tuple((colour * 1.15).clip(0, 255).astype(int).tolist()), width=3)
+
+
+def wall(scene):
+    """A room: papered wall, skirting board, and pictures or a window with light falling in."""
+    gradient(scene, 0, scene.horizon, *scene.sky)
+    stripe = (*[int(c * 0.8) for c in scene.sky[0]], 120)
+    for x in np.arange(0, scene.width, scene.width / scene.rng.integers(8, 30)) if scene.chance(0.5) else ():
+        scene.draw.line([(x, 0), (x, scene.horizon)], fill=stripe, width=4)
+    for _ in range(scene.rng.integers(1, 4)):
+        size = scene.height * scene.rng.uniform(0.18, 0.34)
+        b = Brush(scene, scene.rng.uniform(0, scene.width), scene.horizon * scene.rng.uniform(0.5, 0.8), size)
+        b.window(0, 0, 0.4, 1, scene.paint())
+    board = scene.height * 0.035
+    scene.draw.rectangle([0, scene.horizon - board, scene.width, scene.horizon], fill=scene.ink((226, 216, 200), 0.9))
+    scene.draw.line(
+        [(0, scene.horizon - board), (scene.width, scene.horizon - board)], fill=scene.ink((255, 250, 240)), width=3
+    )
+
+
+def floor(scene, kind):
+    """The ground: a ramp and marks that grow towards the viewer, each with its own up and down."""
+    gradient(scene, scene.horizon, scene.height, *scene.ground)
+    depth, centre = scene.height - scene.horizon, scene.rng.uniform(0.2, 0.8) * scene.width
+    if kind == "tiles":
+        for u in np.linspace(-6, 7, 30):
+            scene.draw.line([(centre + (u - 0.5) * scene.width * 0.16, scene.horizon), (centre + (u - 0.5) * scene.width, scene.height)], fill=(0, 0, 0, 60), width=3)  # fmt: skip
+        for k in np.linspace(0, 1, 9) ** 2:
+            scene.draw.line(
+                [(0, scene.horizon + depth * k), (scene.width, scene.horizon + depth * k)], fill=(0, 0, 0, 60), width=3
+            )
+        return
+    for k in np.sort(scene.rng.uniform(0, 1, {"water": 110, "grass": 170, "dunes": 26, "stones": 50}[kind])):
+        base = np.array(scene.ground[0]) * (1 - k) + np.array(scene.ground[1]) * k
+        x, y, size = scene.rng.uniform(0, scene.width), scene.horizon + depth * k, (0.01 + 0.05 * k) * scene.height
+        light, dark = (tuple((base * s).clip(0, 255).astype(int).tolist()) for s in (scene.rng.uniform(1.1, 1.35), 0.7))
+        if kind == "water":
+            scene.draw.line([(x - size, y), (x + size, y)], fill=light, width=max(1, int(size / 9)))
+            scene.draw.line(
+                [(x - size * 0.8, y + size / 6), (x + size * 0.8, y + size / 6)], fill=dark, width=max(1, int(size / 7))
+            )
+        elif kind == "grass":
+            for u in scene.rng.normal(0, 0.5, 3):
+                scene.draw.polygon([(x + u * size - size * 0.1, y), (x + u * size + size * 0.1, y), (x + u * size * 1.6, y - size)], fill=light if u < 0 else dark)  # fmt: skip
+        elif kind == "dunes":
+            box = [x - size * 7, y, x + size * 7, y + size * 4]
+            scene.draw.arc(box, 225, 315, fill=light, width=max(2, int(size / 4)))
+            scene.draw.arc(
+                [box[0], y + size * 0.3, box[2], box[3]], 230, 310, fill=(*dark, 110), width=max(2, int(size / 2))
+            )
+        else:
+            scene.draw.ellipse([x - size * 0.6, y - size * 0.1, x + size * 0.6, y + size * 0.3], fill=(0, 0, 0, 90))
+            scene.draw.ellipse([x - size * 0.5, y - size * 0.4, x + size * 0.5, y + size * 0.2], fill=dark)
+            scene.draw.ellipse([x - size * 0.4, y - size * 0.38, x + size * 0.4, y + size * 0.02], fill=light)

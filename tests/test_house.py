@@ -1,0 +1,26 @@
+"""The house: imports run one way, and no module hides one of the standard library."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+
+def test_imports_run_down_the_house():
+    command = [str(Path(sys.executable).parent / "lint-imports")]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_module_bears_a_name_of_the_standard_library():
+    """`deepspeed fastrot/train.py` puts fastrot/ first on the path."""
+    names = {path.stem for path in (ROOT / "fastrot").iterdir()}
+    assert not names & set(sys.stdlib_module_names)
+
+
+def test_the_plan_imports_without_torch():
+    code = "import sys, fastrot.data.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

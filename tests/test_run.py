@@ -1,0 +1,290 @@
+"""The whole job as a user runs it: launchers, resume, the stream's proof, every error's one line."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import launch, launched, metrics, write_folder
+
+SMALL = [
+    "model.arch=resnet18", "data.crop=16", "optim.images_per_step=6", "optim.lr=0.05", "optim.epochs=3",
+    "optim.warmup_epochs=0", "run.log_every=1", "run.checkpoint_every=2", "run.tensorboard=false",
+]  # fmt: skip
+PLAIN = [*SMALL, "engine.kind=plain"]
+TIMES = {
+    "images_per_s", "views_per_s", "step_s", "wait_share", "rotate_share", "compute_share", "update_share",
+    "memory_gib", "eta_s",
+}  # fmt: skip
+
+
+def over(images, out) -> list[str]:
+    return [f"data.train={images}", f"data.val={images}", f"run.out={out}"]
+
+
+def learnt(out) -> list[dict]:
+    """What was logged, but for speeds: equal bit for bit when the training is."""
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(out)]
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """One plain-python run over 12 images: 6 steps, 3 epochs; (folder, output)."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    code, output = launched("python", 1, *PLAIN, *over(images, out), "--json", "run.tensorboard=true")
+    assert code == 0, output
+    return out, output
+
+
+@pytest.fixture(scope="module")
+def two(images, tmp_path_factory):
+    """The same on two ranks under the deepspeed launcher."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    code, output = launched("deepspeed", 2, *SMALL, *over(images, out))
+    assert code == 0, output
+    return out
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    out, output = whole
+    promised = {"config.yaml", "environment.json", "manifest", "metrics.jsonl", "STATUS.json", "tensorboard",
+                "checkpoints", "backbone.safetensors"}  # fmt: skip
+    assert {path.name for path in out.iterdir()} >= promised
+    result = json.loads(output.splitlines()[-1])
+    assert result["steps"] == 6 and 0 <= result["held_out_accuracy"] <= 1
+    lines = metrics(out)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(6))
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [1, 3, 5]
+    assert {"epoch", "loss", "accuracy", "accuracy_0", "accuracy_90", "lr", "grad_norm"} | TIMES <= lines[0].keys()
+    status = json.loads((out / "STATUS.json").read_text())
+    assert status["state"] == "done" and status["steps"] == 6
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["versions"]["torch"] and len(environment["data"]["content"]) == 64
+    assert "layer4.1.conv2.weight" in load_file(out / "backbone.safetensors")
+    assert "fc.weight" not in load_file(out / "backbone.safetensors")
+    assert "held-out rotation accuracy" in output
+    assert "\r" not in output, "no bar where there is no terminal"
+
+
+def test_stopped_and_resumed_is_the_run_that_was_not(whole, images, tmp_path, fastrot):
+    """Stopped after step 3 (last checkpoint: 2), half a line and half a checkpoint left behind."""
+    out, _ = whole
+    run = tmp_path / "r"
+    assert fastrot("train", *PLAIN, *over(images, run), "run.max_steps=3").code == 0
+    shutil.rmtree(run / "checkpoints/step-00000003")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "epo')
+    (run / "checkpoints/.tmp-step-00000004").mkdir()
+    again = fastrot("train", *PLAIN, *over(images, run))
+    assert again.code == 0, again.err
+    assert "resumed from step-00000002" in again.err
+    assert [x for x in learnt(run) if "loss" in x] == [x for x in learnt(out) if "loss" in x]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (load_file(folder / "checkpoints/step-00000006" / name) for folder in (run, out))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_finished_run_is_not_trained_again(whole, images, fastrot):
+    out, _ = whole
+    before = (out / "metrics.jsonl").read_text()
+    done = fastrot("train", *PLAIN, *over(images, out))
+    assert done.code == 0, done.err
+    assert (out / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["model.arch=resnet34"], "model.arch was 'resnet18', is 'resnet34'"),
+        (["optim.images_per_step=4"], "optim.images_per_step was 6, is 4"),
+        (["run.seed=5"], "run.seed was 0, is 5"),
+        (["--resume", "never"], "holds a run at step-00000006"),
+        (["--resume", "/nowhere"], "--resume /nowhere: no such folder"),
+        (["--resume-anyway", "model.arch", "model.arch=resnet34"], "--resume-anyway model.arch"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(whole, images, more, words, fastrot):
+    done = fastrot("train", *PLAIN, *over(images, whole[0]), *more)
+    assert done.code == 2
+    assert len(done.errors) == 1 and words in done.errors[0]
+    assert "Traceback" not in done.err
+
+
+def test_other_data_in_the_same_folder_is_refused(whole, tmp_path, fastrot):
+    other = write_folder(tmp_path / "other", classes=2, per_class=7)
+    done = fastrot("train", *PLAIN, *over(other, whole[0]))
+    assert done.code == 2
+    assert re.search(r"data was '\w{64}', is '\w{64}'", done.err)
+
+
+def test_a_longer_run_may_go_on_by_name(whole, images, tmp_path, fastrot):
+    shutil.copytree(whole[0], tmp_path / "r")
+    longer = [*PLAIN, *over(images, tmp_path / "r"), "optim.epochs=4"]
+    assert fastrot("train", *longer).code == 2
+    assert fastrot("train", *longer, "--resume-anyway", "optim.epochs").code == 0
+    assert metrics(tmp_path / "r")[-1]["step"] == 7
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr?"),
+        (["data.train=/no/such"], "/no/such: no such folder"),
+        (["data.train={empty}"], "holds no image"),
+        (["data.train={file}"], "is a file; expected a folder"),
+        ([], "data.train is not set"),
+        (["data.train={images}", "run.out={file}"], "is a file, or lies below one"),
+        (["data.train={images}", "run.out={file}/below"], "is a file, or lies below one"),
+        (["data.train={images}", "--deepspeed_config", "{file}", "engine.kind=deepspeed"], "cannot be read as JSON"),
+        (["data.train={images}", "--deepspeed_config", "{file}"], "--deepspeed_config is for engine.kind deepspeed"),
+        (["--config", "/no/such.yaml"], "--config /no/such.yaml: No such file"),
+        (["data.train={images}", "data.decode=dali", "data.decode_on=gpu"], "there is no CUDA device here"),
+        (
+            ["data.train={images}", "optim.images_per_step=7", "engine.images_per_micro_step=2", "optim.lr=x"],
+            "optim.lr",
+        ),
+    ],
+)
+def test_a_users_error_is_one_line_and_exit_2(words, expected, images, tmp_path, fastrot):
+    if "CUDA" in expected and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    (tmp_path / "empty/class").mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    places = {"empty": tmp_path / "empty", "file": tmp_path / "file", "images": images}
+    done = fastrot("train", *PLAIN, f"run.out={tmp_path / 'out'}", *(w.format(**places) for w in words))
+    assert done.code == 2, done.err
+    assert len(done.errors) == 1 and expected in done.errors[0]
+    assert "Traceback" not in done.err
+
+
+def test_an_unknown_option_or_command_is_exit_2(fastrot):
+    assert fastrot("train", "--dryrun").code == 2
+    assert fastrot("pretrain").code == 2
+
+
+def test_too_many_ranks_are_refused_with_one_line(images, tmp_path):
+    code, output = launched("torchrun", 2, *PLAIN, *over(images, tmp_path / "r"), "optim.images_per_step=1")
+    assert code != 0  # torchrun's own
+    lines = [line for line in output.splitlines() if line.startswith("fastrot: ")]
+    assert len(lines) == 1, output
+    assert "optim.images_per_step 1 leaves some of 2 ranks without an image" in lines[0]
+    assert re.search(r"exitcode\s*: 2", output)
+
+
+def test_more_ranks_than_images_are_refused():
+    from fastrot import config as configs
+    from fastrot.errors import UserError
+    from fastrot.job import arithmetic
+
+    with pytest.raises(UserError, match="3 images for 4 ranks"):
+        arithmetic(configs.load(None, [])[0], 4, 3)
+    with pytest.raises(UserError, match="empty shares"):
+        arithmetic(configs.load(None, ["optim.images_per_step=5", "engine.images_per_micro_step=2"])[0], 2, 100)
+
+
+def test_one_class_trains_and_says_so(tmp_path, fastrot):
+    one = write_folder(tmp_path / "one", classes=1, per_class=6)
+    done = fastrot("train", *PLAIN, f"data.train={one}", f"run.out={tmp_path / 'r'}", "run.max_steps=1")
+    assert done.code == 0, done.err
+    assert "one class (class0); rotation needs no labels" in done.err
+
+
+def test_a_second_run_in_the_same_folder_is_refused(images, tmp_path, fastrot):
+    (tmp_path / "r").mkdir()
+    with (tmp_path / "r/.lock").open("w") as lock:
+        lock.write("host there, process 7")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = fastrot("train", *PLAIN, *over(images, tmp_path / "r"))
+    assert done.code == 2
+    assert "another run works there (host there, process 7)" in done.err
+
+
+def test_the_stream_is_one_for_any_ranks_decoder_and_start(images, fastrot):
+    words = [
+        "stream",
+        "--json",
+        f"data.train={images}",
+        "optim.images_per_step=5",
+        "data.crop=16",
+        "rotation.views=one",
+    ]
+    want = fastrot(*words, "--steps", 8)
+    assert want.out.startswith("step 0  position 0  epoch 0.000  rows ")
+    assert want.json["sha256"] == fastrot(*words, "--steps", 8, "--ranks", 4).json["sha256"]
+    later = ["--steps", 3, "--first-step", 5]
+    torch_, dali = (fastrot(*words, *later, "--pixels", "--decode", name).json for name in ("torch", "dali"))
+    ranks = fastrot(*words, *later, "--pixels", "--decode", "dali", "--ranks", 3).json
+    assert torch_["sha256"] == dali["sha256"] == ranks["sha256"] != want.json["sha256"]
+    assert ranks["pixels_sha256"] == dali["pixels_sha256"]
+    assert fastrot(*words, "--steps", 0).code == 2
+
+
+def test_dry_run_tells_what_a_run_would_be_and_writes_nothing(images, tmp_path, fastrot):
+    done = fastrot("train", *PLAIN, *over(images, tmp_path / "r"), "--dry-run", "--json")
+    assert (done.json["steps"], done.json["views_per_step"], done.json["batch_norm_views"]) == (6, 24, 24)
+    assert done.json["parameters"] == 11_178_564 and done.json["expected_hours"] > 0
+    for words in ("over 24 views (recipe 512)", "optim.lr ", "(command line)", "(default)"):
+        assert words in done.err
+    assert not (tmp_path / "r").exists()
+
+
+def test_two_ranks_under_deepspeed_learn_what_one_does(whole, two):
+    one = learnt(whole[0])
+    assert [line["step"] for line in learnt(two)] == [line["step"] for line in one]
+    assert learnt(two)[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-4)
+    assert learnt(two)[0]["lr"] == one[0]["lr"]
+
+
+def test_killed_in_mid_epoch_and_resumed_is_equal_in_every_logged_value(images, two, tmp_path):
+    """kill -9 of launcher and ranks at once, under torchrun; the peer ran whole under deepspeed."""
+    words = [*SMALL, *over(images, tmp_path / "killed"), "run.checkpoint_every=1"]
+    process = launch("torchrun", 2, *words)
+    wait_for(lambda: (tmp_path / "killed/checkpoints/latest").exists(), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    wait_for(lambda: not holders(tmp_path / "killed"), None)
+    code, output = launched("torchrun", 2, *words)
+    assert code == 0, output
+    assert "resumed from step-" in output
+    assert learnt(tmp_path / "killed") == learnt(two)
+
+
+def test_a_killed_launcher_leaves_no_orphans(images, tmp_path):
+    out = tmp_path / "orphans"
+    process = launch("torchrun", 2, *PLAIN, *over(images, out), "optim.epochs=4000")
+    wait_for(lambda: (out / "checkpoints/latest").exists(), process)
+    assert len(holders(out)) >= 3
+    process.kill()  # the launcher alone
+    process.wait()
+    wait_for(lambda: not holders(out), None, 30)
+
+
+def wait_for(happened, process, limit=120):
+    """Look until it has happened; fail when the process ends first, or after `limit` seconds."""
+    end = time.monotonic() + limit
+    while not happened():
+        assert time.monotonic() < end, "nothing happened"
+        assert process is None or process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def holders(out) -> list[int]:
+    """Processes whose command names this run: what a killed launcher must not leave behind."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                if os.fsencode(out) in file.read():
+                    found.append(int(pid))
+        except OSError:
+            continue
+    return found
