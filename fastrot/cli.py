@@ -143,12 +143,12 @@ def _hand_over(args, config, sources, ranks) -> dict:
                 if name in result:
                     print(f"{name} {result[name]}")
         return result
-    from fastrot import job
+    from fastrot import pretrain
     from fastrot.dryrun import dry_run
 
     if args.dry_run:
         return dry_run(config, sources, ranks, args.deepspeed_config)
-    return job.train(config, ranks, args.resume, args.resume_anyway, args.deepspeed_config)
+    return pretrain.train(config, ranks, args.resume, args.resume_anyway, args.deepspeed_config)
 
 
 if __name__ == "__main__":

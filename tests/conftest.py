@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -61,9 +63,11 @@ def shared_data():
 
 
 @pytest.fixture
-def fastrot(capfd):
+def fastrot(capfd, monkeypatch):
     """A function that runs a command in this process, as the console script does."""
     from fastrot.cli import main
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # each process group wraps it once more
 
     def call(*words) -> Done:
         capfd.readouterr()
@@ -93,10 +97,16 @@ class Done:
         return [line for line in self.err.splitlines() if line.startswith("fastrot: ")]
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def launch(launcher: str, ranks: int, *words) -> subprocess.Popen:
     """Start `fastrot/train.py` under a launcher, in a process group of its own, output kept."""
     launch = {
-        "deepspeed": ["deepspeed", "--num_accelerators", str(ranks), "--master_port", "0"],
+        "deepspeed": ["deepspeed", "--num_accelerators", str(ranks), "--master_port", free_port()],
         "torchrun": ["torchrun", "--standalone", "--nproc_per_node", str(ranks)],
         "python": [sys.executable],
     }[launcher]
@@ -115,7 +125,11 @@ def launch(launcher: str, ranks: int, *words) -> subprocess.Popen:
 def launched(launcher: str, ranks: int, *words) -> tuple[int, str]:
     """Run to the end: (exit code, all output)."""
     process = launch(launcher, ranks, *words)
-    output, _ = process.communicate(timeout=300)
+    try:
+        output, _ = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output = "timed out\n" + process.communicate()[0]
     return process.returncode, output
 
 

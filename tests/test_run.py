@@ -186,8 +186,6 @@ def test_more_ranks_than_images_are_refused():
 
     with pytest.raises(UserError, match="3 images for 4 ranks"):
         arithmetic(configs.load(None, [])[0], 4, 3)
-    with pytest.raises(UserError, match="empty shares"):
-        arithmetic(configs.load(None, ["optim.images_per_step=5", "engine.images_per_micro_step=2"])[0], 2, 100)
 
 
 def test_one_class_trains_and_says_so(tmp_path, fastrot):
@@ -264,8 +262,8 @@ def test_a_killed_launcher_leaves_no_orphans(images, tmp_path):
     wait_for(lambda: (out / "checkpoints/latest").exists(), process)
     assert len(holders(out)) >= 3
     process.kill()  # the launcher alone
-    process.wait()
     wait_for(lambda: not holders(out), None, 30)
+    process.communicate()
 
 
 def wait_for(happened, process, limit=120):

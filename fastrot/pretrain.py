@@ -1,0 +1,187 @@
+"""A pretraining run in its folder: held against a second, resumed, trained, summed up."""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import socket
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastrot import checkpoint, distributed, runlog
+from fastrot.config import Config, to_yaml
+from fastrot.data.manifest import Manifest
+from fastrot.distributed import Ranks
+from fastrot.errors import UserError
+from fastrot.job import Job, describe, open_manifest
+from fastrot.loop import run
+from fastrot.model import TURNS
+
+_FIXED = ("model.arch", "run.seed", "data")  # no resume can change these
+_DEFINING = (
+    "model.",
+    "rotation.",
+    "optim.",
+    "run.seed",
+    "engine.precision",
+    "data.crop",
+    "data.crop_by_epoch",
+    "data.scale",
+    "data.ratio",
+    "data.flip",
+    "data.mean",
+    "data.std",
+    "data.order",
+    "data.window_rows",
+    "data.window_chunks",
+)
+
+
+def defining(config: Config, content: str) -> dict:
+    """What a resumed run must share with its checkpoint: flat keys and the data's content hash."""
+    flat = {
+        f"{section}.{key}": value
+        for section, body in config.model_dump(mode="json").items()
+        for key, value in body.items()
+    }
+    return {
+        key: value
+        for key, value in flat.items()
+        if any(key == d or (d.endswith(".") and key.startswith(d)) for d in _DEFINING)
+    } | {"data": content}
+
+
+@contextmanager
+def _folder(out: str, ranks: Ranks):
+    """The run's folder, held against a second run. Raises UserError where it cannot be."""
+    folder = Path(out)
+
+    def hold():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"run.out {out}: is a file, or lies below one; name a folder") from None
+        except OSError as error:
+            raise UserError(f"run.out {out}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(handle, 200).decode(errors="replace")
+            raise UserError(f"run.out {out}: another run works there ({holder}); name another folder") from None
+        os.truncate(handle, 0)
+        os.pwrite(handle, f"host {socket.gethostname()}, process {os.getpid()}".encode(), 0)
+        return handle
+
+    handle = distributed.on_first(ranks, hold)
+    try:
+        yield folder
+    finally:
+        if ranks.first:
+            os.close(handle)
+
+
+def _frozen(folder: Path, name: str, source: str | None, config: Config, ranks: Ranks) -> Manifest:
+    """The run's own copy of a manifest; made at the first start, and when the source has moved."""
+    home = folder / "manifest" / name
+    if source is not None and (home / "meta.json").exists():
+        kept = Manifest.load(home)
+        if kept.source == source:
+            return kept
+    manifest = open_manifest(source, config, ranks, f"data.{name}")
+    distributed.on_first(ranks, lambda: manifest.save(home))
+    return Manifest.load(home)
+
+
+def train(config: Config, ranks: Ranks, resume: str, resume_anyway: list[str], deepspeed_config: str | None) -> dict:
+    """Train, or go on training, in run.out. Returns what --json prints."""
+    for key in set(resume_anyway) & set(_FIXED):
+        raise UserError(f"--resume-anyway {key}: a run cannot go on with another {key}; start a new run.out")
+    with _folder(config.run.out, ranks) as folder:
+        saved = distributed.on_first(ranks, lambda: _find(resume, folder))
+        found = checkpoint.load(Path(saved)) if saved else None
+        manifest = _frozen(folder, "train", config.data.train, config, ranks)
+        val = _frozen(folder, "val", config.data.val, config, ranks) if config.data.val else None
+        now = defining(config, manifest.content)
+        if found:
+            checkpoint.refuse_differences(found.state["defining"], now, resume_anyway, found.path)
+        step, position = (found.state["step"], found.state["position"]) if found else (0, 0)
+        left = math.ceil((config.optim.epochs * len(manifest) - position) / config.optim.images_per_step)
+        last = min(step + max(0, left), config.run.max_steps or step + max(0, left))
+        log = runlog.RunLog(folder if ranks.first else None, last, step, config.run.tensorboard)
+        try:
+            for one in filter(None, (manifest, val)):
+                describe(one, log.say)
+            job = Job(config, ranks, manifest, val, folder, deepspeed_config, log.say)
+            if found:
+                job.engine.load_state(found.model, found.optimizer, found.state["scalars"])
+                log.say(f"resumed from {found.path.name}: step {step:,} of {last:,}, stream position {position:,}")
+            _write_facts(folder, config, ranks, manifest)
+            result = _run(job, folder, now, range(step, last), position, log)
+        except BaseException as error:
+            log.status("failed", reason=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            log.close()
+        return result
+
+
+def _find(resume: str, folder: Path) -> str | None:
+    path = checkpoint.find(resume, folder, lambda line: runlog.console().print(line, soft_wrap=True))
+    return str(path) if path else None
+
+
+def _run(job: Job, folder: Path, now: dict, steps: range, position: int, log) -> dict:
+    saver = checkpoint.Saver(folder, job.config.run.keep_last, log.say)
+    course, first = job.course(steps.stop), job.ranks.first
+
+    def save(done: int, next_position: int, accuracy: float | None) -> None:
+        model, momenta, scalars = job.engine.state()
+        if first:
+            state = {"step": done, "position": next_position, "scalars": scalars, "defining": now}
+            saver.save(done, model, momenta, state, accuracy)
+            log.status("running", step=done, of=course.last_step, held_out_accuracy=accuracy)
+
+    log.status("running", step=steps.start, of=steps.stop)
+    began = time.monotonic()
+    evaluate = job.evaluate if job.val_loader else None
+    job.clock.skip()
+    result = run(course, job.batches(steps, position), job.task, job.engine, job.lr_of, evaluate, save, log, job.clock)
+    if not steps and evaluate:
+        result = evaluate()
+    saver.finish()
+    distributed.on_first(job.ranks, saver.check)
+    job.close()
+    result |= {"steps": steps.stop, "seconds": time.monotonic() - began, "out": str(folder)}
+    if first:
+        latest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
+        shutil.copyfile(latest / "backbone.safetensors", folder / "backbone.safetensors")
+    log.status("done", **result)
+    log.close()
+    if first:
+        _show(result)
+    return result
+
+
+def _show(result: dict) -> None:
+    """The short table a run ends with."""
+    rows = [("steps", f"{result['steps']:,} in {runlog.duration(result['seconds'])}")]
+    if "held_out_accuracy" in result:
+        rows.append(("held-out rotation accuracy", f"{result['held_out_accuracy']:.1%} (chance {1 / TURNS:.0%})"))
+    if "views_per_s" in result:
+        rows += [
+            ("throughput", f"{result['images_per_s']:,.0f} images/s, {result['views_per_s']:,.0f} views/s"),
+            ("time waiting for data", f"{result['wait_share']:.1%}"),
+        ]
+    runlog.table("rotation pretraining", [*rows, ("outputs", result["out"])])
+
+
+def _write_facts(folder: Path, config: Config, ranks: Ranks, manifest: Manifest) -> None:
+    if ranks.first:
+        checkpoint.write_text(folder / "config.yaml", to_yaml(config))
+        facts = runlog.environment(f"{ranks.world} on {ranks.device.type}") | {
+            "data": {"content": manifest.content, "storage": manifest.storage, "rows": len(manifest)}
+        }
+        checkpoint.write_text(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
