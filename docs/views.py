@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastrot_kernels import rotate_views
 from PIL import Image, ImageDraw
 
 from fastrot.scenes import draw
+from fastrot_kernels import rotate_views
 
 SIDE, GAP, HEAD = 120, 8, 22
 
@@ -25,7 +25,9 @@ def main() -> None:
     for turn in range(4):
         for i in range(len(crops)):
             sheet.paste(Image.fromarray(views[4 * i + turn]), (GAP + i * step, HEAD + GAP + turn * step))
-        pen.text((GAP + len(crops) * step, HEAD + GAP + turn * step + SIDE // 2), f"{90 * turn} degrees", fill=(40, 40, 40))
+        pen.text(
+            (GAP + len(crops) * step, HEAD + GAP + turn * step + SIDE // 2), f"{90 * turn} degrees", fill=(40, 40, 40)
+        )
     sheet.quantize(128).save(Path(__file__).parent / "views.png", optimize=True)
 
 

@@ -128,16 +128,19 @@ def find(resume: str, run: Path, say) -> Path | None:
 
 
 class Saver:
-    """Writes checkpoints beside the training: tensors are copied at once, files by a thread."""
+    """Writes checkpoints beside the training: tensors are copied at once, files by a thread.
+
+    best  held-out accuracy of the checkpoint kept as best, None before there is one.
+    """
 
     def __init__(self, run: Path, keep_last: int, say):
         self._root, self._keep, self._say = run / "checkpoints", keep_last, say
         self._thread: threading.Thread | None = None
         self._failures = 0
-        self._best: float | None = None
+        self.best: float | None = None
         try:
             best = json.loads((self._root / "best").read_text())
-            self._best = best["accuracy"]
+            self.best = best["accuracy"]
         except (OSError, ValueError, KeyError):
             pass  # no best yet
 
@@ -192,8 +195,8 @@ class Saver:
             scratch.rename(folder)
             _fsync(self._root)
             write_text(self._root / "latest", folder.name + "\n")
-            if accuracy is not None and (self._best is None or accuracy > self._best):
-                self._best = accuracy
+            if accuracy is not None and (self.best is None or accuracy > self.best):
+                self.best = accuracy
                 write_text(self._root / "best", json.dumps({"name": folder.name, "accuracy": accuracy}) + "\n")
             self._thin_out()
             self._failures = 0

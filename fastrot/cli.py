@@ -9,6 +9,7 @@ import warnings
 
 from fastrot.errors import Fault, UserError
 
+_OTHERS_WAIT_S = 5  # launchers end the other ranks within two
 _EXAMPLES = """\
 examples:
   deepspeed fastrot/train.py --config configs/in1k.yaml data.train=/data/train data.val=/data/val
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(args)
     except (UserError, Fault) as error:
-        _complain(str(error))
+        _complain(error)
         return error.exit_code
     except KeyboardInterrupt:
         _complain("stopped by Ctrl-C; --resume auto goes on from the last checkpoint")
@@ -104,14 +105,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _complain(message: str) -> None:
-    """The error's lines, from rank 0 alone; the others give it time to speak before a launcher that
-    sees them end stops everyone."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(2)
-        return
-    for line in message.splitlines():
-        print(f"fastrot: {line}", file=sys.stderr, flush=True)
+def _complain(error: UserError | Fault | str) -> None:
+    """The error's lines. What all ranks found alike rank 0 says; the others wait, and speak only
+    where no launcher has ended them by then: the error was theirs alone. A fault is said at once."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and not isinstance(error, Fault):
+        time.sleep(_OTHERS_WAIT_S)
+    who = "fastrot" if rank == "0" else f"fastrot: rank {rank}"
+    for line in str(error).splitlines():
+        print(f"{who}: {line}", file=sys.stderr, flush=True)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -126,10 +128,12 @@ def _run(args: argparse.Namespace) -> int:
     ranks = distributed.start()
     try:
         result = _hand_over(args, config, sources, ranks)
-        if args.json and ranks.first:
-            print(json.dumps(result), flush=True)
-    finally:
+    except UserError:
         distributed.end()
+        raise  # after a Fault the other ranks sit in a collective: leaving the group would wait for them
+    if args.json and ranks.first:
+        print(json.dumps(result), flush=True)
+    distributed.end()
     return 0
 
 

@@ -25,6 +25,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FASTROT_CACHE") or Path(home) / "fastrot")
 
 
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among its peers, and the device it works on."""
@@ -65,7 +70,7 @@ def start(timeout_s: float = 1800) -> Ranks:
     else:
         device, backend = torch.device("cpu"), "gloo"
         # the cores are shared with the other ranks here; more threads than cores wait for one another
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+        torch.set_num_threads(max(1, cores() // local_world))
     if "RANK" in os.environ:
         _die_with_launcher()
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))

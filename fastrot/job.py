@@ -106,7 +106,7 @@ def make_loader(
 ) -> tuple[Loader, str]:
     """A loader over a manifest, and the line that says how it decodes."""
     data = config.data
-    threads = data.threads or max(1, (os.cpu_count() or 1) // ranks.local_world)
+    threads = data.threads or max(1, distributed.cores() // ranks.local_world)
     decoder, line = make_decoder(data.decode, data.decode_on, ranks.device, threads, batch, DECODES_IN_FLIGHT)
     most = data.max_bad if data.max_bad is not None else max(10, len(manifest) // 1000)
     loader = Loader(
@@ -148,6 +148,8 @@ class Job:
     def _build_step(self, deepspeed_config: str | None) -> None:
         config, ranks = self.config, self.ranks
         o, e = config.optim, config.engine
+        if e.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(e.deterministic)
         torch.backends.cudnn.benchmark = not e.deterministic
         torch.set_float32_matmul_precision("highest" if e.precision == "fp32" else "high")

@@ -44,14 +44,14 @@ def run(
     engine: Engine,
     lr_of: Callable[[float], float],
     evaluate: Callable[[], dict[str, float]] | None,
-    save: Callable[[int, int, float | None], None],
+    save: Callable[[int, int, float | None, bool], None],
     log,
     clock: Clock,
 ) -> dict[str, float]:
     """Train over `batches`; returns the last logged values with the whole run's rates.
 
     lr_of(epoch) -> rate.  evaluate() -> held-out metrics, or None.
-    save(steps completed, next stream position, held-out accuracy or None).
+    save(steps completed, next stream position, held-out accuracy or None, whether one is due).
     Raises Fault when the loss is not finite.
     """
     device = task.device
@@ -105,8 +105,8 @@ def run(
                 accuracy = held_out["held_out_accuracy"]
                 log.write({"step": batch.step, "epoch": position / course.rows, **held_out})
                 latest |= held_out
-            if saving:
-                save(done, position, accuracy)
+            if saving or evaluating:
+                save(done, position, accuracy, saving)
             clock.skip()
     return {**latest, **_rates(course, spent, steps)} if steps else {}
 

@@ -137,7 +137,14 @@ def _run(job: Job, folder: Path, now: dict, steps: range, position: int, log) ->
     saver = checkpoint.Saver(folder, job.config.run.keep_last, log.say)
     course, first = job.course(steps.stop), job.ranks.first
 
-    def save(done: int, next_position: int, accuracy: float | None) -> None:
+    best = distributed.on_first(job.ranks, lambda: saver.best)
+
+    def save(done: int, next_position: int, accuracy: float | None, due: bool) -> None:
+        nonlocal best
+        better = accuracy is not None and (best is None or accuracy > best)
+        if not (due or better):
+            return
+        best = accuracy if better else best
         model, momenta, scalars = job.engine.state()
         if first:
             state = {"step": done, "position": next_position, "scalars": scalars, "defining": now}
@@ -148,12 +155,16 @@ def _run(job: Job, folder: Path, now: dict, steps: range, position: int, log) ->
     began = time.monotonic()
     evaluate = job.evaluate if job.val_loader else None
     job.clock.skip()
-    result = run(course, job.batches(steps, position), job.task, job.engine, job.lr_of, evaluate, save, log, job.clock)
-    if not steps and evaluate:
-        result = evaluate()
-    saver.finish()
+    batches = job.batches(steps, position)
+    try:
+        result = run(course, batches, job.task, job.engine, job.lr_of, evaluate, save, log, job.clock)
+        if not steps and evaluate:
+            result = evaluate()
+    finally:
+        saver.finish()
+        batches.close()
+        job.close()
     distributed.on_first(job.ranks, saver.check)
-    job.close()
     result |= {"steps": steps.stop, "seconds": time.monotonic() - began, "out": str(folder)}
     if first:
         latest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()

@@ -69,6 +69,9 @@ def test_a_run_leaves_what_it_promises(whole):
     assert environment["versions"]["torch"] and len(environment["data"]["content"]) == 64
     assert "layer4.1.conv2.weight" in load_file(out / "backbone.safetensors")
     assert "fc.weight" not in load_file(out / "backbone.safetensors")
+    best = json.loads((out / "checkpoints/best").read_text())
+    assert best["accuracy"] == max(line["held_out_accuracy"] for line in lines if "held_out_accuracy" in line)
+    assert (out / "checkpoints" / best["name"] / "model.safetensors").exists()
     assert "held-out rotation accuracy" in output
     assert "\r" not in output, "no bar where there is no terminal"
 

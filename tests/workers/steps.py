@@ -1,6 +1,7 @@
 """One rank of the engine tests: trains a tiny network in one mode and writes what came out.
 
-torchrun ... steps.py OUT MODE ...   MODE is kind-precision-zero-optimizer[-clip]
+torchrun ... steps.py OUT MODE ...   MODE is kind-precision-zero-optimizer[-clip|-micro]
+micro: two micro-steps a step, on a network without batch norm (which sees a micro-step's views).
 """
 
 import copy
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from fastrot import distributed
+from fastrot.data.plan import slice_of
 from fastrot.engine import StepSettings, make_engine
 from fastrot.model import synchronise_batchnorm
 from fastrot.optim import build_optimizer
@@ -18,8 +20,10 @@ from fastrot.optim import build_optimizer
 IMAGES, STEPS = 7, 4  # uneven over two ranks
 
 
-def network() -> nn.Module:
+def network(micro: bool = False) -> nn.Module:
     torch.manual_seed(0)
+    if micro:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     return nn.Sequential(
         nn.Conv2d(3, 8, 3),
         nn.BatchNorm2d(8),
@@ -38,8 +42,9 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(mode: str, ranks, first: int = 0, state=None):
-    kind, precision, zero, optimizer_name, *clip = mode.split("-")
-    model = synchronise_batchnorm(network())
+    kind, precision, zero, optimizer_name, *more = mode.split("-")
+    micro_steps = 2 if "micro" in more else 1
+    model = synchronise_batchnorm(network(micro_steps > 1))
     fused = optimizer_name == "sgd" and precision != "fp16"
     optimizer = build_optimizer(
         optimizer_name,
@@ -52,18 +57,22 @@ def train(mode: str, ranks, first: int = 0, state=None):
         trust=0.1,
         fused=fused,
     )
-    settings = StepSettings(precision, int(zero), 0.3 if clip else None, 0.9)
+    settings = StepSettings(precision, int(zero), 0.3 if "clip" in more else None, 0.9)
     engine = make_engine(kind, model, optimizer, settings, ranks, {})
     if state:
         engine.load_state(*state)
     losses, norms, middle = [], [], None
     for step in range(first, STEPS):
         images, target = batch(step)
-        mine = slice(IMAGES * ranks.rank // ranks.world, IMAGES * (ranks.rank + 1) // ranks.world)
-        loss = nn.functional.cross_entropy(engine.module(images[mine]).float(), target[mine], reduction="sum")
-        engine.backward(loss, IMAGES)
+        total = torch.zeros(())
+        for micro_step in range(micro_steps):
+            first_image, last_image = slice_of(IMAGES, ranks.world, micro_steps, micro_step, ranks.rank)
+            mine = slice(first_image, last_image)
+            loss = nn.functional.cross_entropy(engine.module(images[mine]).float(), target[mine], reduction="sum")
+            engine.backward(loss, IMAGES)
+            total += loss.detach()
         engine.step()
-        losses.append(engine.reduce(loss.detach().clone()).item())
+        losses.append(engine.reduce(total).item())
         norms.append(float(engine.grad_norm))
         if step == 1:
             middle = copy.deepcopy(engine.state())
