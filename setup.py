@@ -9,5 +9,5 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["fastrot*"]) + find_packages("kernels"),
     package_dir={"fastrot_kernels": "kernels/fastrot_kernels"},
-    entry_points={"console_scripts": ["fastrot = fastrot.cli:main"]},
+    entry_points={"console_scripts": ["fastrot = fastrot.cli:entry"]},
 )

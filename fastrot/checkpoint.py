@@ -5,6 +5,7 @@ checkpoints/step-00000123/ (123 = steps completed): model.safetensors, optimizer
 each file, written last). `latest` and `best` are text files beside the folders.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -45,7 +46,7 @@ def _fsync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file at once: a reader sees the old text or the new, never half."""
-    scratch = path.with_name(f".{path.name}.tmp")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     scratch.write_text(text, encoding="utf-8")
     _fsync(scratch)
     scratch.replace(path)
@@ -88,8 +89,13 @@ def load(folder: Path) -> Checkpoint:
 
 def _folders(root: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
-    found = [p for p in root.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]))
+    return sorted((p for p in root.glob("step-*") if _step(p) >= 0 and p.is_dir()), key=_step)
+
+
+def _step(folder: Path) -> int:
+    """Steps completed by a checkpoint's name; -1 where it is no such name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else -1
 
 
 def find(resume: str, run: Path, say) -> Path | None:
@@ -115,6 +121,13 @@ def find(resume: str, run: Path, say) -> Path | None:
     for folder in reversed(candidates):
         wrong = verify(folder)
         if not wrong:
+            newer = [other for other in here if _step(other) > _step(folder)]
+            if newer and resume != "auto":
+                raise UserError(
+                    f"--resume {resume}: {run} holds {newer[-1].name}, which is newer; choose another run.out"
+                )
+            for damaged in newer:  # out of the way of what will be written under that name
+                damaged.replace(damaged.with_name(f"damaged-{damaged.name}"))
             return folder
         if resume not in ("auto", "never") and len(candidates) == 1:
             raise UserError(f"--resume {resume}: not a sound checkpoint: {wrong}")
@@ -200,10 +213,10 @@ class Saver:
                 write_text(self._root / "best", json.dumps({"name": folder.name, "accuracy": accuracy}) + "\n")
             self._thin_out()
             self._failures = 0
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             self._failures += 1
             self._say(
-                f"checkpoint {folder.name} could not be written ({error.strerror}); "
+                f"checkpoint {folder.name} could not be written ({error}); "
                 "training goes on, the next interval tries again"
             )
 
@@ -225,15 +238,23 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def refuse_differences(saved: dict, now: dict, may_differ: list[str], where: Path) -> None:
+def refuse_differences(saved: dict, now: dict, may_differ: list[str], fixed: tuple[str, ...], where: Path) -> None:
     """Compare what defines a run (flat keys) between a checkpoint and now.
 
     may_differ  keys that the user allows to differ (--resume-anyway).
+    fixed       keys that nobody can allow to differ.
     Raises UserError with every differing key, old -> new, a line each.
     """
+    for key in may_differ:
+        if key not in now or key in fixed:
+            near = difflib.get_close_matches(key, now, 1, 0.6)
+            hint = "a run cannot go on with another" if key in fixed else "no key that a resume compares"
+            raise UserError(
+                f"--resume-anyway {key}: {hint}" + (f"; did you mean {near[0]}?" if near and key not in now else "")
+            )
     lines = [
-        f"{where.name}: {key} was {saved.get(key)!r}, is {now[key]!r}; restore it, choose another run.out, "
-        f"or --resume-anyway {key}"
+        f"{where.name}: {key} was {saved.get(key)!r}, is {now[key]!r}; restore it, or choose another run.out"
+        + ("" if key in fixed else f", or --resume-anyway {key}")
         for key in now
         if saved.get(key) != now[key] and key not in may_differ
     ]

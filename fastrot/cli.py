@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument(
-        "--dry-run", action="store_true", help="build everything, run one step, say what the run would be"
+        "--dry-run", action="store_true", help="build everything, run a few steps, say what the run would be"
     )
     train.add_argument(
         "--resume",
@@ -155,5 +155,15 @@ def _hand_over(args, config, sources, ranks) -> dict:
     return pretrain.train(config, ranks, args.resume, args.resume_anyway, args.deepspeed_config)
 
 
+def entry(argv: list[str] | None = None) -> None:
+    """Run a command and leave; after a fault at once, since a stuck reader would hold up the exit."""
+    code = main(argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == Fault.exit_code:
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

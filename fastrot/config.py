@@ -16,7 +16,7 @@ Unit = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -116,8 +116,8 @@ class Optim(Section):
 class Engine(Section):
     kind: Literal["deepspeed", "plain"] = "deepspeed"
     """DeepSpeed, or plain torch (its oracle in the tests)."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast type over fp32 master weights; fp16 with a dynamic loss scale."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """fp32 (the recipe), fp32 with TF32 products on a GPU, or autocast over fp32 weights; fp16 scales its loss."""
     zero: Literal[0, 1] = 0
     """DeepSpeed's ZeRO stage; 1 splits the momentum over the ranks and saves under 100 MB here."""
     images_per_micro_step: Annotated[int, Field(ge=2)] | None = None
@@ -208,6 +208,8 @@ _Loader.add_implicit_resolver(
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
+    except ValueError as error:  # 2024-99-01: meant as a date by YAML, and none
+        raise UserError(f"{where}: {error}; quote it") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""

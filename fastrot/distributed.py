@@ -45,11 +45,11 @@ class Ranks:
         return self.rank == 0
 
 
-def start(timeout_s: float = 1800) -> Ranks:
+def start(timeout_s: float = 7200) -> Ranks:
     """Join the process group that the launcher describes, or be a group of one.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE as deepspeed, torchrun and Slurm wrappers
-    set them. NCCL where there is CUDA, gloo elsewhere.
+    set them. The time-out covers rank 0's indexing of a large cold data set. NCCL where there is CUDA, gloo elsewhere.
     """
     for name, folder in (
         ("TORCH_EXTENSIONS_DIR", "torch_extensions"),

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,7 +55,11 @@ def arithmetic(config: Config, ranks: int, rows: int) -> Arithmetic:
     micro_steps = micro_steps_of(images, ranks, engine.images_per_micro_step)
     shares = [slice_of(images, ranks, micro_steps, a, r) for a in range(micro_steps) for r in range(ranks)]
     sizes = [last - first for first, last in shares]
-    norm = (images // micro_steps if config.model.sync_batchnorm else max(sizes)) * views
+    norm = (images // micro_steps if config.model.sync_batchnorm else min(sizes)) * views
+    if norm < 2:
+        raise UserError(
+            f"optim.images_per_step {images} leaves batch norm {norm} view at a time; raise it, or rotation.views=all"
+        )
     steps = math.ceil(config.optim.epochs * rows / images)
     return Arithmetic(images, ranks, micro_steps, views, steps, max(sizes), norm)
 
@@ -114,12 +119,18 @@ def make_loader(
         plan_of(config, manifest),
         FileStorage(manifest),
         decoder,
-        BadImages(bad_path, most),
+        BadImages(bad_path, manifest.source, most),
         ranks.device,
         data.prefetch,
         data.timeout,
     )
     return loader, line
+
+
+def crop_at(config: Config, epoch: float) -> int:
+    """Side of the training crops at an epoch, pixels."""
+    reached = [first for first in config.data.crop_by_epoch if first <= epoch]
+    return config.data.crop_by_epoch[max(reached)] if reached else config.data.crop
 
 
 class Job:
@@ -152,6 +163,7 @@ class Job:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(e.deterministic)
         torch.backends.cudnn.benchmark = not e.deterministic
+        torch.backends.cudnn.allow_tf32 = e.precision != "fp32"  # torch's own default is True
         torch.set_float32_matmul_precision("highest" if e.precision == "fp32" else "high")
         self.task = RotationTask(
             [255 * v for v in config.data.mean],
@@ -167,6 +179,8 @@ class Job:
             self.say(
                 f"model.sync_batchnorm is off: batch norm over each rank's views alone, not the recipe's {RECIPE_VIEWS}"
             )
+        if e.zero and e.precision in AUTOCAST:
+            self.say(f"engine.zero 1 communicates gradients in {e.precision}")
         model.to(ranks.device)
         optimizer = optim.build_optimizer(
             o.name,
@@ -187,7 +201,7 @@ class Job:
         }
         self.engine = make_engine(e.kind, model, optimizer, settings, ranks, batch, deepspeed_config)
         if e.compile:
-            model.compile()
+            model.compile(dynamic=False)  # few shapes: two slices, the crops, the last held-out batch
         self.parameters = sum(p.numel() for p in model.parameters())
 
     def lr_of(self, epoch: float) -> float:
@@ -205,13 +219,11 @@ class Job:
             final=o.final_lr,
         )
 
-    def crop_at(self, epoch: float) -> int:
-        reached = [first for first in self.config.data.crop_by_epoch if first <= epoch]
-        return self.config.data.crop_by_epoch[max(reached)] if reached else self.config.data.crop
-
     def batches(self, steps: range, position: int):
         n = self.numbers
-        return self.loader.train(steps, position, n.images, n.ranks, self.ranks.rank, n.micro_steps, self.crop_at)
+        return self.loader.train(
+            steps, position, n.images, n.ranks, self.ranks.rank, n.micro_steps, partial(crop_at, self.config)
+        )
 
     def course(self, last_step: int) -> Course:
         run_, n = self.config.run, self.numbers

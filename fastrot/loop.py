@@ -52,7 +52,7 @@ def run(
 
     lr_of(epoch) -> rate.  evaluate() -> held-out metrics, or None.
     save(steps completed, next stream position, held-out accuracy or None, whether one is due).
-    Raises Fault when the loss is not finite.
+    Raises Fault when the loss or (but for fp16, which skips such steps) its gradient is not finite.
     """
     device = task.device
     sums = torch.zeros(len(task.metrics), dtype=torch.float64, device=device)
@@ -61,9 +61,11 @@ def run(
     for batch in batches:
         rate = lr_of(batch.epoch)
         set_lr(engine.optimizer, rate)
-        for number, micro in enumerate(clock.waiting(batch.micro_steps)):
+        for number, host in enumerate(clock.waiting(batch.micro_steps)):
             # whatever draws by itself draws the same after a resume; a tuple of ints hashes alike everywhere
             torch.manual_seed(hash((course.seed, batch.step, number, course.rank)) % 2**63)
+            with clock.stage("copy"):
+                micro = host.to(device)
             with clock.stage("rotate"):
                 views = task.views(micro)
             with clock.stage("compute"):
@@ -91,9 +93,11 @@ def run(
                 **_memory(device),
             }
             latest["eta_s"] = times["total"] / since * (course.last_step - done)
-            if not math.isfinite(latest["loss"]):
+            diverged = latest["grad_norm"] is None and not engine.scales_loss
+            if diverged or not math.isfinite(latest["loss"]):
                 raise Fault(
-                    f"the loss is {latest['loss']} at step {batch.step}; the last checkpoint stands: "
+                    f"the loss is {latest['loss']}, its gradient's norm {float(engine.grad_norm)} at step {batch.step}; "
+                    "the last checkpoint stands: "
                     "lower optim.lr or set optim.clip"
                 )
             log.write(latest)

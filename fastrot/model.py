@@ -47,7 +47,7 @@ class _SyncedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        mean, var = _local_statistics(x, weight, bias)
+        mean, var = _local_statistics(x, weight, bias, eps)
         # one rank's (count, mean, variance) a row
         count = torch.full_like(mean[:1], x.numel() // x.shape[1])
         mine = torch.cat([count, mean, var])
@@ -68,6 +68,18 @@ class _SyncedNorm(torch.autograd.Function):
     def backward(ctx, grad, _mean, _var, _total):
         x, weight, mean, var, total = ctx.saved_tensors
         invstd = torch.rsqrt(var + ctx.eps)
+        if x.is_cuda:
+            if not grad.is_contiguous(memory_format=torch.channels_last):
+                grad = grad.contiguous()
+            db, dxmu, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
+                grad, x, mean, invstd, weight, True, True, True
+            )
+            sums = torch.cat([db, dxmu])
+            dist.all_reduce(sums)
+            grad_x = torch.batch_norm_backward_elemt(
+                grad, x, mean, invstd, weight, *sums.chunk(2), total.to(torch.int32)[None]
+            )
+            return grad_x, grad_weight, grad_bias, None
         # as if mean and variance were constants: dy * w * invstd, and this rank's dw, db
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, var, mean, invstd, False, ctx.eps, [True, True, True]
@@ -75,21 +87,23 @@ class _SyncedNorm(torch.autograd.Function):
         sums = torch.cat([grad_weight, grad_bias])
         dist.all_reduce(sums)
         dw, db = sums.chunk(2)
-        # what flows through the statistics: -(w * invstd / n) * (db + xhat * dw)
-        slope = (weight * invstd / total * dw * invstd).to(x.dtype)
-        level = (weight * invstd / total * (db - mean * invstd * dw)).to(x.dtype)
-        grad_x.addcmul_(x, slope[:, None, None], value=-1).sub_(level[:, None, None])
-        return grad_x, grad_weight, grad_bias, None
+        # what flows through the statistics: -(w * invstd / n) * (db + xhat * dw), rounded once
+        slope = (weight * invstd / total * dw * invstd)[:, None, None]
+        level = (weight * invstd / total * (db - mean * invstd * dw))[:, None, None]
+        if grad_x.dtype != torch.float32:
+            grad_x = grad.float() * (weight * invstd)[:, None, None]
+        grad_x.addcmul_(x.float(), slope, value=-1).sub_(level)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None
 
 
-def _local_statistics(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _local_statistics(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and variance [C] of this rank's maps, fp32, by torch's own batch-norm kernels: on
     channels-last maps they are many times faster than torch.var_mean."""
     if x.is_cuda:
-        mean, invstd = torch.batch_norm_stats(x, 0.0)
+        mean, invstd = torch.batch_norm_stats(x, eps)
     else:
-        _, mean, invstd = torch.ops.aten.native_batch_norm(x, weight, bias, None, None, True, 0.0, 0.0)
-    return mean, invstd**-2
+        _, mean, invstd = torch.ops.aten.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+    return mean, (invstd**-2 - eps).clamp_(min=0)
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -102,6 +116,10 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or dist.get_world_size() == 1:
             return super().forward(x)
+        return self._synced(x)
+
+    @torch.compiler.disable  # a compiled network breaks its graph at each norm that talks to other ranks
+    def _synced(self, x: Tensor) -> Tensor:
         out, mean, var, total = _SyncedNorm.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)

@@ -14,7 +14,7 @@ from fastrot import checkpoint, distributed, runlog
 from fastrot.config import Config, to_yaml
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
-from fastrot.errors import UserError
+from fastrot.errors import Fault, UserError
 from fastrot.job import Job, describe, open_manifest
 from fastrot.loop import run
 from fastrot.model import TURNS
@@ -68,7 +68,7 @@ def _folder(out: str, ranks: Ranks):
             raise UserError(f"run.out {out}: cannot be written ({error.strerror})") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             holder = os.read(handle, 200).decode(errors="replace")
             raise UserError(f"run.out {out}: another run works there ({holder}); name another folder") from None
         os.truncate(handle, 0)
@@ -83,33 +83,33 @@ def _folder(out: str, ranks: Ranks):
             os.close(handle)
 
 
-def _frozen(folder: Path, name: str, source: str | None, config: Config, ranks: Ranks) -> Manifest:
-    """The run's own copy of a manifest; made at the first start, and when the source has moved."""
+def _frozen(folder: Path, name: str, source: str, resumed: bool, config: Config, ranks: Ranks) -> Manifest:
+    """The run's own copy of a manifest: kept when the run goes on over the same source, else made anew."""
     home = folder / "manifest" / name
-    if source is not None and (home / "meta.json").exists():
-        kept = Manifest.load(home)
-        if kept.source == source:
-            return kept
-    manifest = open_manifest(source, config, ranks, f"data.{name}")
-    distributed.on_first(ranks, lambda: manifest.save(home))
+
+    def kept() -> bool:
+        return resumed and (home / "meta.json").exists() and Manifest.load(home).source == source
+
+    if not distributed.on_first(ranks, kept):
+        manifest = open_manifest(source, config, ranks, f"data.{name}")
+        distributed.on_first(ranks, lambda: manifest.save(home))
     return Manifest.load(home)
 
 
 def train(config: Config, ranks: Ranks, resume: str, resume_anyway: list[str], deepspeed_config: str | None) -> dict:
     """Train, or go on training, in run.out. Returns what --json prints."""
-    for key in set(resume_anyway) & set(_FIXED):
-        raise UserError(f"--resume-anyway {key}: a run cannot go on with another {key}; start a new run.out")
     with _folder(config.run.out, ranks) as folder:
         saved = distributed.on_first(ranks, lambda: _find(resume, folder))
         found = checkpoint.load(Path(saved)) if saved else None
-        manifest = _frozen(folder, "train", config.data.train, config, ranks)
-        val = _frozen(folder, "val", config.data.val, config, ranks) if config.data.val else None
+        manifest = _frozen(folder, "train", config.data.train, bool(found), config, ranks)
+        val = _frozen(folder, "val", config.data.val, bool(found), config, ranks) if config.data.val else None
         now = defining(config, manifest.content)
-        if found:
-            checkpoint.refuse_differences(found.state["defining"], now, resume_anyway, found.path)
-        step, position = (found.state["step"], found.state["position"]) if found else (0, 0)
-        left = math.ceil((config.optim.epochs * len(manifest) - position) / config.optim.images_per_step)
-        last = min(step + max(0, left), config.run.max_steps or step + max(0, left))
+        saved_state = found.state if found else {"step": 0, "position": 0, "defining": now}
+        where = found.path if found else folder
+        checkpoint.refuse_differences(saved_state["defining"], now, resume_anyway, _FIXED, where)
+        step, position = saved_state["step"], saved_state["position"]
+        left = max(0, math.ceil((config.optim.epochs * len(manifest) - position) / config.optim.images_per_step))
+        last = max(step, min(step + left, config.run.max_steps or step + left))
         log = runlog.RunLog(folder if ranks.first else None, last, step, config.run.tensorboard)
         try:
             for one in filter(None, (manifest, val)):
@@ -117,19 +117,26 @@ def train(config: Config, ranks: Ranks, resume: str, resume_anyway: list[str], d
             job = Job(config, ranks, manifest, val, folder, deepspeed_config, log.say)
             if found:
                 job.engine.load_state(found.model, found.optimizer, found.state["scalars"])
-                log.say(f"resumed from {found.path.name}: step {step:,} of {last:,}, stream position {position:,}")
+                log.say(f"resumed from {where.name}: step {step:,} of {last:,}, stream position {position:,}")
             _write_facts(folder, config, ranks, manifest)
             result = _run(job, folder, now, range(step, last), position, log)
+            if ranks.first:
+                newest = folder / "checkpoints" / f"step-{last:08d}" if last > step else where
+                shutil.copyfile(newest / "backbone.safetensors", folder / "backbone.safetensors")
+            log.status("done", **result)
         except BaseException as error:
-            log.status("failed", reason=f"{type(error).__name__}: {error}")
+            if ranks.first or isinstance(error, Fault):  # the rank that failed knows why
+                runlog.write_status(folder, "failed", rank=ranks.rank, reason=f"{type(error).__name__}: {error}")
             raise
         finally:
             log.close()
-        return result
+    if ranks.first:
+        _show(result)
+    return result
 
 
 def _find(resume: str, folder: Path) -> str | None:
-    path = checkpoint.find(resume, folder, lambda line: runlog.console().print(line, soft_wrap=True))
+    path = checkpoint.find(resume, folder, lambda line: runlog.console().print(line, soft_wrap=True, markup=False))
     return str(path) if path else None
 
 
@@ -165,15 +172,7 @@ def _run(job: Job, folder: Path, now: dict, steps: range, position: int, log) ->
         batches.close()
         job.close()
     distributed.on_first(job.ranks, saver.check)
-    result |= {"steps": steps.stop, "seconds": time.monotonic() - began, "out": str(folder)}
-    if first:
-        latest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
-        shutil.copyfile(latest / "backbone.safetensors", folder / "backbone.safetensors")
-    log.status("done", **result)
-    log.close()
-    if first:
-        _show(result)
-    return result
+    return result | {"steps": steps.stop, "seconds": time.monotonic() - began, "out": str(folder)}
 
 
 def _show(result: dict) -> None:

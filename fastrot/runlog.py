@@ -6,13 +6,14 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -66,7 +67,7 @@ def track(items: Iterable[T], total: int, title: str) -> Iterator[T]:
     out = console()
     if out.is_terminal:
         with _bar(out) as bar:
-            task = bar.add_task(title, total=total, note="")
+            task = bar.add_task(escape(title), total=total, note="")
             for item in items:
                 yield item
                 bar.advance(task)
@@ -78,7 +79,7 @@ def track(items: Iterable[T], total: int, title: str) -> Iterator[T]:
         if now - said > _QUIET_S:
             said = now
             left = (now - start) / done * (total - done)
-            out.print(f"{title}: {done:,} of {total:,}, {duration(left)} left", soft_wrap=True)
+            out.print(f"{title}: {done:,} of {total:,}, {duration(left)} left", soft_wrap=True, markup=False)
 
 
 def environment(ranks_line: str) -> dict:
@@ -117,6 +118,18 @@ def cut_back(path: Path, steps: int) -> None:
     write_text(path, "".join(line + "\n" for line in kept))
 
 
+def write_status(folder: Path, state: str, **facts) -> None:
+    """Replace STATUS.json: state is running, done or failed. The authority on how a run ended."""
+    content = {
+        "state": state,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        **facts,
+    }
+    write_text(folder / "STATUS.json", json.dumps(content, indent=1) + "\n")
+
+
 class RunLog:
     """One run's metrics.jsonl, TensorBoard, STATUS.json and progress; silent on ranks above 0."""
 
@@ -125,6 +138,7 @@ class RunLog:
         self._out = console()
         self._bar = self._task = self._board = None
         self._metrics = None
+        self._warned = False
         if folder is None:
             return
         cut_back(folder / "metrics.jsonl", first_step)
@@ -132,7 +146,7 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         if self._out.is_terminal:
             self._bar = _bar(self._out)
             self._task = self._bar.add_task("training", total=total_steps, completed=first_step, note="")
@@ -152,29 +166,34 @@ class RunLog:
         """One line of metrics.jsonl (floats that read back exactly), TensorBoard, and a person's line."""
         if self._metrics is None:
             return
-        self._metrics.write(json.dumps(values) + "\n")
-        self._metrics.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                if name not in ("step", "epoch") and isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, values["step"] + 1)
+        self._try(lambda: self._record(values))
         line = _line(values, self._total)
         if self._bar is not None and "loss" in values:
             self._bar.update(self._task, note=f"loss {values['loss']:.3f}  accuracy {values['accuracy']:.1%}")
         else:
             self.say(line)
 
+    def _record(self, values: dict[str, float]) -> None:
+        self._metrics.write(json.dumps(values) + "\n")
+        self._metrics.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if name not in ("step", "epoch") and isinstance(value, int | float):
+                    self._board.add_scalar(name, value, values["step"] + 1)
+
     def status(self, state: str, **facts) -> None:
-        """Replace STATUS.json: state is running, done or failed. The authority on how a run ended."""
+        """Replace STATUS.json where this rank keeps it."""
         if self._folder is not None:
-            content = {
-                "state": state,
-                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                **facts,
-            }
-            write_text(self._folder / "STATUS.json", json.dumps(content, indent=1) + "\n")
+            self._try(lambda: write_status(self._folder, state, **facts))
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """A disk that is full or away does not end the training: it is said once."""
+        try:
+            write()
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                self.say(f"{self._folder}: cannot be written ({error.strerror}); training goes on")
 
     def close(self) -> None:
         """End the bar and the files; a second call does nothing."""
@@ -200,5 +219,5 @@ def table(title: str, rows: list[tuple[str, str]]) -> None:
     """A short two-column table on standard error."""
     grid = Table(title=title, show_header=False, title_justify="left")
     for name, value in rows:
-        grid.add_row(name, value)
+        grid.add_row(escape(name), escape(value))
     console().print(grid)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from fastrot.data.manifest import Manifest
 from fastrot.data.plan import Sample, StreamHash, slice_of
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
-from fastrot.job import Arithmetic, arithmetic, make_loader, open_manifest, plan_of
+from fastrot.job import Arithmetic, arithmetic, crop_at, make_loader, open_manifest, plan_of
 
 
 def stream(config: Config, ranks: Ranks, first_step: int, steps: int, as_ranks: int, pixels: bool) -> dict:
@@ -43,6 +44,8 @@ def stream(config: Config, ranks: Ranks, first_step: int, steps: int, as_ranks: 
                 pixel_hash.update(crops)
             line += f"  pixels {pixel_hash.hexdigest()[:16]}"
         print(line, flush=True)
+    if decoded:
+        decoded.close()
     result = {
         "first_step": first_step,
         "steps": steps,
@@ -68,15 +71,18 @@ def _crops(config: Config, manifest: Manifest, ranks: Ranks, numbers: Arithmetic
             numbers.ranks,
             rank,
             numbers.micro_steps,
-            lambda epoch: config.data.crop,
+            partial(crop_at, config),
         )
         for rank, loader in enumerate(made)
     ]
-    for batches in zip(*flows, strict=True):
-        yield [
-            next(batch.micro_steps).pixels.cpu().numpy().tobytes()
-            for _ in range(numbers.micro_steps)
-            for batch in batches
-        ]
-    for loader in made:
-        loader.close()
+    try:
+        for batches in zip(*flows, strict=True):
+            yield [
+                next(batch.micro_steps).pixels.cpu().numpy().tobytes()
+                for _ in range(numbers.micro_steps)
+                for batch in batches
+            ]
+    finally:
+        for flow, loader in zip(flows, made, strict=True):
+            flow.close()
+            loader.close()

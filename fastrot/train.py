@@ -9,6 +9,6 @@ if __name__ == "__main__":
     root = Path(__file__).resolve().parent.parent
     sys.path[0] = str(root)
     sys.path.insert(1, str(root / "kernels"))
-    from fastrot.cli import main
+    from fastrot.cli import entry
 
-    sys.exit(main(["train", *sys.argv[1:]]))
+    entry(["train", *sys.argv[1:]])

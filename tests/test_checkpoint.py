@@ -80,6 +80,16 @@ def test_a_damaged_newest_is_told_and_the_one_before_taken(tmp_path, damage):
     assert len(SAID) == 1 and "step-00000002 is damaged" in SAID[0]
 
 
+def test_a_damaged_newest_makes_way_for_the_one_written_anew(tmp_path):
+    made = saver(tmp_path)
+    for step in (1, 2):
+        save(made, step)
+    (tmp_path / "checkpoints/step-00000002/state.json").write_text("{}")
+    checkpoint.find("auto", tmp_path, SAID.append)
+    assert names(tmp_path) == ["step-00000001"]
+    assert (tmp_path / "checkpoints/damaged-step-00000002").exists()
+
+
 def test_a_half_written_checkpoint_is_never_taken(tmp_path):
     save(saver(tmp_path), 1)
     (tmp_path / "checkpoints/.tmp-step-00000002").mkdir()
@@ -126,7 +136,8 @@ def test_differences_are_told_old_to_new_and_allowed_by_name(tmp_path):
         {"model.arch": "resnet50", "optim.lr": 0.2, "run.seed": 0},
     )
     with pytest.raises(UserError) as error:
-        checkpoint.refuse_differences(saved, now, [], tmp_path)
+        checkpoint.refuse_differences(saved, now, [], ("model.arch",), tmp_path)
     lines = str(error.value).splitlines()
     assert len(lines) == 2 and "model.arch was 'resnet18', is 'resnet50'" in lines[0]
-    checkpoint.refuse_differences(saved, now, ["model.arch", "optim.lr"], tmp_path)
+    assert "--resume-anyway" not in lines[0] and "--resume-anyway optim.lr" in lines[1]
+    checkpoint.refuse_differences(saved, now, ["model.arch", "optim.lr"], (), tmp_path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision
 
-from fastrot.model import backbone_state, build_model, tap_maps
+from fastrot.model import _local_statistics, backbone_state, build_model, tap_maps
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,14 @@ def test_taps_have_the_protocols_shapes_and_lead_to_the_models_output():
         (2048, 7, 7),
     ]
     assert all(m.min() >= 0 for m in maps)
+
+
+def test_a_constant_channel_has_no_variance_rather_than_an_infinite_one():
+    x = torch.randn(4, 2, 3, 3)
+    x[:, 1] = 5.0
+    mean, var = _local_statistics(x, torch.ones(2), torch.zeros(2), 1e-5)
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(var, x.var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-6)
 
 
 def test_the_backbone_is_all_but_the_head():

@@ -97,12 +97,12 @@ def decode_upright(data: NDArray[np.uint8] | bytes) -> Image.Image:
 class BadImages:
     """bad_images.jsonl: every image replaced while running, once over all ranks and resumes.
 
-    path  the file, shared by the ranks; None keeps the list in memory.
-    most  a list longer than this stops the run.
+    path    the file, shared by the ranks; None keeps the list in memory.
+    source  the data set; most counts its images alone, and a longer list stops the run.
     """
 
-    def __init__(self, path: Path | None, most: int):
-        self._path, self._most = path, most
+    def __init__(self, path: Path | None, source: str, most: int):
+        self._path, self._source, self._most = path, source, most
         self._known: set[str] = set()
         self._lock = threading.Lock()
 
@@ -117,7 +117,9 @@ class BadImages:
                 self._known.add(name)
                 if self._path is not None:
                     with self._path.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({"path": name, "row": row, "reason": reason}) + "\n")
+                        file.write(
+                            json.dumps({"path": name, "source": self._source, "row": row, "reason": reason}) + "\n"
+                        )
         if len(self._known) > self._most:
             raise Fault(
                 f"{len(self._known)} unreadable images, more than data.max_bad {self._most}; the last: "
@@ -127,4 +129,5 @@ class BadImages:
     def _read_what_other_ranks_found(self) -> None:
         if self._path is not None and self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            self._known |= {json.loads(line)["path"] for line in lines if line.endswith("\n")}
+            entries = [json.loads(line) for line in lines if line.endswith("\n")]
+            self._known |= {entry["path"] for entry in entries if entry["source"] == self._source}

@@ -4,7 +4,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -19,6 +19,7 @@ from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage, Fault
 
 DECODES_IN_FLIGHT = 2  # one that decodes, one that waits for it: a decoder's threads never idle
+_PRODUCER_ENDS_S = 1.0  # a producer stuck in a read is a daemon; the exit does not wait for it
 _ADVISED_AHEAD = 4  # batches whose bytes the kernel is told to fetch before they are read
 
 
@@ -26,7 +27,7 @@ _ADVISED_AHEAD = 4  # batches whose bytes the kernel is told to fetch before the
 class MicroBatch:
     """What one rank trains on at once.
 
-    pixels uint8 [n, S, S, 3] upright crops; flips uint8 [n]; turns uint8 [n, V], on the device.
+    pixels uint8 [n, S, S, 3] upright crops; flips uint8 [n]; turns uint8 [n, V].
     sample the plan's side of it, replaced images included; labels int64 [n] of the manifest.
     views_of_step  views of the whole step over all ranks: what a sum of losses is divided by.
     """
@@ -37,6 +38,11 @@ class MicroBatch:
     sample: Sample
     labels: NDArray[np.int64]
     views_of_step: int
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """On `device`, copied beside what it is doing where the pixels are pinned."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("pixels", "flips", "turns")}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -129,9 +135,9 @@ class Loader:
         sample = request.sample
         flips, turns = torch.from_numpy(sample.flips), torch.from_numpy(sample.turns)
         return MicroBatch(
-            pixels.to(self._device, non_blocking=True),
-            flips.to(self._device, non_blocking=True),
-            turns.to(self._device, non_blocking=True),
+            pixels,
+            flips,
+            turns,
             sample,
             self.manifest.label[sample.rows],
             images * turns.shape[1],
@@ -151,6 +157,8 @@ class Loader:
 
         def produce() -> None:
             try:
+                if self._device.type == "cuda":  # a new thread starts on device 0
+                    torch.cuda.set_device(self._device)
                 for item in self._decoded(requests, remake):
                     put(item)
                     if stop.is_set():
@@ -176,7 +184,7 @@ class Loader:
                 yield item
         finally:
             stop.set()
-            producer.join(timeout=self._timeout)
+            producer.join(timeout=_PRODUCER_ENDS_S)
 
     def _decoded(self, requests, remake) -> Iterator[tuple[_Request, torch.Tensor]]:
         ahead: deque[_Request] = deque()

@@ -4,6 +4,7 @@ On disk a manifest is a folder: `<column>.npy` for each column, `names.npy` (uin
 end), `name_ends.npy` (int64), `meta.json` (hashes, classes, what was left out). Nothing is pickled.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -123,6 +124,8 @@ def index(source: str, cache: Path, max_pixels: int, track: Callable) -> Path:
     try:
         manifest.save(cached)
     except OSError as error:
+        if error.errno == errno.ENOTEMPTY:  # another run indexed the same source meanwhile
+            return cached
         raise UserError(
             f"{cached}: cannot be written ({error.strerror}); set FASTROT_CACHE to a folder that can"
         ) from None
@@ -175,7 +178,7 @@ def scan_file(path: bytes, max_pixels: int) -> tuple[int, int, int, bytes] | str
 
 def _scan_all(source, listing, sizes, storage, max_pixels, track) -> Manifest:
     n = len(listing.paths)
-    workers = os.cpu_count() or 1
+    workers = len(os.sched_getaffinity(0))
     pool = ProcessPoolExecutor(workers, get_context("forkserver")) if n > _MANY else ThreadPoolExecutor(workers)
     with pool:
         chunk = max(1, min(256, n // (workers * 4)))

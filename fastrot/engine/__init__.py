@@ -11,7 +11,7 @@ from fastrot.errors import UserError
 
 @dataclass(frozen=True)
 class StepSettings:
-    """precision fp32, bf16 or fp16 (autocast over fp32 weights); zero 0 or 1; clip a norm or None.
+    """precision fp32, tf32, bf16 or fp16 (the last two: autocast over fp32 weights); zero 0 or 1; clip a norm or None.
 
     channels_last  layout of the weights; under ZeRO 1 they are slices of one flat buffer and keep
     torch's default, which only costs the convolutions a copy of their filters.

@@ -80,6 +80,11 @@ class Engine:
         if (scaler := self._scaler()) and scalars["loss_scale"]:
             scaler.load_state_dict(scalars["loss_scale"])
 
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a non-finite gradient skips the step (fp16) rather than spoiling the weights."""
+        return self._scaler() is not None
+
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         state = self.optimizer.state.get(parameter, {})
         return state.get("momentum_buffer", torch.zeros_like(parameter)).detach()

@@ -50,12 +50,13 @@ def merged(ours: dict, path: str, batch: dict[str, int], clip: float | None) -> 
     wanted = {**ours, **batch, "gradient_clipping": clip or 0.0}
     for key, value in given.items():
         if key in ("optimizer", "scheduler", "fp16", "bf16", "amp"):
-            if key in ("optimizer", "scheduler") or (isinstance(value, dict) and value.get("enabled")):
+            off = isinstance(value, dict) and not value.get("enabled")
+            if key in ("optimizer", "scheduler") or not (off or not value):
                 wrong.append(
                     f"--deepspeed_config: {key} is set in the YAML (optim.*, engine.precision); remove it here"
                 )
         elif key in wanted:
-            if isinstance(value, dict):
+            if isinstance(value, dict) and isinstance(wanted[key], dict):
                 for name, inner in value.items():
                     if name in wanted[key] and inner not in ("auto", wanted[key][name]):
                         wrong.append(

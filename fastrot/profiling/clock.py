@@ -8,13 +8,14 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-STAGES = ("wait", "rotate", "compute", "update")
+STAGES = ("wait", "copy", "rotate", "compute", "update")
 
 
 class Clock:
-    """Seconds since the last `read`: waiting for data, making views, forward + backward, update.
+    """Seconds since the last `read`: waiting for data, its copy to the device, making views, forward +
+    backward, update (communication included).
 
-    `wait` is the host's wait for a batch and its copy to the device. On a GPU the other stages are
+    `wait` is the host's. On a GPU the other stages are
     read from CUDA events when a line is due, so that nothing waits in between.
     """
 

@@ -68,7 +68,7 @@ class RotationTask:
     def evaluate(self, module: Callable, batches: Iterable[MicroBatch]) -> Tensor:
         """Summed metrics over this rank's held-out batches; the caller puts the model in eval mode."""
         total = self._mean.new_zeros(len(self.metrics), dtype=torch.float64)
-        for batch in batches:
+        for batch in (host.to(self.device) for host in batches):
             target = batch.turns.flatten().long()
             logits = module(self.views(batch)).float()
             total += self._sums(F.cross_entropy(logits, target, reduction="sum"), logits, target)

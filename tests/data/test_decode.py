@@ -24,10 +24,10 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options) -> np.ndarray:
     return np.frombuffer(out.getvalue(), np.uint8).copy()
 
 
-def oriented(orientation: int) -> np.ndarray:
+def oriented(orientation: int, kind: str = "JPEG") -> np.ndarray:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encoded(draw(60, 90), exif=exif, quality=95)
+    return encoded(draw(60, 90), kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
 
 
 KINDS = {
@@ -50,6 +50,7 @@ KINDS = {
     "1x1": encoded(draw(1, 1)),
     "thin": encoded(draw(2, 700), quality=95),
     **{f"orientation {o}": oriented(o) for o in range(1, 9)},
+    **{f"{kind} orientation {o}": oriented(o, kind) for kind in ("PNG", "WEBP", "TIFF") for o in (3, 6)},
 }
 
 

@@ -31,7 +31,7 @@ def loader(manifest, decode="torch", views="all", bad=None, storage=None, timeou
         plan,
         storage or FileStorage(manifest),
         decoder,
-        bad or BadImages(None, 10),
+        bad or BadImages(None, "d", 10),
         torch.device("cpu"),
         2,
         timeout,
@@ -105,7 +105,7 @@ def test_a_bad_image_is_replaced_by_the_next_row_and_listed(source, decode, tmp_
     with open(path, "r+b") as file:
         file.write(b"\0" * 300)
     listing = tmp_path / "bad_images.jsonl"
-    (got,) = collect(lambda: loader(source, decode, "one", BadImages(listing, 10)), range(1), images=12)
+    (got,) = collect(lambda: loader(source, decode, "one", BadImages(listing, "d", 10)), range(1), images=12)
     plan = loader(source, decode, "one").plan
     assert 5 in clean[4] and 10 in clean[4]
     for at, row in enumerate(clean[4]):
@@ -123,10 +123,22 @@ def test_a_bad_image_is_replaced_by_the_next_row_and_listed(source, decode, tmp_
     assert any("cannot be opened" in line["reason"] for line in lines)
 
 
+def test_each_source_has_its_own_limit_and_ranks_share_the_list(tmp_path):
+    listing = tmp_path / "bad.jsonl"
+    for rank in range(2):  # the second rank meets the same images
+        training = BadImages(listing, "train", 3)
+        for row in range(3):
+            training.add(b"t%d" % row, row, f"reason of rank {rank}")
+    BadImages(listing, "val", 1).add(b"v", 0, "reason")
+    assert len(listing.read_text().splitlines()) == 4
+    with pytest.raises(Fault, match="4 unreadable images"):
+        BadImages(listing, "train", 3).add(b"t9", 9, "reason")
+
+
 def test_too_many_bad_images_stop_the_run(source):
     for row in range(6):
         os.remove(source.path(row))
-    made = loader(source, bad=BadImages(None, 3))
+    made = loader(source, bad=BadImages(None, "d", 3))
     with pytest.raises(Fault, match="more than data.max_bad 3"):
         for batch in made.train(range(3), 0, 12, 1, 0, 1, lambda epoch: 20):
             list(batch.micro_steps)

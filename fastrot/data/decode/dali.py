@@ -4,6 +4,7 @@ The pixels' stated error against Pillow: mean 0.2 levels for windows (antialiase
 """
 
 import io
+import logging
 from collections import deque
 from dataclasses import dataclass
 
@@ -17,11 +18,13 @@ from fastrot.data.decode.torch import window_pixels
 from fastrot.data.faults import kind_of
 from fastrot.errors import BadImage, UserError
 
+log = logging.getLogger(__name__)
+
 _encoded = io.BytesIO()
 Image.new("RGB", (8, 8)).save(_encoded, "JPEG")
 _SPECK = np.frombuffer(_encoded.getvalue(), np.uint8)
 
-_DECODES = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+_DECODES = ("JPEG", "PNG", "BMP", "WEBP")
 
 
 def make(where: str, device: torch.device, threads: int, batch: int, depth: int) -> "DaliDecoder":
@@ -39,6 +42,11 @@ class _Batch:
     by_dali: list[int]  # positions; Pillow decodes the others
 
 
+def _fancy(place: str) -> dict[str, bool]:
+    """libjpeg-turbo's chroma filter on the GPU too; elsewhere it is the only one."""
+    return {"jpeg_fancy_upsampling": True} if place == "mixed" else {}
+
+
 @pipeline_def
 def _windows(place: str, device: str):
     """Window first, then resize: taps stay inside the window."""
@@ -47,7 +55,9 @@ def _windows(place: str, device: str):
     data, start, shape, size = (
         fn.external_source(name=name, dtype=kind, ndim=1) for name, kind in zip(names, kinds, strict=True)
     )
-    pixels = fn.decoders.image_slice(data, start, shape, axis_names="HW", device=place, output_type=types.RGB)
+    pixels = fn.decoders.image_slice(
+        data, start, shape, axis_names="HW", device=place, output_type=types.RGB, **_fancy(place)
+    )
     return fn.resize(pixels, size=size, interp_type=types.INTERP_LINEAR, antialias=True, device=device)
 
 
@@ -59,7 +69,7 @@ def _boxes(place: str, device: str):
     data, start, end, size = (
         fn.external_source(name=name, dtype=kind, ndim=1) for name, kind in zip(names, kinds, strict=True)
     )
-    pixels = fn.decoders.image(data, device=place, output_type=types.RGB)
+    pixels = fn.decoders.image(data, device=place, output_type=types.RGB, **_fancy(place))
     return fn.resize(
         pixels, size=size, roi_start=start, roi_end=end, interp_type=types.INTERP_LINEAR, antialias=True, device=device
     )
@@ -74,6 +84,9 @@ class DaliDecoder:
         self._pipes: dict = {}
         self._alone: DaliDecoder | None = None
         self._flying: deque[_Batch] = deque()
+        self._broken = False
+        self._to_pillow: set[str] = set()
+        self._stream = None if gpu is None else torch.cuda.Stream(gpu)
 
     def submit(self, buffers, windows, size) -> None:
         by_dali = [at for at, buffer in enumerate(buffers) if _decodes(buffer)]
@@ -82,19 +95,29 @@ class DaliDecoder:
         try:
             self._feed(batch)
         except RuntimeError:
-            self._pipes.clear()  # an earlier batch broke it; its `result` submits this one again
+            self._pipes.clear()
+            self._broken = True  # an earlier batch did it; its `result` submits this one again
 
     def result(self):
         batch = self._flying[0]
         try:
+            if self._broken:
+                raise RuntimeError("broken by a batch in flight")
             pixels, bad = self._collect(batch), {}
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # DALI names one culprit at most and its pipeline is lost: look at each
             self._pipes.clear()
+            self._broken = False
             pixels, bad = self._one_by_one(batch)
             for later in list(self._flying)[1:]:
                 self._feed(later)
         self._flying.popleft()
         for at in sorted(set(range(len(batch.buffers))) - set(batch.by_dali)):
+            kind = kind_of(batch.buffers[at][:16].tobytes())
+            if kind not in self._to_pillow:
+                self._to_pillow.add(kind)
+                log.warning("dali does not decode images of kind %s here; they go through Pillow", kind)
             try:
                 pixels[at] = window_pixels(batch.buffers[at], batch.windows[at], batch.size)
             except BadImage as error:
@@ -155,13 +178,24 @@ class DaliDecoder:
             return self._empty(batch)
         pipe = self._pipe(batch.windows.dtype)
         (out,) = pipe.share_outputs()
-        good = torch.from_dlpack(out.as_tensor()).clone()
+        good = self._cloned(out.as_tensor())
         pipe.release_outputs()
         if len(good) == len(batch.buffers):
             return good
         pixels = self._empty(batch)
         pixels[batch.by_dali] = good
         return pixels
+
+    def _cloned(self, shared) -> torch.Tensor:
+        """A copy that DALI may not write over: on a GPU it is done before the buffer goes back,
+        on a stream of its own, since torch's default one is busy with training."""
+        if self._gpu is None:
+            return torch.from_dlpack(shared).clone()
+        with torch.cuda.stream(self._stream):
+            copy = torch.from_dlpack(shared).clone()
+        self._stream.synchronize()
+        copy.record_stream(torch.cuda.default_stream(self._gpu))
+        return copy
 
     def _one_by_one(self, batch: _Batch) -> tuple[torch.Tensor, dict[int, str]]:
         """A batch that broke the pipeline, an image at a time."""
