@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import threading
 import warnings
 from pathlib import Path
@@ -106,9 +105,8 @@ class BadImages:
         self._known: set[str] = set()
         self._lock = threading.Lock()
 
-    def add(self, path: bytes, row: int, reason: str) -> None:
-        """List one image. Raises Fault when there are more than data.max_bad."""
-        name = os.fsdecode(path).encode("utf-8", "backslashreplace").decode()
+    def add(self, name: str, row: int, reason: str) -> None:
+        """List one image by its place. Raises Fault when there are more than data.max_bad."""
         with self._lock:
             if name in self._known:
                 return

@@ -230,7 +230,7 @@ class Loader:
         row's own window, flip, turn and label of the epoch; its pixels written into `pixels`."""
         row, epoch = int(request.sample.rows[at]), request.sample.epochs[at : at + 1]
         for _ in range(len(self.manifest)):
-            self._bad.add(self.manifest.path(row), row, reason)
+            self._bad.add(self.manifest.name(row), row, reason)
             row = (row + 1) % len(self.manifest)
             other = remake(np.array([row]), epoch)
             (buffer,) = self._storage.read(other.rows)

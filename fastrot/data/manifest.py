@@ -6,10 +6,10 @@ end), `name_ends.npy` (int64), `meta.json` (hashes, classes, what was left out).
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from fastrot.data.faults import KINDS, decode_upright, kind_of, open_image, orie
 from fastrot.data.sources import Listing, open_source
 from fastrot.errors import BadImage, UserError
 
-_FORMAT = 1
+_FORMAT = 2
 _HEAD = 4096  # bytes of an image that enter the content hash
 _TAIL = 1024  # a JPEG's end marker is looked for in its last bytes
 _MANY = 4096  # files above which processes beat threads
@@ -75,6 +75,10 @@ class Manifest:
         start = int(self.name_ends[file - 1]) if file else 0
         return self.names[start : int(self.name_ends[file])].tobytes()
 
+    def name(self, row: int) -> str:
+        """A row's place, for a person: its file, and where in it."""
+        return place(self.path(row), int(self.offset[row]))
+
     def save(self, folder: Path) -> None:
         """Write the manifest; the folder appears whole or not at all."""
         scratch = folder.with_name(f".{folder.name}-{os.getpid()}")
@@ -101,6 +105,12 @@ class Manifest:
             raise UserError(f"{folder}: not a manifest that can be read ({error}); remove it") from None
 
 
+def place(path: bytes, offset: int) -> str:
+    """A file's name as text, whatever its bytes, and the offset where the image does not begin it."""
+    name = os.fsdecode(path).encode("utf-8", "backslashreplace").decode()
+    return f"{name} at byte {offset}" if offset else name
+
+
 _META = ("source", "classes", "content", "storage", "skipped", "quarantined")
 
 
@@ -112,7 +122,7 @@ def index(source: str, cache: Path, max_pixels: int, track: Callable) -> Path:
     Raises UserError where the source is missing, holds no sound image, or the cache is unwritable.
     """
     listing = open_source(source)
-    storage, sizes = _storage_hash(listing, max_pixels)
+    storage, lengths = _storage_hash(listing, max_pixels)
     key = hashlib.sha256(f"{_FORMAT} {os.path.abspath(source)} {max_pixels}".encode()).hexdigest()[:24]
     cached = cache / key
     try:
@@ -120,7 +130,7 @@ def index(source: str, cache: Path, max_pixels: int, track: Callable) -> Path:
             return cached
     except UserError:
         pass  # not there, or damaged: made anew
-    manifest = _scan_all(source, listing, sizes, storage, max_pixels, track)
+    manifest = _scan_all(source, listing, lengths, storage, max_pixels, track)
     try:
         manifest.save(cached)
     except OSError as error:
@@ -133,24 +143,34 @@ def index(source: str, cache: Path, max_pixels: int, track: Callable) -> Path:
 
 
 def _storage_hash(listing: Listing, max_pixels: int) -> tuple[str, NDArray[np.int64]]:
-    """Hash of paths, sizes and times; and the sizes, int64 [n] (-1: gone)."""
+    """Hash of paths, sizes, times and extents; and each row's length, int64 [n] (-1: gone)."""
     sha = hashlib.sha256(f"{_FORMAT} {max_pixels}".encode())
-    sizes = np.full(len(listing.paths), -1, np.int64)
-    for row, path in enumerate(listing.paths):
+    sizes = np.full(len(listing.files), -1, np.int64)
+    for at, path in enumerate(listing.files):
         try:
             stat = os.stat(path)
         except OSError:
             continue
-        sizes[row] = stat.st_size
+        sizes[at] = stat.st_size
         sha.update(path + b"\0%d %d\n" % (stat.st_size, stat.st_mtime_ns))
-    sha.update(listing.labels.tobytes())
-    return sha.hexdigest(), sizes
+    for column in (listing.file, listing.offset, listing.length, listing.labels):
+        sha.update(np.ascontiguousarray(column).tobytes())
+    return sha.hexdigest(), np.where(listing.length < 0, sizes[listing.file], listing.length)
 
 
-def scan_file(path: bytes, max_pixels: int) -> tuple[int, int, int, bytes] | str:
-    """(upright height, width, kind, sha256 of the first 4 KiB), or why it is no sound image."""
+def scan_file(path: bytes, offset: int, length: int, max_pixels: int) -> tuple[int, int, int, bytes] | str:
+    """(upright height, width, kind, sha256 of the first 4 KiB), or why it is no sound image.
+
+    offset, length  where the image lies in the file; length -1 = the whole file.
+    """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as shard:
+            file = shard
+            if length >= 0:
+                shard.seek(offset)
+                file = io.BytesIO(shard.read(length))
+                if len(file.getvalue()) < length:
+                    return "its shard ends before it does"
             head = file.read(_HEAD)
             if not head:
                 return "empty file"
@@ -176,44 +196,47 @@ def scan_file(path: bytes, max_pixels: int) -> tuple[int, int, int, bytes] | str
     return height, width, KINDS.index(kind), hashlib.sha256(head).digest()
 
 
-def _scan_all(source, listing, sizes, storage, max_pixels, track) -> Manifest:
-    n = len(listing.paths)
+def _scan_all(source, listing, lengths, storage, max_pixels, track) -> Manifest:
+    n = len(listing.file)
+    paths = [listing.files[at] for at in listing.file.tolist()]
     workers = len(os.sched_getaffinity(0))
     pool = ProcessPoolExecutor(workers, get_context("forkserver")) if n > _MANY else ThreadPoolExecutor(workers)
     with pool:
         chunk = max(1, min(256, n // (workers * 4)))
-        found = pool.map(partial(scan_file, max_pixels=max_pixels), listing.paths, chunksize=chunk)
+        found = pool.map(
+            partial(scan_file, max_pixels=max_pixels),
+            paths,
+            listing.offset.tolist(),
+            listing.length.tolist(),
+            chunksize=chunk,
+        )
         scans = list(track(found, n, f"indexing {source}"))
     good = [row for row, scan in enumerate(scans) if not isinstance(scan, str)]
     bad = [
-        [os.fsdecode(listing.paths[row]).encode("utf-8", "backslashreplace").decode(), scan]
-        for row, scan in enumerate(scans)
-        if isinstance(scan, str)
+        [place(paths[row], int(listing.offset[row])), scan] for row, scan in enumerate(scans) if isinstance(scan, str)
     ]
     if not good:
         raise UserError(f"{source}: none of its {n} files is a sound image; the first: {bad[0][0]}: {bad[0][1]}")
     heights, widths, kinds = (np.array([scans[row][i] for row in good], np.int32) for i in range(3))
-    labels, lengths = listing.labels[good], sizes[good]
+    labels, lengths = listing.labels[good], lengths[good]
     numbers = np.stack([heights, widths, labels, lengths], axis=1).astype("<i8")
     content = hashlib.sha256()
     for row, line in zip(good, numbers, strict=True):
         content.update(line.tobytes() + scans[row][3])
-    paths = [listing.paths[row] for row in good]
-    skipped = Counter(listing.skipped)
     return Manifest(
-        file=np.arange(len(good), dtype=np.int32),
-        offset=np.zeros(len(good), np.int64),
+        file=listing.file[good].astype(np.int32),
+        offset=listing.offset[good],
         length=lengths,
         height=heights,
         width=widths,
         label=labels,
         kind=kinds.astype(np.uint8),
-        names=np.frombuffer(b"".join(paths), np.uint8),
-        name_ends=np.cumsum([len(p) for p in paths]),
+        names=np.frombuffer(b"".join(listing.files), np.uint8),
+        name_ends=np.cumsum([len(name) for name in listing.files]),
         source=source,
         classes=listing.classes,
         content=content.hexdigest(),
         storage=storage,
-        skipped=dict(skipped),
-        quarantined=bad,
+        skipped=dict(listing.skipped),
+        quarantined=listing.faults + bad,
     )

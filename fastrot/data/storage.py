@@ -13,7 +13,7 @@ _READERS = 8  # concurrent reads a rank: enough to keep an SSD's queue filled
 
 
 class FileStorage:
-    """One file an image. An image that cannot be read comes back as a BadImage in its place."""
+    """Images as stretches of files. One that cannot be read comes back as a BadImage in its place."""
 
     def __init__(self, manifest: Manifest):
         self._manifest = manifest
@@ -32,17 +32,17 @@ class FileStorage:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _read_one(self, row: int) -> NDArray[np.uint8] | BadImage:
-        want = int(self._manifest.length[row])
+        want, offset = int(self._manifest.length[row]), int(self._manifest.offset[row])
         try:
             file = os.open(self._manifest.path(row), os.O_RDONLY)
         except OSError as error:
             return BadImage(f"cannot be opened ({error.strerror})")
         try:
             size = os.fstat(file).st_size
-            if size != want:
-                return BadImage(f"changed: {size} bytes, {want} when indexed")
+            if size < offset + want or (size != want and not offset):  # a shard's images have an offset
+                return BadImage(f"changed: {size} bytes, {offset + want} when indexed")
             buffer = np.empty(want, np.uint8)
-            got = os.preadv(file, [buffer], 0)
+            got = os.preadv(file, [buffer], offset)
         except OSError as error:
             return BadImage(f"cannot be read ({error.strerror})")
         finally:
@@ -55,6 +55,7 @@ class FileStorage:
         except OSError:
             return  # the read to come will say so
         try:
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+            offset, length = int(self._manifest.offset[row]), int(self._manifest.length[row])
+            os.posix_fadvise(file, offset, length, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(file)

@@ -128,11 +128,11 @@ def test_each_source_has_its_own_limit_and_ranks_share_the_list(tmp_path):
     for rank in range(2):  # the second rank meets the same images
         training = BadImages(listing, "train", 3)
         for row in range(3):
-            training.add(b"t%d" % row, row, f"reason of rank {rank}")
-    BadImages(listing, "val", 1).add(b"v", 0, "reason")
+            training.add(f"t{row}", row, f"reason of rank {rank}")
+    BadImages(listing, "val", 1).add("v", 0, "reason")
     assert len(listing.read_text().splitlines()) == 4
     with pytest.raises(Fault, match="4 unreadable images"):
-        BadImages(listing, "train", 3).add(b"t9", 9, "reason")
+        BadImages(listing, "train", 3).add("t9", 9, "reason")
 
 
 def test_too_many_bad_images_stop_the_run(source):

@@ -2,9 +2,7 @@
 
 import os
 
-import numpy as np
-
-from fastrot.data.sources.listing import Listing
+from fastrot.data.sources.listing import Listing, whole_files
 from fastrot.errors import UserError
 
 
@@ -37,4 +35,4 @@ def open_source(name: str) -> Listing:
         raise UserError(f"list:{name}: line {number}: no such file {os.fsdecode(path)} ({len(missing)} missing in all)")
     if not paths:
         raise UserError(f"list:{name}: is empty; expected `path<TAB>label` lines")
-    return Listing(paths, np.array(labels, np.int64), [])
+    return whole_files(paths, labels, [])

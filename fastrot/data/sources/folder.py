@@ -3,9 +3,7 @@
 import os
 from collections import Counter
 
-import numpy as np
-
-from fastrot.data.sources.listing import Listing
+from fastrot.data.sources.listing import Listing, whole_files
 from fastrot.errors import UserError
 
 # torchvision's IMG_EXTENSIONS, any case
@@ -44,7 +42,7 @@ def open_source(root: str) -> Listing:
         raise UserError(f"{root}: {what}; expected one folder a class with images in it")
     skipped.update({"empty class folder": len(empty)} if empty else {})
     classes = [os.fsdecode(name) for name in sorted(names)]
-    return Listing(paths, np.array(labels, np.int64), classes, skipped)
+    return whole_files(paths, labels, classes, skipped)
 
 
 def _entries(folder: bytes, root: str):

@@ -9,15 +9,28 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Listing:
-    """Files in row order.
+    """Images in row order, each a stretch of bytes in a file.
 
-    paths    absolute paths as bytes (names need not be UTF-8).
+    files    absolute paths as bytes (names need not be UTF-8).
+    file     int64 [n] into files; offset int64 [n]; length int64 [n], -1 = the whole file.
     labels   int64 [n]; -1 = none.
     classes  names by label; empty where labels have no names.
-    skipped  files passed over, counted by kind.
+    skipped  files or members passed over, counted by kind.
+    faults   [path or member, reason] of what could not be listed.
     """
 
-    paths: list[bytes]
+    files: list[bytes]
+    file: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    length: NDArray[np.int64]
     labels: NDArray[np.int64]
     classes: list[str]
     skipped: Counter = field(default_factory=Counter)
+    faults: list[list[str]] = field(default_factory=list)
+
+
+def whole_files(files: list[bytes], labels: list[int], classes: list[str], skipped: Counter | None = None) -> Listing:
+    """A listing of one image a file."""
+    n = len(files)
+    zeros = np.zeros(n, np.int64)
+    return Listing(files, np.arange(n), zeros, zeros - 1, np.array(labels, np.int64), classes, skipped or Counter())

@@ -1,0 +1,118 @@
+"""WebDataset tar shards: `train-{000..146}.tar`, a glob, or one file; labels in .cls or .json, or none."""
+
+import glob
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+
+import numpy as np
+
+from fastrot.data.sources.folder import EXTENSIONS
+from fastrot.data.sources.listing import Listing
+from fastrot.errors import UserError
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"(\xb5": "unzstd"}
+
+
+def open_source(spec: str) -> Listing:
+    """Shards in the order given, members in theirs; a sample is a run of members of one key.
+
+    Raises UserError where a shard is missing, compressed, or no tar file, or where none holds an image.
+    """
+    files = [os.fsencode(os.path.abspath(name)) for name in _expand(spec)]
+    images: list[tuple[int, int, int, int]] = []  # file, offset, length, label
+    skipped: Counter = Counter()
+    faults: list[list[str]] = []
+    for number, path in enumerate(files):
+        images += [(number, *image) for image in _samples(path, skipped, faults)]
+    if not images:
+        raise UserError(f"{spec}: {len(files)} shards hold no image; expected members KEY.jpg, and KEY.cls for labels")
+    file, offset, length, labels = np.array(images, np.int64).T
+    return Listing(files, file, offset, length, labels, [], skipped, faults)
+
+
+def _expand(spec: str) -> list[str]:
+    match = _RANGE.search(spec)
+    if match:
+        first, last = int(match[1]), int(match[2])
+        numbers = [str(n).zfill(len(match[1])) for n in range(first, last + 1)]
+        names = [name for n in numbers for name in _expand(spec[: match.start()] + n + spec[match.end() :])]
+    elif glob.has_magic(spec):
+        names = sorted(glob.glob(spec), key=os.fsencode)
+    else:
+        names = [spec]
+    missing = [name for name in names if not os.path.exists(name)]
+    if missing or not names:
+        raise UserError(f"{spec}: no such file{f' {missing[0]} ({len(missing)} missing in all)' if missing else ''}")
+    return names
+
+
+def _samples(path: bytes, skipped: Counter, faults: list[list[str]]) -> list[tuple[int, int, int]]:
+    """(offset, length, label) of each sample's image in one shard."""
+    shard = os.fsdecode(path)
+    found: list[tuple[int, int, int]] = []
+    key, image, label = None, None, -1
+
+    def finish() -> None:
+        if image is not None:
+            found.append((image.offset_data, image.size, label))
+
+    for member, content in _members(path, shard, faults):
+        folder, name = os.path.split(member.name)
+        stem, _, extension = name.partition(".")
+        if (folder, stem) != key:
+            finish()
+            key, image, label = (folder, stem), None, -1
+        kind = "." + extension.rpartition(".")[2].lower()
+        if os.fsencode(kind) in EXTENSIONS:
+            if image is None:
+                image = content
+            else:
+                faults.append([f"{shard}:{member.name}", "a second image of its key"])
+        elif kind in (".cls", ".json"):
+            label = _label(path, content, kind, f"{shard}:{member.name}", faults)
+        else:
+            skipped["member of another kind"] += 1
+    finish()
+    return found
+
+
+def _members(path: bytes, shard: str, faults: list[list[str]]):
+    """(member, the member whose bytes it has) of a shard, as far as it can be read."""
+    try:
+        tar = tarfile.open(path, "r:")  # noqa: SIM115 -- closed below; here only its own refusal is caught
+    except (tarfile.TarError, OSError) as error:
+        with open(path, "rb") as file:
+            tool = _COMPRESSED.get(file.read(2))
+        what = f"is compressed; unpack it first: {tool} {shard}" if tool else f"is no tar file ({error})"
+        raise UserError(f"{shard}: {what}") from None
+    by_name: dict[str, tarfile.TarInfo] = {}
+    with tar:
+        try:
+            for member in tar:
+                content = by_name.get(member.linkname) if member.islnk() else member
+                if member.issparse() or content is None:
+                    reason = "a hard link to nothing before it" if member.islnk() else "a sparse member"
+                    faults.append([f"{shard}:{member.name}", reason])
+                elif content.isreg():
+                    by_name[member.name] = content
+                    yield member, content
+        except tarfile.TarError as error:
+            faults.append([shard, f"cannot be read to its end ({error})"])
+
+
+def _label(path: bytes, member: tarfile.TarInfo, kind: str, name: str, faults: list[list[str]]) -> int:
+    with open(path, "rb") as file:
+        file.seek(member.offset_data)
+        text = file.read(min(member.size, 1 << 20))
+    try:
+        value = json.loads(text)
+        if kind == ".json":
+            value = value.get("label", value.get("cls", -1)) if isinstance(value, dict) else value
+        return int(value)
+    except (ValueError, TypeError):
+        faults.append([name, "its label is not an integer"])
+        return -1
