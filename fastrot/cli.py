@@ -17,6 +17,7 @@ examples:
   python fastrot/train.py --config configs/photos10.yaml data.train=/data/train run.out=runs/small
   fastrot train --config configs/in1k.yaml data.train=/data/train --dry-run
   fastrot stream --config configs/in1k.yaml data.train=/data/train --first-step 0 --steps 50 --ranks 4
+  fastrot index data.train=/data/shards/train-{000..146}.tar --verify
 """
 
 
@@ -79,6 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     stream.add_argument("--ranks", type=int, default=1, metavar="R", help="plan as this many ranks would")
     stream.add_argument("--decode", metavar="D", help="same as data.decode=D")
     stream.add_argument("--pixels", action="store_true", help="decode, and hash the crops too")
+
+    index = commands.add_parser(
+        "index",
+        parents=[common],
+        help="index a source and say what is in it",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    index.add_argument("--verify", action="store_true", help="decode every image in full")
     return parser
 
 
@@ -147,6 +157,10 @@ def _hand_over(args, config, sources, ranks) -> dict:
                 if name in result:
                     print(f"{name} {result[name]}")
         return result
+    if args.command == "index":
+        from fastrot.describe import describe_source
+
+        return describe_source(config, ranks, args.verify)
     from fastrot import pretrain
     from fastrot.dryrun import dry_run
 
