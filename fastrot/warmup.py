@@ -14,7 +14,7 @@ def main() -> None:
     """Without a GPU, DeepSpeed compiles its host collectives when a process group starts (30 s)."""
     if torch.cuda.is_available():
         return
-    ranks = distributed.start()
+    distributed.start()
     said = io.StringIO()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(said):
@@ -30,7 +30,6 @@ def main() -> None:
         )
     finally:
         distributed.end()
-    del ranks
 
 
 if __name__ == "__main__":
