@@ -299,6 +299,21 @@ def test_two_ranks_under_deepspeed_learn_what_one_does(whole, two):
     assert learnt(two)[0]["lr"] == one[0]["lr"]
 
 
+def test_another_number_of_ranks_and_zero_1_take_the_run_up_where_it_was(whole, images, tmp_path):
+    """One plain rank's checkpoint goes on over two ranks under ZeRO 1: same stream, momentum included."""
+    out, _ = whole
+    words = [*SMALL, *over(images, tmp_path / "r"), "engine.zero=1", "--resume", out / "checkpoints/step-00000004"]
+    code, output = launched("torchrun", 2, *words)
+    assert code == 0, output
+    ours = [x for x in learnt(tmp_path / "r") if "loss" in x]
+    theirs = [x for x in learnt(out) if "loss" in x][4:]
+    assert [x["step"] for x in ours] == [4, 5]
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a["lr"], a["epoch"]) == (b["lr"], b["epoch"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+
+
 def test_killed_in_mid_epoch_and_resumed_is_equal_in_every_logged_value(images, two, tmp_path):
     """kill -9 of launcher and ranks at once, under torchrun; the peer ran whole under deepspeed."""
     words = [*SMALL, *over(images, tmp_path / "killed"), "run.checkpoint_every=1"]

@@ -79,6 +79,7 @@ class DeepSpeedEngine(Engine):
         from deepspeed.utils import logger
 
         logger.setLevel(logging.WARNING)
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # its missing-CUDA line on every CPU run
         config = settings_to_json(settings, ranks.world)
         if config_path:
             config = merged(config, config_path, batch, settings.clip)
