@@ -6,7 +6,8 @@ import pytest
 import torch
 import torchvision
 
-from fastrot.model import _local_statistics, backbone_state, build_model, tap_maps
+from fastrot import distributed
+from fastrot.model import _local_statistics, _SyncedNorm, backbone_state, build_model, tap_maps
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,35 @@ def test_a_constant_channel_has_no_variance_rather_than_an_infinite_one():
     mean, var = _local_statistics(x, torch.ones(2), torch.zeros(2), 1e-5)
     torch.testing.assert_close(mean, x.mean((0, 2, 3)))
     torch.testing.assert_close(var, x.var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def alone():
+    """A process group of one."""
+    distributed.start()
+    yield
+    distributed.end()
+
+
+@pytest.mark.parametrize("dtype, rms, mean", [(torch.float32, 1e-6, 1e-7), (torch.bfloat16, 5e-4, 2e-5)])
+def test_synchronised_norm_is_as_exact_as_torchs_own(alone, dtype, rms, mean):
+    """Output and gradients against float64 batch norm; no bias may hide in a channel's mean gradient."""
+    torch.manual_seed(0)
+    x = (torch.randn(64, 16, 14, 14) * 3 + 1).to(memory_format=torch.channels_last).to(dtype)
+    dy = (torch.randn_like(x.float()) * 0.1 + 0.02).to(dtype)
+    weight, bias = torch.rand(16) + 0.5, torch.randn(16)
+    ours = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    out, *_ = _SyncedNorm.apply(*ours, 1e-5)
+    out.backward(dy)
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    want = torch.nn.functional.batch_norm(exact[0], None, None, exact[1], exact[2], True, 0.1, 1e-5)
+    want.backward(dy.double())
+    error = ours[0].grad.double() - exact[0].grad
+    assert error.square().mean().sqrt() < rms
+    assert error.mean((0, 2, 3)).abs().max() < mean
+    for got, right in zip(ours[1:], exact[1:], strict=True):
+        torch.testing.assert_close(got.grad.double(), right.grad, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(out.double(), want, rtol=0.01, atol=1e-5 if dtype == torch.float32 else 0.05)
 
 
 def test_the_backbone_is_all_but_the_head():
