@@ -26,25 +26,8 @@ from rich.console import Console
 from rich.progress import track
 
 from fastrot.errors import UserError
-from fastrot.scenery import (
-    AT_HOME,
-    CLASSES,
-    INDOORS,
-    MARGIN,
-    OBJECTS,
-    PALETTES,
-    PROPS,
-    SCALE,
-    Brush,
-    Scene,
-    floor,
-    heavens,
-    hills,
-    house,
-    stone,
-    tree,
-    wall,
-)
+from fastrot.sceneobjects import CLASSES, OBJECTS, PROPS, house, stone, tree
+from fastrot.scenery import AT_HOME, INDOORS, MARGIN, PALETTES, SCALE, Brush, Scene, floor, heavens, hills, wall
 
 VERSION = 1  # raise it when the drawing changes: an older folder is then no longer accepted
 
