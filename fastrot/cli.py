@@ -30,21 +30,11 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print the result as one line of JSON on standard output")
     common.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
-    parser = argparse.ArgumentParser(
-        "fastrot",
-        description="Pretrain ResNets by predicting image rotations.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    page = {"epilog": _EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("fastrot", description="Pretrain ResNets by predicting image rotations.", **page)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser(
-        "train",
-        parents=[common],
-        help="pretrain (fastrot/train.py is the same)",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    train = commands.add_parser("train", help="pretrain (fastrot/train.py is the same)", parents=[common], **page)
     train.add_argument(
         "--dry-run", action="store_true", help="build everything, run a few steps, say what the run would be"
     )
@@ -64,16 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--deepspeed_config", metavar="FILE", help="DeepSpeed's own JSON; it may not contradict the YAML"
     )
-    train.add_argument(
-        "--deepspeed", action="store_true", help=argparse.SUPPRESS
-    )  # scripts written for DeepSpeed pass it
+    # scripts written for DeepSpeed pass it
+    train.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
 
     stream = commands.add_parser(
-        "stream",
-        parents=[common],
-        help="print and hash steps of the stream, without training",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "stream", help="print and hash steps of the stream, without training", parents=[common], **page
     )
     stream.add_argument("--first-step", type=int, default=0, metavar="A")
     stream.add_argument("--steps", type=int, default=10, metavar="N")
@@ -81,13 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     stream.add_argument("--decode", metavar="D", help="same as data.decode=D")
     stream.add_argument("--pixels", action="store_true", help="decode, and hash the crops too")
 
-    index = commands.add_parser(
-        "index",
-        parents=[common],
-        help="index a source and say what is in it",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    index = commands.add_parser("index", help="index a source and say what is in it", parents=[common], **page)
     index.add_argument("--verify", action="store_true", help="decode every image in full")
     return parser
 

@@ -288,6 +288,15 @@ def _validated(values: dict[str, Any], sources: dict[str, str]) -> Config:
     return config
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """The resolved config as {section.key: value}, plain JSON values."""
+    return {
+        f"{section}.{key}": value
+        for section, body in config.model_dump(mode="json").items()
+        for key, value in body.items()
+    }
+
+
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that `load` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

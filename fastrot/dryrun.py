@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 from fastrot import runlog
-from fastrot.config import Config
+from fastrot.config import Config, flat
 from fastrot.distributed import Ranks
 from fastrot.job import RECIPE_VIEWS, Job, describe, open_manifest
 from fastrot.loop import run
@@ -21,7 +21,7 @@ class _Last:
         self.values = values
 
 
-def dry_run(config: Config, sources: dict[str, str], ranks: Ranks, deepspeed_config: dict | None) -> dict:
+def dry_run(config: Config, sources: dict[str, str], ranks: Ranks, deepspeed_config: str | None) -> dict:
     """Time two steps after two that warm up; writes nothing but the named caches.
 
     Prints the resolved config with each value's source, the batch arithmetic, size and hours.
@@ -61,12 +61,7 @@ def dry_run(config: Config, sources: dict[str, str], ranks: Ranks, deepspeed_con
 
 
 def _show(config: Config, sources: dict[str, str], r: dict) -> None:
-    values = {
-        f"{section}.{key}": value
-        for section, body in config.model_dump(mode="json").items()
-        for key, value in body.items()
-    }
-    runlog.table("config", [(key, f"{value}  ({sources[key]})") for key, value in values.items()])
+    runlog.table("config", [(key, f"{value}  ({sources[key]})") for key, value in flat(config).items()])
     runlog.table(
         "dry run",
         [

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastrot import checkpoint, distributed, runlog
-from fastrot.config import Config, to_yaml
+from fastrot.config import Config, flat, to_yaml
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.errors import Fault, UserError
@@ -41,14 +41,9 @@ _DEFINING = (
 
 def defining(config: Config, content: str) -> dict:
     """What a resumed run must share with its checkpoint: flat keys and the data's content hash."""
-    flat = {
-        f"{section}.{key}": value
-        for section, body in config.model_dump(mode="json").items()
-        for key, value in body.items()
-    }
     return {
         key: value
-        for key, value in flat.items()
+        for key, value in flat(config).items()
         if any(key == d or (d.endswith(".") and key.startswith(d)) for d in _DEFINING)
     } | {"data": content}
 

@@ -28,8 +28,9 @@ _TRANSPOSE = {
 }
 
 
-def kind_of(head: bytes) -> str:
-    """The file's kind from its first bytes (its name may lie), one of KINDS."""
+def kind_of(data: bytes | NDArray[np.uint8]) -> str:
+    """An image's kind from its first bytes (its name may lie), one of KINDS."""
+    head = bytes(data[:16])
     if head[:3] == b"\xff\xd8\xff":
         return "JPEG"
     if head[:8] == b"\x89PNG\r\n\x1a\n":

@@ -51,7 +51,7 @@ def merged(ours: dict, path: str, batch: dict[str, int], clip: float | None) -> 
     for key, value in given.items():
         if key in ("optimizer", "scheduler", "fp16", "bf16", "amp"):
             off = isinstance(value, dict) and not value.get("enabled")
-            if key in ("optimizer", "scheduler") or not (off or not value):
+            if key in ("optimizer", "scheduler") or (value and not off):
                 wrong.append(
                     f"--deepspeed_config: {key} is set in the YAML (optim.*, engine.precision); remove it here"
                 )

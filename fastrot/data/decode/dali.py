@@ -114,7 +114,7 @@ class DaliDecoder:
                 self._feed(later)
         self._flying.popleft()
         for at in sorted(set(range(len(batch.buffers))) - set(batch.by_dali)):
-            kind = kind_of(batch.buffers[at][:16].tobytes())
+            kind = kind_of(batch.buffers[at])
             if kind not in self._to_pillow:
                 self._to_pillow.add(kind)
                 log.warning("dali does not decode images of kind %s here; they go through Pillow", kind)
@@ -227,4 +227,4 @@ class DaliDecoder:
 
 
 def _decodes(buffer: NDArray[np.uint8]) -> bool:
-    return kind_of(buffer[:16].tobytes()) in _DECODES
+    return kind_of(buffer) in _DECODES

@@ -24,7 +24,7 @@ def upright_pixels(buffer: NDArray[np.uint8]) -> torch.Tensor:
 
     Raises BadImage.
     """
-    if kind_of(buffer[:16].tobytes()) == "JPEG" and _components(buffer) in (1, 3):
+    if kind_of(buffer) == "JPEG" and _components(buffer) in (1, 3):
         try:
             return decode_jpeg(torch.from_numpy(buffer), ImageReadMode.RGB, apply_exif_orientation=True)
         except RuntimeError as error:
