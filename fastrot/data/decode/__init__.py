@@ -9,7 +9,17 @@ from numpy.typing import NDArray
 
 from fastrot.errors import UserError
 
-_MODULES = {"dali": "fastrot.data.decode.dali", "torch": "fastrot.data.decode.torch"}
+_MAKERS = {
+    "dali": "fastrot.data.decode.dali:make",
+    "torch": "fastrot.data.decode.torch:make",
+    "turbo": "fastrot.data.decode.turbo:make",
+    "turbo_fast": "fastrot.data.decode.turbo:make_fast",
+}
+
+# What auto tries, the fastest first as bench/loader.py measures.
+_ON_GPU = "dali"
+_ON_CPU = ["turbo", "dali", "torch"]
+_CPU = torch.device("cpu")
 
 
 class Decoder(Protocol):
@@ -38,20 +48,26 @@ def make_decoder(
 ) -> tuple[Decoder, str]:
     """The decoder asked for, and a line that says what was taken and why.
 
-    name   auto, dali or torch; where: auto, gpu or cpu.
+    name   auto, or one of the makers' names; where: auto, gpu or cpu.
     batch  most images a submit; depth: most submits in flight.
     Raises UserError where a decoder asked for by name cannot run.
     """
-    reason = ""
-    if name == "auto":
-        name = "dali"
+    if where == "gpu" and device.type != "cuda":
+        raise UserError("data.decode_on gpu: there is no CUDA device here; use data.decode_on=cpu")
+    if where == "gpu" and name not in ("auto", _ON_GPU):
+        raise UserError(f"data.decode {name}: decodes on the CPU alone; use data.decode_on=cpu or data.decode={_ON_GPU}")
+    on_gpu = device.type == "cuda" and where != "cpu"
+    names = [name] if name != "auto" else [_ON_GPU] if where == "gpu" else [_ON_GPU, *_ON_CPU] if on_gpu else _ON_CPU
+    refusals: list[str] = []
+    for name in names:
+        module, _, maker = _MAKERS[name].partition(":")
         try:
-            importlib.import_module("nvidia.dali")
+            decoder = getattr(importlib.import_module(module), maker)(device if on_gpu else _CPU, threads, batch, depth)
         except ImportError as error:
-            name, reason = "torch", f" (auto: dali cannot be imported: {error})"
-    try:
-        module = importlib.import_module(_MODULES[name])
-    except ImportError as error:
-        raise UserError(f"data.decode {name}: cannot be imported ({error}); use data.decode=torch") from None
-    decoder = module.make(where, device, threads, batch, depth)
-    return decoder, f"decoding with {decoder.name}, {threads} threads{reason}"
+            refusals.append(f"data.decode {name}: cannot be imported ({error})")
+        except UserError as error:
+            refusals.append(str(error))
+        else:
+            why = f" (auto: {'; '.join(refusals)})" if refusals else ""
+            return decoder, f"decoding with {decoder.name}, {threads} threads{why}"
+    raise UserError("; ".join(refusals) + "; use data.decode=torch")

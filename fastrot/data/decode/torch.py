@@ -15,7 +15,7 @@ from fastrot.data.faults import decode_upright, kind_of, open_image
 from fastrot.errors import BadImage
 
 
-def make(where: str, device: torch.device, threads: int, batch: int, depth: int) -> "TorchDecoder":
+def make(device: torch.device, threads: int, batch: int, depth: int) -> "TorchDecoder":
     return TorchDecoder(threads)
 
 
