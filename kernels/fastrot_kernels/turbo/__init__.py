@@ -71,7 +71,7 @@ class Turbo:
         buffers = [np.ascontiguousarray(buffer) for buffer in buffers]
         requests["data"] = [buffer.ctypes.data for buffer in buffers]
         requests["length"] = [buffer.size for buffer in buffers]
-        requests["raw"] = np.array([buffer.shape[:2] if buffer.ndim == 3 else (0, 0) for buffer in buffers]).reshape(n, 2)
+        requests["raw"] = np.reshape([buffer.shape[:2] if buffer.ndim == 3 else (0, 0) for buffer in buffers], (n, 2))
         requests["window"] = windows
         requests["boxed"] = windows.dtype == np.float64
         requests["fast"] = self._fast

@@ -76,7 +76,8 @@ static bool begin(struct flow *flow, double height, double width, const double w
     flow->ring = s->down.taps;
     flow->next = 0;
     int64_t slack = axis_slack(&s->across), line = whole_blocks((int64_t)size * 3 + slack);
-    int64_t input = whole_blocks((int64_t)width * 3 + slack + OFF_LINE), square = whole_blocks((int64_t)size * size * 3 + slack);
+    int64_t input = whole_blocks((int64_t)width * 3 + slack + OFF_LINE);
+    int64_t square = whole_blocks((int64_t)size * size * 3 + slack);
     int64_t need = flow->ring * line + input + square;
     if (need > s->room) {
         free(s->memory);
@@ -100,8 +101,10 @@ static void feed(struct flow *flow, int y, const uint8_t *row) {
     struct scratch *s = flow->scratch;
     int size = flow->request->size, k = y - flow->low;
     resample_across(&s->across, row, s->rows[k % flow->ring]);
-    for (; flow->next < size && s->down.first[flow->next] + s->down.count[flow->next] <= k + 1; flow->next++)
-        resample_down(&s->down, flow->next, s->rows, flow->ring, size * 3, flow->turned + (int64_t)flow->next * size * 3);
+    for (; flow->next < size && s->down.first[flow->next] + s->down.count[flow->next] <= k + 1; flow->next++) {
+        uint8_t *out = flow->turned + (int64_t)flow->next * size * 3;
+        resample_down(&s->down, flow->next, s->rows, flow->ring, size * 3, out);
+    }
 }
 
 /* The finished square, turned upright, into the caller's memory. */
