@@ -21,7 +21,7 @@ class Section(BaseModel):
 
 class Data(Section):
     train: str | None = None
-    """Training images: a folder of class folders, or list:FILE with `path<TAB>label` lines."""
+    """Training images: a folder of class folders, list:FILE with `path<TAB>label` lines, tar shards, voc:ROOT?split=S."""
     val: str | None = None
     """Held-out images, same forms; without it nothing is evaluated."""
     decode: Literal["auto", "dali", "torch"] = "auto"

@@ -2,15 +2,16 @@
 
 import os
 
-from fastrot.data.sources import filelist, folder, tar
+from fastrot.data.sources import filelist, folder, tar, voc
 from fastrot.data.sources.listing import Listing
 
 _SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_BY_PREFIX = {"list": filelist.open_source}
+_BY_PREFIX = {"list": filelist.open_source, "voc": voc.open_source}
 
 
 def open_source(spec: str) -> Listing:
-    """List the images of `spec`: a folder of class folders, list:FILE, or tar shards (a name, range or glob).
+    """List the images of `spec`: a folder of class folders, list:FILE, voc:ROOT?split=S, or tar shards (a name,
+    range or glob).
 
     Raises UserError where there is nothing to read.
     """
