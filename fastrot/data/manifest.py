@@ -122,7 +122,7 @@ def index(source: str, cache: Path, max_pixels: int, track: Callable) -> Path:
     if _holds(cached, storage):
         return cached
     try:
-        with _alone(cache / f"{key}.lock"):
+        with _alone(cache / f"{key}.lock", track, f"waiting for another process that indexes {source}"):
             if not _holds(cached, storage):  # else another run indexed the same source meanwhile
                 unfinished = cache / f"{key}.parts"
                 for other in set(unfinished.glob("*")) - {unfinished / storage}:
@@ -145,11 +145,15 @@ def _holds(folder: Path, storage: str) -> bool:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Wait until no other process holds this lock, and hold it."""
+def _alone(lock: Path, track: Callable, title: str) -> Iterator[None]:
+    """Wait, and say so, until no other process holds this lock; then hold it."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            for _ in track([file], 1, title):
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

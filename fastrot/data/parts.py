@@ -99,7 +99,7 @@ def _parts(pool, n, rows, words_of, look, folder, most) -> Iterator[tuple[int, P
 
 def _read(part: Path) -> tuple[NDArray, dict[str, str]]:
     try:
-        with np.load(part) as saved:
+        with part.open("rb") as file, np.load(file) as saved:
             return saved["found"], json.loads(saved["reasons"].tobytes())
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{part}: damaged ({error}); remove {part.parent} and start again") from None

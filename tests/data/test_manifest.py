@@ -1,8 +1,10 @@
 """What becomes a row, what is left out and told, and what the hashes notice."""
 
+import hashlib
 import io
 import os
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -106,6 +108,28 @@ def test_content_is_the_images_and_storage_is_where_they_lie(tmp_path):
     assert moved.storage != first.storage
     draw(48, 48, 99).save(tmp_path / "two/class1/2.jpg")
     assert build(tmp_path / "two", tmp_path / "cache").content != first.content
+
+
+def bmp(width: int, height: int, value: int) -> bytes:
+    """A BMP written by hand: the same bytes on every machine."""
+    row = (bytes([value, value + 1, value + 2]) * width).ljust((3 * width + 3) // 4 * 4, b"\0")
+    size = 54 + len(row) * height
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, size - 54, 2835, 2835, 0, 0)
+    return b"BM" + struct.pack("<IHHI", size, 0, 0, 54) + header + row * height
+
+
+def test_the_content_hash_has_its_golden_value(tmp_path):
+    """Every checkpoint holds this hash: it may never change."""
+    for number, (label, width, height) in enumerate((("a", 3, 2), ("a", 5, 7), ("b", 64, 40))):
+        (tmp_path / "d" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / label / f"{number}.bmp").write_bytes(bmp(width, height, 10 * number))
+    manifest = build(tmp_path / "d", tmp_path / "cache")
+    assert manifest.content == "49b955ed32adf27d1b9a9f6eaa681e9ad9577aae3d28d17b8efda975f1db80b0"
+    want = hashlib.sha256()
+    for number, (label, width, height) in enumerate(((0, 3, 2), (0, 5, 7), (1, 64, 40))):
+        data = bmp(width, height, 10 * number)
+        want.update(struct.pack("<4q", height, width, label, len(data)) + hashlib.sha256(data[:4096]).digest())
+    assert manifest.content == want.hexdigest()
 
 
 def test_an_unchanged_source_comes_from_the_cache(tmp_path, monkeypatch):
