@@ -41,10 +41,10 @@ def spread(values: Iterable[float], unit: str = "") -> dict[str, float]:
     return {f"median{unit}": statistics.median(values), f"least{unit}": min(values), f"most{unit}": max(values)}
 
 
-def memory_mib() -> float:
-    """Resident memory of this process, the touched pages of mapped files included, MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+def memory_mib() -> dict[str, float]:
+    """Resident memory of this process: its own, and pages of mapped files, which it shares and the kernel may drop."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(fields[key].split()[0]) / 1024 for name, key in (("own", "RssAnon"), ("mapped", "RssFile"))}
 
 
 def facts() -> dict:

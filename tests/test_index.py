@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from conftest import write_folder
+from conftest import draw, write_folder
 from fastrot.data.sources.voc import CLASSES
 from fastrot.describe import histogram
 
@@ -51,6 +51,18 @@ def test_a_source_may_be_named_by_word_or_by_key_and_hold_an_equals_sign(tmp_pat
     assert "data.train is not set" in fastrot("index").err
 
 
+def test_names_that_are_no_text_are_told_all_the_same(tmp_path, fastrot):
+    root = os.fsencode(tmp_path / "d") + b"-\xff"
+    os.makedirs(os.path.join(root, b"c\xff"))
+    for name in (b"1.jpg", b"2.jpg"):
+        draw(20, 30).save(os.path.join(root, b"c\xff", name))
+    with open(os.path.join(root, b"c\xff", b"bad-\xff.jpg"), "wb") as file:
+        file.write(b"junk")
+    done = fastrot("index", os.fsdecode(root), "--json", "--verify")
+    assert (done.json["source"], done.json["rows"]) == (os.fsdecode(root), 2)
+    assert len(done.json["quarantined"]) == 1
+
+
 def test_verify_quarantines_damage_that_pillow_does_not_see(tmp_path, fastrot):
     source = write_folder(tmp_path / "d", classes=2, per_class=3)
     place = damaged(source)
@@ -79,12 +91,12 @@ def test_a_file_that_changed_in_secret_is_found_by_decoding(tmp_path, fastrot):
 def test_a_run_goes_on_with_its_frozen_rows_after_verify_took_some(tmp_path, fastrot):
     source = write_folder(tmp_path / "d", classes=1, per_class=6)
     damaged(source)
-    words = ["train", "engine.kind=plain", "model.arch=resnet18", "data.crop=16", "optim.images_per_step=3",
+    words = ["train", "engine.kind=plain", "model.arch=resnet18", "data.crop=8", "optim.images_per_step=6",
              "optim.epochs=2", "optim.warmup_epochs=0", "run.tensorboard=false", f"data.train={source}"]  # fmt: skip
     first = f"run.out={tmp_path / 'r'}"
     assert fastrot(*words, first, "run.max_steps=1").code == 0
     fastrot("index", source, "--verify")
-    assert fastrot(*words, first, "--json").json["steps"] == 4
+    assert fastrot(*words, first, "--json").json["steps"] == 2
     other = fastrot(*words, f"run.out={tmp_path / 's'}", "--resume", tmp_path / "r")
     assert other.code == 2 and "data was " in other.err
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fastrot.data import parts
 from fastrot.data.faults import KINDS, decode_upright, kind_of, open_image, orientation_of
-from fastrot.data.sources import Listing, open_source
+from fastrot.data.sources import open_source, shards_of
 from fastrot.errors import BadImage, UserError
 
 _FORMAT = 3
@@ -115,19 +115,22 @@ def index(source: str, cache: Path, max_pixels: int, track: Callable) -> Path:
     track  track(iterable, total, title) -> iterable: shows progress.
     Raises UserError where the source is missing, holds no sound image, or the cache is unwritable.
     """
-    listing = open_source(source)
-    storage, lengths = _storage_hash(listing, max_pixels)
-    key = hashlib.sha256(f"{_FORMAT} {os.path.abspath(source)} {max_pixels}".encode()).hexdigest()[:24]
+    files = shards_of(source)  # a few; else the listing alone knows all that may change
+    listing = None if files else open_source(source, track)
+    columns = (listing.file, listing.offset, listing.length, listing.labels) if listing else ()
+    storage, sizes = _storage_hash(files or listing.files, columns, max_pixels)
+    key = hashlib.sha256(b"%d %b %d" % (_FORMAT, os.fsencode(os.path.abspath(source)), max_pixels)).hexdigest()[:24]
     cached = cache / key
     if _holds(cached, storage):
         return cached
+    listing = listing or open_source(source, track)
     try:
         with _alone(cache / f"{key}.lock", track, f"waiting for another process that indexes {source}"):
             if not _holds(cached, storage):  # else another run indexed the same source meanwhile
                 unfinished = cache / f"{key}.parts"
                 for other in set(unfinished.glob("*")) - {unfinished / storage}:
                     shutil.rmtree(other)  # of the source as it was
-                _scan_all(source, listing, lengths, storage, max_pixels, unfinished / storage, track).save(cached)
+                _scan_all(source, listing, sizes, storage, max_pixels, unfinished / storage, track).save(cached)
                 shutil.rmtree(unfinished)
     except OSError as error:
         raise UserError(
@@ -157,18 +160,17 @@ def _alone(lock: Path, track: Callable, title: str) -> Iterator[None]:
         yield
 
 
-def _storage_hash(listing: Listing, max_pixels: int) -> tuple[str, NDArray[np.int64]]:
-    """Hash of paths, sizes, times and extents; and each row's length, int64 [n] (-1: gone)."""
+def _storage_hash(files: list[bytes], columns: tuple[NDArray, ...], max_pixels: int) -> tuple[str, NDArray[np.int64]]:
+    """Hash of paths, sizes, times and what a listing says of them; and the sizes, int64 [n] (-1: gone)."""
     sha = hashlib.sha256(f"{_FORMAT} {max_pixels}".encode())
-    blocks = [listing.files[at : at + _STATS] for at in range(0, len(listing.files), _STATS)]
+    blocks = [files[at : at + _STATS] for at in range(0, len(files), _STATS)]
     with ThreadPoolExecutor() as pool:  # a network's file system answers many at once
         stats = list(pool.map(_stats, blocks))
     for block, stat in zip(blocks, stats, strict=True):
         sha.update(b"\0".join(block) + stat.tobytes())
-    for column in (listing.file, listing.offset, listing.length, listing.labels):
+    for column in columns:
         sha.update(np.ascontiguousarray(column).tobytes())
-    sizes = np.concatenate(stats)[:, 0]
-    return sha.hexdigest(), np.where(listing.length < 0, sizes[listing.file], listing.length)
+    return sha.hexdigest(), np.concatenate(stats)[:, 0]
 
 
 def _stats(paths: list[bytes]) -> NDArray[np.int64]:
@@ -238,7 +240,7 @@ def scan_file(path: bytes, offset: int, length: int, max_pixels: int) -> tuple[i
     return height, width, KINDS.index(kind), hashlib.sha256(head).digest()
 
 
-def _scan_all(source, listing, lengths, storage, max_pixels, unfinished, track) -> Manifest:
+def _scan_all(source, listing, sizes, storage, max_pixels, unfinished, track) -> Manifest:
     def words_of(first: int, last: int):
         paths = (listing.files[at] for at in listing.file[first:last].tolist())
         return zip(paths, listing.offset[first:last].tolist(), listing.length[first:last].tolist(), strict=True)
@@ -253,6 +255,7 @@ def _scan_all(source, listing, lengths, storage, max_pixels, unfinished, track) 
     if len(bad) == n:
         raise UserError(f"{source}: none of its {n} files is a sound image; the first: {bad[0][0]}: {bad[0][1]}")
     good = found.sound
+    lengths = np.where(listing.length < 0, sizes[listing.file], listing.length)
     height, width, label, length = found.height[good], found.width[good], listing.labels[good], lengths[good]
     return Manifest(
         file=listing.file[good].astype(np.int32),

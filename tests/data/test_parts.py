@@ -76,9 +76,9 @@ def test_killed_and_started_again_only_what_was_not_done_is_looked_at(tmp_path, 
     os.utime(last, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     looked, scan_file = [], manifests.scan_file
 
-    def spy(path, offset, length, max_pixels):
-        looked.append(path)
-        return scan_file(path, offset, length, max_pixels)
+    def spy(*words, max_pixels):
+        looked.append(words[0])
+        return scan_file(*words, max_pixels=max_pixels)
 
     monkeypatch.setattr(parts, "ROWS", 4)
     monkeypatch.setattr(parts, "_MANY", 0)
@@ -120,7 +120,7 @@ def test_two_at_once_index_a_source_once(tmp_path, monkeypatch):
     def spy(*words, max_pixels):
         with lock:
             count.append(words)
-        return scan_file(*words, max_pixels)
+        return scan_file(*words, max_pixels=max_pixels)
 
     monkeypatch.setattr(manifests, "scan_file", spy)
     with ThreadPoolExecutor(4) as pool:
