@@ -39,7 +39,7 @@ def describe_source(source: str | None, config: Config, ranks: Ranks, decode: bo
         "histograms": {
             "short_side_pixels": histogram(np.minimum(manifest.height, manifest.width)),
             "long_side_pixels": histogram(np.maximum(manifest.height, manifest.width)),
-            "bytes": histogram(manifest.length),
+            "file_bytes": histogram(manifest.length),
         },
         "content": manifest.content,
         "skipped": manifest.skipped,
@@ -104,9 +104,8 @@ def _show(r: dict) -> None:
         rows += [("", f"{place}: {reason}") for place, reason in newest[:_SHOWN]]
         rows.append(("  all of them", f"{r['manifest']}/meta.json"))
     runlog.table(r["source"], rows)
-    titles = {"short_side_pixels": "short side, pixels", "long_side_pixels": "long side, pixels", "bytes": "file size, bytes"}
-    for name, title in titles.items():
-        runlog.table(title, _bars(r["histograms"][name]))
+    for name, bins in r["histograms"].items():
+        runlog.table(name.replace("_", " "), _bars(bins))
 
 
 def _class_rows(r: dict) -> list[tuple[str, str]]:
@@ -124,6 +123,6 @@ def _bars(h: dict) -> list[tuple[str, str]]:
     bins = zip(h["edges"], h["edges"][1:], h["counts"], strict=False)
     spread = " .. ".join(f"{value:,}" for value in h["spread"])
     return [
-        *((f"{a:,} to {b - 1:,}", f"{count:>{wide},} " + "\u2588" * (-(-_BAR * count // most))) for a, b, count in bins),
+        *((f"{a:,} to {b - 1:,}", f"{n:>{wide},} " + "\u2588" * (-(-_BAR * n // most))) for a, b, n in bins),
         ("least .. 5% .. median .. 95% .. most", spread),
     ]

@@ -34,7 +34,7 @@ def test_index_describes_a_source(tmp_path, fastrot):
     sides = done.json["histograms"]["short_side_pixels"]
     assert (sum(sides["counts"]), sides["spread"][0]) == (6, 48)
     assert os.path.exists(os.path.join(done.json["manifest"], "meta.json"))
-    for words in ("short side, pixels", "file size, bytes", "\u2588", "all of them"):
+    for words in ("short side pixels", "file bytes", "\u2588", "all of them"):
         assert words in done.err
 
 

@@ -93,13 +93,14 @@ def edit(name, *change):
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (edit("cat_train.txt", "000002 -1", "000002  2"), "cat_train.txt: line 3: '000002  2'; expected an image's id and"),
+        (edit("cat_train.txt", "000002 -1", "000002  2"), "cat_train.txt: line 3: '000002  2'; expected"),
         (edit("cat_train.txt", "000002 -1", "000002"), "cat_train.txt: line 3: '000002'; expected"),
         (edit("cat_train.txt", "000002", "000003"), "cat_train.txt: line 3: image 000003 stands there twice"),
         (edit("cat_train.txt", "000002 -1\n", ""), "cat_train.txt: no entry of image 000002, which train.txt has"),
         (edit("train.txt", "000002\n", ""), "train.txt: no entry of image 000002, which aeroplane_train.txt has"),
         (lambda r: (r / "ImageSets/Main/cat_train.txt").write_text(""), "cat_train.txt: is empty"),
         (lambda r: (r / "ImageSets/Main/cat_train.txt").unlink(), "cat_train.txt: No such file or directory; expected"),
+        (lambda r: (r / "ImageSets/Main/aeroplane_train.txt").unlink(), "aeroplane_train.txt: No such file"),
         (lambda r: (r / "ImageSets/Main/unicorn_train.txt").write_text(""), "'unicorn' is not one of VOC's 20 classes"),
         (lambda r: (r / "JPEGImages/000001.jpg").unlink(), "000001.jpg, which the class lists name (1 missing in all)"),
     ],
@@ -111,7 +112,9 @@ def test_what_is_wrong_with_the_lists_is_one_line(voc, tmp_path, damage, words):
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("end, words", [("?split=test", "no split 'test'"), ("", "no split ''"), ("?x=val", "no ImageSets")])
+@pytest.mark.parametrize(
+    "end, words", [("?split=test", "no split 'test'"), ("", "no split ''"), ("?x=val", "no ImageSets")]
+)
 def test_a_split_that_is_not_there_names_those_that_are(voc, tmp_path, end, words):
     with pytest.raises(UserError, match=re.escape(words)) as error:
         build(f"voc:{voc}{end}", tmp_path / "cache")

@@ -29,20 +29,16 @@ def open_source(rest: str) -> Listing:
     name, _, option = rest.partition("?split=")
     spec, root = f"voc:{rest}", _root(name)
     lists = os.path.join(root, "ImageSets", "Main")
-    there = [s for s in _SPLITS if os.path.exists(os.path.join(lists, f"{CLASSES[0]}_{s}.txt"))]
+    there = [s for s in _SPLITS if any(os.path.exists(os.path.join(lists, f"{c}_{s}.txt")) for c in CLASSES)]
     if option not in there:
-        raise UserError(f"{spec}: no split {option!r}; name one of those there, as in ?split={there[0] if there else 'train'}"
-                        f" ({', '.join(there) or 'none'})")  # fmt: skip
+        raise UserError(f"{spec}: no split {option!r}; name one that is there, as in ?split=train ({', '.join(there)})")
     ids, labels = _labels(lists, option)
-    files, missing = [], []
-    for image in ids:
-        path = os.path.join(os.fsencode(os.path.abspath(root)), b"JPEGImages", image + b".jpg")
-        files.append(path)
-        if not os.path.exists(path):
-            missing.append(path)
+    folder = os.path.join(os.fsencode(os.path.abspath(root)), b"JPEGImages")
+    files = [os.path.join(folder, image + b".jpg") for image in ids]
+    missing = [path for path in files if not os.path.exists(path)]
     if missing:
-        raise UserError(f"{spec}: no such file {os.fsdecode(missing[0])}, which the class lists name "
-                        f"({len(missing)} missing in all)")  # fmt: skip
+        first = os.fsdecode(missing[0])
+        raise UserError(f"{spec}: no such file {first}, which the class lists name ({len(missing)} missing in all)")
     return whole_files(files, labels, list(CLASSES), _passed_over(root, ids))
 
 
@@ -59,21 +55,22 @@ def _labels(lists: str, split: str) -> tuple[list[bytes], NDArray[np.int8]]:
     end = f"_{split}.txt"
     unknown = sorted({f.removesuffix(end) for f in os.listdir(lists) if f.endswith(end)} - set(CLASSES))
     if unknown:
-        raise UserError(f"{os.path.join(lists, unknown[0] + end)}: {unknown[0]!r} is not one of VOC's 20 classes; remove it")
-    columns = [_read(os.path.join(lists, name + end)) for name in CLASSES]
-    ids = sorted(columns[0])
-    want, origin = set(ids), f"{CLASSES[0]}{end}"
-    whole = os.path.join(lists, f"{split}.txt")
-    named = [(f"{name}{end}", column.keys()) for name, column in zip(CLASSES, columns, strict=True)]
-    if os.path.exists(whole):
-        want, origin = {line.split()[0] for line in _lines(whole) if line.strip()}, f"{split}.txt"
-    for name, have in named:
+        path = os.path.join(lists, unknown[0] + end)
+        raise UserError(f"{path}: {unknown[0]!r} is not one of VOC's 20 classes; remove the file")
+    columns = {name + end: _read(os.path.join(lists, name + end)) for name in CLASSES}
+    named = {file: set(column) for file, column in columns.items()}
+    if os.path.exists(os.path.join(lists, f"{split}.txt")):
+        lines = _lines(os.path.join(lists, f"{split}.txt"))
+        named = {f"{split}.txt": {line.split()[0] for line in lines if line.strip()}} | named
+    (first, want), *others = named.items()
+    for file, have in others:
         odd = sorted(want ^ have)
         if odd:
-            lacks, has = (name, origin) if odd[0] in want else (origin, name)
-            raise UserError(f"{os.path.join(lists, lacks)}: no entry of image {os.fsdecode(odd[0])}, which {has} has "
-                            f"({len(odd)} differ in all)")  # fmt: skip
-    return ids, np.array([[column[image] for column in columns] for image in ids], np.int8).reshape(-1, len(CLASSES))
+            lacks, has = (file, first) if odd[0] in want else (first, file)
+            path, image = os.path.join(lists, lacks), os.fsdecode(odd[0])
+            raise UserError(f"{path}: no entry of image {image}, which {has} has ({len(odd)} differ in all)")
+    ids = sorted(want)
+    return ids, np.array([[column[image] for column in columns.values()] for image in ids], np.int8)
 
 
 def _lines(path: str) -> list[bytes]:
@@ -102,17 +99,13 @@ def _read(path: str) -> dict[bytes, int]:
 
 
 def _passed_over(root: str, ids: list[bytes]) -> Counter:
-    """Images of no list of this split, and annotations that are not there (labels need none)."""
-    have = {
-        kind: {os.path.splitext(name)[0] for name in os.listdir(os.fsencode(folder)) if name.lower().endswith(kind)}
-        for kind, folder in ((b".jpg", os.path.join(root, "JPEGImages")), (b".xml", os.path.join(root, "Annotations")))
-        if os.path.isdir(folder)
-    }
-    return Counter({
-        what: count
-        for what, count in (
-            ("image outside the split", len(have[b".jpg"].difference(ids))),
-            ("missing XML (labels need none)", len(set(ids) - have.get(b".xml", set()))),
-        )
-        if count
+    """Images outside the split, and annotations that are not there (labels need none)."""
+    images, annotations = (
+        {os.path.splitext(os.fsencode(name))[0] for name in os.listdir(folder)} if os.path.isdir(folder) else set()
+        for folder in (os.path.join(root, "JPEGImages"), os.path.join(root, "Annotations"))
+    )
+    skipped = Counter({
+        "image outside the split": len(images.difference(ids)),
+        "missing XML (labels need none)": len(set(ids) - annotations),
     })  # fmt: skip
+    return +skipped  # without those that are 0
