@@ -15,7 +15,7 @@ from fastrot.distributed import Ranks
 from fastrot.job import manifest_folder
 
 _SHOWN = 10  # quarantined images named in the terminal
-_BAR = 40  # characters of a histogram's longest bar
+_BAR = 30  # characters of a histogram's longest bar
 
 
 def describe_source(source: str | None, config: Config, ranks: Ranks, decode: bool) -> dict:
@@ -121,8 +121,8 @@ def _bars(h: dict) -> list[tuple[str, str]]:
     most = max(h["counts"])
     wide = len(f"{most:,}")
     bins = zip(h["edges"], h["edges"][1:], h["counts"], strict=False)
-    spread = " .. ".join(f"{value:,}" for value in h["spread"])
+    least, low, median, high, last = (f"{value:,}" for value in h["spread"])
     return [
         *((f"{a:,} to {b - 1:,}", f"{n:>{wide},} " + "\u2588" * (-(-_BAR * n // most))) for a, b, n in bins),
-        ("least .. 5% .. median .. 95% .. most", spread),
+        ("median", f"{median} (5% {low}, 95% {high}, {least} to {last})"),
     ]

@@ -15,7 +15,7 @@ from fastrot.data.manifest import COLUMNS, HEAD, Manifest, content_hash
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage, UserError
 
-_BLOCK = 64  # images read at once
+_BLOCK = 1024  # images between two signs of progress
 # libjpeg's warnings of damaged data (jerror.h); others speak of odd headers, or of an ICC profile
 _DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file")
 _HARMLESS = "bad ICC marker"
@@ -49,11 +49,10 @@ def verify(folder: Path, threads: int, track: Callable) -> list[list[str]]:
     broken: list[list[str]] = []
     sound, heads = np.ones(n, bool), np.zeros((n, 32), np.uint8)
     storage = FileStorage(manifest)
-    blocks = [np.arange(at, min(at + _BLOCK, n)) for at in range(0, n, _BLOCK)]
+    blocks = [range(at, min(at + _BLOCK, n)) for at in range(0, n, _BLOCK)]
     with ThreadPoolExecutor(threads) as pool:
-        for rows in track(blocks, len(blocks), f"decoding {manifest.source}, {n:,} images in blocks of {_BLOCK}"):
-            sizes = zip(manifest.width[rows].tolist(), manifest.height[rows].tolist(), strict=True)
-            for row, found in zip(rows.tolist(), pool.map(_look, storage.read(rows), sizes), strict=True):
+        for rows in track(blocks, len(blocks), f"decoding {manifest.source}, {n:,} images in blocks of {_BLOCK:,}"):
+            for row, found in zip(rows, pool.map(lambda row: _look(manifest, storage, row), rows), strict=True):
                 if isinstance(found, str):
                     broken.append([manifest.name(row), found])
                     sound[row] = False
@@ -67,16 +66,17 @@ def verify(folder: Path, threads: int, track: Callable) -> list[list[str]]:
     return broken
 
 
-def _look(buffer: NDArray[np.uint8] | BadImage, size: tuple[int, int]) -> bytes | str:
-    """sha256 of the first bytes of an image that is sound and of this (width, height), or why it is not."""
-    if isinstance(buffer, BadImage):
-        return str(buffer)
+def _look(manifest: Manifest, storage: FileStorage, row: int) -> bytes | str:
+    """sha256 of the first bytes of a row's image where it is sound and of the size indexed, or why it is not."""
+    (buffer,) = storage.read(np.array([row]))
     try:
-        found = decode_upright(buffer).size
+        if isinstance(buffer, BadImage):
+            raise buffer
+        width, height = decode_upright(buffer).size
     except BadImage as error:
         return str(error)
-    if found != size:
-        return f"is {found[0]}x{found[1]}, indexed as {size[0]}x{size[1]}"
+    if (width, height) != (manifest.width[row], manifest.height[row]):
+        return f"is {width}x{height}, indexed as {manifest.width[row]}x{manifest.height[row]}"
     damage = damage_of(buffer) if kind_of(buffer) == "JPEG" else ""
     return damage or hashlib.sha256(buffer[:HEAD]).digest()
 
