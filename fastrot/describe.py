@@ -7,6 +7,7 @@ import numpy as np
 
 from fastrot import distributed, runlog
 from fastrot.config import Config
+from fastrot.data import beton
 from fastrot.data.faults import KINDS, decode_upright
 from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
@@ -64,6 +65,10 @@ def _verify(manifest: Manifest) -> list[list[str]]:
         try:
             if isinstance(buffer, BadImage):
                 raise buffer
+            if not beton.unchanged(manifest.path(row), int(manifest.offset[row]), buffer):
+                raise BadImage("its bytes are not those that were packed (CRC-32)")
+            if buffer.ndim == 3:
+                return ""
             image = decode_upright(buffer)
         except BadImage as error:
             return str(error)

@@ -158,10 +158,13 @@ def _storage_hash(listing: Listing, max_pixels: int) -> tuple[str, NDArray[np.in
     return sha.hexdigest(), np.where(listing.length < 0, sizes[listing.file], listing.length)
 
 
-def scan_file(path: bytes, offset: int, length: int, max_pixels: int) -> tuple[int, int, int, bytes] | str:
+def scan_file(
+    path: bytes, offset: int, length: int, raw_shape: tuple[int, int], max_pixels: int
+) -> tuple[int, int, int, bytes] | str:
     """(upright height, width, kind, sha256 of the first 4 KiB), or why it is no sound image.
 
     offset, length  where the image lies in the file; length -1 = the whole file.
+    raw_shape       height and width where these bytes are pixels, else (0, 0).
     """
     try:
         with open(path, "rb") as shard:
@@ -175,10 +178,12 @@ def scan_file(path: bytes, offset: int, length: int, max_pixels: int) -> tuple[i
             if not head:
                 return "empty file"
             file.seek(0)
-            image = open_image(file)
-            width, height = image.size
+            image = None if any(raw_shape) else open_image(file)
+            width, height = image.size if image else raw_shape[::-1]
             if width * height > max_pixels:
                 return f"{width}x{height} is above data.max_pixels {max_pixels}"
+            if image is None:
+                return height, width, KINDS.index("RAW"), hashlib.sha256(head).digest()
             if orientation_of(image) >= 5:
                 width, height = height, width
             kind = kind_of(head)
@@ -199,6 +204,7 @@ def scan_file(path: bytes, offset: int, length: int, max_pixels: int) -> tuple[i
 def _scan_all(source, listing, lengths, storage, max_pixels, track) -> Manifest:
     n = len(listing.file)
     paths = [listing.files[at] for at in listing.file.tolist()]
+    raw_shape = np.zeros((n, 2), np.int32) if listing.raw_shape is None else listing.raw_shape
     workers = len(os.sched_getaffinity(0))
     pool = ProcessPoolExecutor(workers, get_context("forkserver")) if n > _MANY else ThreadPoolExecutor(workers)
     with pool:
@@ -208,6 +214,7 @@ def _scan_all(source, listing, lengths, storage, max_pixels, track) -> Manifest:
             paths,
             listing.offset.tolist(),
             listing.length.tolist(),
+            raw_shape.tolist(),
             chunksize=chunk,
         )
         scans = list(track(found, n, f"indexing {source}"))

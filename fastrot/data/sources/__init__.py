@@ -2,7 +2,7 @@
 
 import os
 
-from fastrot.data.sources import filelist, folder, tar
+from fastrot.data.sources import beton, filelist, folder, tar
 from fastrot.data.sources.listing import Listing
 
 _SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -10,7 +10,7 @@ _BY_PREFIX = {"list": filelist.open_source}
 
 
 def open_source(spec: str) -> Listing:
-    """List the images of `spec`: a folder of class folders, list:FILE, or tar shards (a name, range or glob).
+    """List the images of `spec`: a folder of class folders, list:FILE, tar shards (a name, range or glob), or NAME.beton.
 
     Raises UserError where there is nothing to read.
     """
@@ -19,4 +19,6 @@ def open_source(spec: str) -> Listing:
         return _BY_PREFIX[prefix](rest)
     if spec.endswith(_SHARDS) and not os.path.isdir(spec):
         return tar.open_source(spec)
+    if spec.endswith(".beton") and not os.path.isdir(spec):
+        return beton.open_source(spec)
     return folder.open_source(spec)
