@@ -20,17 +20,20 @@ examples:
   fastrot stream --config configs/in1k.yaml data.train=/data/train --first-step 0 --steps 50 --ranks 4
   fastrot index '/data/shards/train-{000..146}.tar' --verify
   fastrot index 'voc:/data/VOCdevkit/VOC2007?split=trainval' --json
+  fastrot pack /data/train train.beton --mode raw --max-side 256
 """
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
         "--config", metavar="FILE", help="YAML file of sections data, rotation, model, optim, engine, run"
     )
-    common.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; the last one wins")
-    common.add_argument("--json", action="store_true", help="print the result as one line of JSON on standard output")
-    common.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    options.add_argument("--json", action="store_true", help="print the result as one line of JSON on standard output")
+    options.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    overrides = {"nargs": "*", "metavar": "section.key=value", "help": "override a key; the last one wins"}
+    common = argparse.ArgumentParser(add_help=False, parents=[options])
+    common.add_argument("overrides", **overrides)
 
     page = {"epilog": _EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("fastrot", description="Pretrain ResNets by predicting image rotations.", **page)
@@ -80,6 +83,24 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument(
         "--verify", action="store_true", help="decode every image in full and quarantine what is damaged"
     )
+
+    pack = commands.add_parser(
+        "pack", help="write a source as one FFCV file (.beton), rows in order", parents=[options], **page
+    )
+    pack.add_argument("source", metavar="SOURCE", help="anything data.train may be")
+    pack.add_argument("out", metavar="OUT.beton", help="a new file")
+    pack.add_argument("overrides", **overrides)
+    pack.add_argument(
+        "--mode",
+        choices=("keep", "jpeg", "raw", "mix"),
+        default="keep",
+        help="keep: JPEG bytes as they are where upright RGB or gray, else encoded anew (default); "
+        "jpeg: all encoded anew; raw: pixels; mix: raw for --raw-share of the rows, keep for the others",
+    )
+    pack.add_argument("--quality", type=int, default=90, metavar="Q", help="of JPEGs encoded anew, 1 to 100")
+    pack.add_argument("--max-side", type=int, metavar="N", help="shrink images whose longer side is above N pixels")
+    pack.add_argument("--raw-share", type=float, default=0.5, metavar="P", help="--mode mix: share of raw rows")
+    pack.add_argument("--workers", type=int, metavar="N", help="processes; default: this machine's cores")
     return parser
 
 
@@ -92,7 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         _complain(error)
         return error.exit_code
     except KeyboardInterrupt:
-        _complain("stopped by Ctrl-C; --resume auto goes on from the last checkpoint")
+        goes_on = "; --resume auto goes on from the last checkpoint" if args.command == "train" else ""
+        _complain(f"stopped by Ctrl-C{goes_on}")
         return 130
 
 
@@ -136,6 +158,12 @@ def _run(args: argparse.Namespace) -> int:
     config, sources = configs.load(args.config, overrides)
     warnings.filterwarnings("ignore", module=r"torch\..*|deepspeed\..*")
 
+    if args.command == "pack":  # one process and its workers, no ranks
+        result = _pack(args, config)
+        if args.json:
+            print(json.dumps(result), flush=True)
+        return 0
+
     from fastrot import distributed
 
     ranks = distributed.start()
@@ -148,6 +176,14 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps(result), flush=True)
     distributed.end()
     return 0
+
+
+def _pack(args, config) -> dict:
+    from fastrot.data.encode import Encoding
+    from fastrot.pack import pack
+
+    encoding = Encoding(args.mode, args.quality, args.max_side, args.raw_share)
+    return pack(args.source, args.out, encoding, args.workers, config.data)
 
 
 def _hand_over(args, config, sources, ranks) -> dict:

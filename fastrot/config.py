@@ -24,8 +24,8 @@ class Data(Section):
     """Training images: a folder of class folders, list:FILE with `path<TAB>label` lines, tar shards, voc:ROOT?split=S."""
     val: str | None = None
     """Held-out images, same forms; without it nothing is evaluated."""
-    decode: Literal["auto", "dali", "torch"] = "auto"
-    """Decoder: dali, torch (torchvision), or auto = dali where it runs, else torch, said in a line."""
+    decode: Literal["auto", "dali", "ffcv", "torch"] = "auto"
+    """Decoder: dali, ffcv (its own pixels: area-averaged), torch (torchvision), or auto = dali where it runs, else torch, said in a line."""
     decode_on: Literal["auto", "gpu", "cpu"] = "auto"
     """Where dali decodes: gpu is its `mixed` path; auto = gpu on a CUDA machine."""
     crop: Annotated[int, Field(ge=8, le=4096)] = 224

@@ -202,10 +202,13 @@ def content_hash(height: NDArray, width: NDArray, label: NDArray, length: NDArra
     return sha.hexdigest()
 
 
-def scan_file(path: bytes, offset: int, length: int, max_pixels: int) -> tuple[int, int, int, bytes] | str:
+def scan_file(
+    path: bytes, offset: int, length: int, raw_shape: tuple[int, int], max_pixels: int
+) -> tuple[int, int, int, bytes] | str:
     """(upright height, width, kind, sha256 of the first 4 KiB), or why it is no sound image.
 
     offset, length  where the image lies in the file; length -1 = the whole file.
+    raw_shape       height and width where these bytes are pixels, else (0, 0).
     """
     try:
         with open(path, "rb") as shard:
@@ -219,10 +222,12 @@ def scan_file(path: bytes, offset: int, length: int, max_pixels: int) -> tuple[i
             if not head:
                 return "empty file"
             file.seek(0)
-            image = open_image(file)
-            width, height = image.size
+            image = None if any(raw_shape) else open_image(file)
+            width, height = image.size if image else raw_shape[::-1]
             if width * height > max_pixels:
                 return f"{width}x{height} is above data.max_pixels {max_pixels}"
+            if image is None:
+                return height, width, KINDS.index("RAW"), hashlib.sha256(head).digest()
             if orientation_of(image) >= 5:
                 width, height = height, width
             kind = kind_of(head)
@@ -242,10 +247,12 @@ def scan_file(path: bytes, offset: int, length: int, max_pixels: int) -> tuple[i
 
 def _scan_all(source, listing, sizes, storage, max_pixels, unfinished, track) -> Manifest:
     def words_of(first: int, last: int):
-        paths = (listing.files[at] for at in listing.file[first:last].tolist())
-        return zip(paths, listing.offset[first:last].tolist(), listing.length[first:last].tolist(), strict=True)
+        paths = [listing.files[at] for at in listing.file[first:last].tolist()]
+        columns = (listing.offset, listing.length, raw_shape)
+        return zip(paths, *(column[first:last].tolist() for column in columns), strict=True)
 
     n = len(listing.file)
+    raw_shape = np.zeros((n, 2), np.int32) if listing.raw_shape is None else listing.raw_shape
     look = partial(scan_file, max_pixels=max_pixels)
     found = parts.look_at(n, words_of, look, unfinished, track, f"indexing {source}")
     bad = [

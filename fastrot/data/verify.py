@@ -10,6 +10,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
+from fastrot.data import beton
 from fastrot.data.faults import decode_upright, kind_of
 from fastrot.data.manifest import COLUMNS, HEAD, Manifest, content_hash
 from fastrot.data.storage import FileStorage
@@ -72,6 +73,10 @@ def _look(manifest: Manifest, storage: FileStorage, row: int) -> bytes | str:
     try:
         if isinstance(buffer, BadImage):
             raise buffer
+        if not beton.unchanged(manifest.path(row), int(manifest.offset[row]), buffer):
+            raise BadImage("its bytes are not those that were packed (CRC-32)")
+        if buffer.ndim == 3:  # pixels
+            return hashlib.sha256(buffer.reshape(-1)[:HEAD]).digest()
         width, height = decode_upright(buffer).size
     except BadImage as error:
         return str(error)

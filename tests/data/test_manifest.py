@@ -146,7 +146,7 @@ def test_a_decompression_bomb_is_refused_from_its_header(tmp_path):
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = (60000).to_bytes(2, "big") * 2
     (root / "class0/bomb.jpg").write_bytes(data)
-    assert "above data.max_pixels" in scan_file(os.fsencode(root / "class0/bomb.jpg"), 0, -1, 178_000_000)
+    assert "above data.max_pixels" in scan_file(os.fsencode(root / "class0/bomb.jpg"), 0, -1, (0, 0), 178_000_000)
     assert len(build(root, tmp_path / "cache")) == 2
 
 

@@ -7,9 +7,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastrot.data.decode.raw import WithPixels
 from fastrot.errors import UserError
 
-_MODULES = {"dali": "fastrot.data.decode.dali", "torch": "fastrot.data.decode.torch"}
+_MODULES = {
+    "dali": "fastrot.data.decode.dali",
+    "ffcv": "fastrot.data.decode.ffcv",
+    "torch": "fastrot.data.decode.torch",
+}
 
 
 class Decoder(Protocol):
@@ -20,7 +25,8 @@ class Decoder(Protocol):
 
     def submit(self, buffers: list[NDArray[np.uint8]], windows: NDArray, size: int) -> None:
         """Start on a batch. Windows int32 [n, 4] (top, left, height, width of the upright image) are
-        cropped, then resized; float64 boxes [n, 4] are resized with taps outside them (evaluation)."""
+        cropped, then resized; float64 boxes [n, 4] are resized with taps outside them (evaluation).
+        Buffers are [bytes]; those that are pixels, [H, W, 3], are taken by WithPixels around a decoder."""
 
     def result(self) -> tuple[torch.Tensor, dict[int, str]]:
         """The oldest batch: uint8 [n, size, size, 3], RGB, where the decoder works; and the
@@ -38,7 +44,7 @@ def make_decoder(
 ) -> tuple[Decoder, str]:
     """The decoder asked for, and a line that says what was taken and why.
 
-    name   auto, dali or torch; where: auto, gpu or cpu.
+    name   auto, dali, ffcv or torch; where: auto, gpu or cpu.
     batch  most images a submit; depth: most submits in flight.
     Raises UserError where a decoder asked for by name cannot run.
     """
@@ -53,5 +59,5 @@ def make_decoder(
         module = importlib.import_module(_MODULES[name])
     except ImportError as error:
         raise UserError(f"data.decode {name}: cannot be imported ({error}); use data.decode=torch") from None
-    decoder = module.make(where, device, threads, batch, depth)
+    decoder = WithPixels(module.make(where, device, threads, batch, depth), threads)
     return decoder, f"decoding with {decoder.name}, {threads} threads{reason}"

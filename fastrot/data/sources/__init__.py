@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 
-from fastrot.data.sources import filelist, folder, tar, voc
+from fastrot.data.sources import beton, filelist, folder, tar, voc
 from fastrot.data.sources.listing import Listing
 
 _SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -11,8 +11,8 @@ _BY_PREFIX = {"list": filelist.open_source, "voc": voc.open_source}
 
 
 def open_source(spec: str, track: Callable) -> Listing:
-    """List the images of `spec`: a folder of class folders, list:FILE, voc:ROOT?split=S, or tar shards (a name,
-    range or glob).
+    """List the images of `spec`: a folder of class folders, list:FILE, voc:ROOT?split=S, tar shards (a name,
+    range or glob), or NAME.beton.
 
     track  track(iterable, total, title) -> iterable: shows progress.
     Raises UserError where there is nothing to read.
@@ -22,6 +22,8 @@ def open_source(spec: str, track: Callable) -> Listing:
         return _BY_PREFIX[prefix](rest)
     if _is_shards(spec):
         return tar.open_source(spec, track)
+    if _is_beton(spec):
+        return beton.open_source(spec)
     return folder.open_source(spec)
 
 
@@ -30,8 +32,14 @@ def shards_of(spec: str) -> list[bytes] | None:
 
     Raises UserError where one is missing.
     """
+    if _is_beton(spec):
+        return [os.fsencode(os.path.abspath(spec))]
     return tar.shards_of(spec) if _is_shards(spec) else None
 
 
 def _is_shards(spec: str) -> bool:
     return spec.endswith(_SHARDS) and not os.path.isdir(spec)
+
+
+def _is_beton(spec: str) -> bool:
+    return spec.endswith(".beton") and not os.path.isdir(spec)

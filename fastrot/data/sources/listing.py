@@ -17,6 +17,7 @@ class Listing:
     classes  names by label; empty where labels have no names.
     skipped  files or members passed over, counted by kind.
     faults   [path or member, reason] of what could not be listed.
+    raw_shape  int [n, 2], height and width of rows that are pixels, 0 for images; None = all are images.
     """
 
     files: list[bytes]
@@ -27,6 +28,7 @@ class Listing:
     classes: list[str]
     skipped: Counter = field(default_factory=Counter)
     faults: list[list[str]] = field(default_factory=list)
+    raw_shape: NDArray[np.int32] | None = None
 
 
 def whole_files(
