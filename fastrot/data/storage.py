@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrot.data.faults import KINDS
 from fastrot.data.manifest import Manifest
 from fastrot.errors import BadImage
 
+_RAW = KINDS.index("RAW")
 _READERS = 8  # concurrent reads a rank: enough to keep an SSD's queue filled
 
 
@@ -20,7 +22,7 @@ class FileStorage:
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
 
     def read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8] | BadImage]:
-        """The bytes of these rows, uint8 [length] each, in order."""
+        """The bytes of these rows, in order: uint8 [length] each, or [height, width, 3] where they are pixels."""
         return list(self._pool.map(self._read_one, rows.tolist()))
 
     def advise(self, rows: NDArray[np.int64]) -> None:
@@ -47,7 +49,11 @@ class FileStorage:
             return BadImage(f"cannot be read ({error.strerror})")
         finally:
             os.close(file)
-        return buffer if got == want else BadImage(f"ended after {got} of {want} bytes")
+        if got != want:
+            return BadImage(f"ended after {got} of {want} bytes")
+        if self._manifest.kind[row] == _RAW:
+            return buffer.reshape(int(self._manifest.height[row]), int(self._manifest.width[row]), 3)
+        return buffer
 
     def _advise_one(self, row: int) -> None:
         try:
