@@ -9,7 +9,7 @@ export PATH := $(BIN):$(PATH)
 setup: $(VENV)/.ready
 
 # g++ and ninja compile DeepSpeed's host collectives (once, kept in the cache); apt only where it may.
-$(VENV)/.ready: requirements.txt setup.py
+$(VENV)/.ready: requirements.txt requirements-ffcv.txt setup.py tools/install_ffcv.sh
 	@command -v g++ >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends g++; } \
 	  || echo "setup: no g++ and no right to install it; without a GPU DeepSpeed needs it (engine.kind=plain does not)"
@@ -18,6 +18,7 @@ $(VENV)/.ready: requirements.txt setup.py
 	$(BIN)/pip install -q --disable-pip-version-check uv
 	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
+	tools/install_ffcv.sh $(BIN)/python
 	$(BIN)/python -m fastrot.warmup
 	@touch $@
 
