@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -159,7 +159,7 @@ def _storage_hash(listing: Listing, max_pixels: int) -> tuple[str, NDArray[np.in
 
 
 def scan_file(
-    path: bytes, offset: int, length: int, raw_shape: tuple[int, int], max_pixels: int
+    path: bytes, offset: int, length: int, max_pixels: int, raw_shape: tuple[int, int] = (0, 0)
 ) -> tuple[int, int, int, bytes] | str:
     """(upright height, width, kind, sha256 of the first 4 KiB), or why it is no sound image.
 
@@ -210,10 +210,11 @@ def _scan_all(source, listing, lengths, storage, max_pixels, track) -> Manifest:
     with pool:
         chunk = max(1, min(256, n // (workers * 4)))
         found = pool.map(
-            partial(scan_file, max_pixels=max_pixels),
+            scan_file,
             paths,
             listing.offset.tolist(),
             listing.length.tolist(),
+            repeat(max_pixels),
             raw_shape.tolist(),
             chunksize=chunk,
         )
