@@ -8,11 +8,12 @@ export PATH := $(BIN):$(PATH)
 
 setup: $(VENV)/.ready
 
-# g++ and ninja compile DeepSpeed's host collectives (once, kept in the cache); apt only where it may.
+# g++ and ninja compile DeepSpeed's host collectives, cc and libjpeg-turbo's header the turbo decoder
+# (once, kept in the cache); apt only where it may.
 $(VENV)/.ready: requirements.txt requirements-ffcv.txt setup.py tools/install_ffcv.sh
-	@command -v g++ >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends g++; } \
-	  || echo "setup: no g++ and no right to install it; without a GPU DeepSpeed needs it (engine.kind=plain does not)"
+	@{ command -v g++ && echo '#include <stdio.h>\n#include <jpeglib.h>' | g++ -E -; } >/dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ libjpeg-dev; } \
+	  || echo "setup: g++ or jpeglib.h is missing; without a GPU DeepSpeed needs g++ (engine.kind=plain does not), data.decode=turbo both"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { [ "$$(id -u)" = 0 ] && apt-get update -qq \
 	  && apt-get install -y -qq --no-install-recommends python3-venv && $(PYTHON) -m venv --clear $(VENV); }
 	$(BIN)/pip install -q --disable-pip-version-check uv

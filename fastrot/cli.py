@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -17,7 +18,8 @@ examples:
   python fastrot/train.py --config configs/photos10.yaml data.train=/data/train run.out=runs/small
   fastrot train --config configs/in1k.yaml data.train=/data/train --dry-run
   fastrot stream --config configs/in1k.yaml data.train=/data/train --first-step 0 --steps 50 --ranks 4
-  fastrot index data.train=/data/shards/train-{000..146}.tar --verify
+  fastrot index '/data/shards/train-{000..146}.tar' --verify
+  fastrot index 'voc:/data/VOCdevkit/VOC2007?split=trainval' --json
   fastrot pack /data/train train.beton --mode raw --max-side 256
 """
 
@@ -69,8 +71,18 @@ def _parser() -> argparse.ArgumentParser:
     stream.add_argument("--decode", metavar="D", help="same as data.decode=D")
     stream.add_argument("--pixels", action="store_true", help="decode, and hash the crops too")
 
-    index = commands.add_parser("index", help="index a source and say what is in it", parents=[common], **page)
-    index.add_argument("--verify", action="store_true", help="decode every image in full")
+    index = commands.add_parser(
+        "index",
+        help="index a source and say what is in it",
+        description="Index SOURCE (default: data.train) and say what is in it: a folder of class folders, list:FILE, "
+        "tar shards, or voc:ROOT?split=S.",
+        usage="fastrot index [SOURCE] [--verify] [--json] [--config FILE] [section.key=value ...]",
+        parents=[common],
+        **page,
+    )
+    index.add_argument(
+        "--verify", action="store_true", help="decode every image in full and quarantine what is damaged"
+    )
 
     pack = commands.add_parser(
         "pack", help="write a source as one FFCV file (.beton), rows in order", parents=[options], **page
@@ -113,7 +125,19 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if unknown:
         _parser().error(f"unknown option {' '.join(unknown)}")
     args.overrides += rest
+    if args.command == "index":
+        args.source, args.overrides = _place_and_overrides(args.overrides)
     return args
+
+
+def _place_and_overrides(words: list[str]) -> tuple[str | None, list[str]]:
+    """The first word that is no `section.key=value` (a source's own `=` comes later in it), and the others."""
+    places = [word for word in words if not re.match(r"[A-Za-z_]\w*\.\w+=", word)]
+    if not places:
+        return None, words
+    words = words.copy()
+    words.remove(places[0])
+    return places[0], words
 
 
 def _complain(error: UserError | Fault | str) -> None:
@@ -175,7 +199,7 @@ def _hand_over(args, config, sources, ranks) -> dict:
     if args.command == "index":
         from fastrot.describe import describe_source
 
-        return describe_source(config, ranks, args.verify)
+        return describe_source(args.source or config.data.train, config, ranks, args.verify)
     from fastrot import pretrain
     from fastrot.dryrun import dry_run
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastrot.checkpoint import write_text
 
@@ -220,7 +220,7 @@ def _line(values: dict, total: int) -> str:
 
 def table(title: str, rows: list[tuple[str, str]]) -> None:
     """A short two-column table on standard error."""
-    grid = Table(title=title, show_header=False, title_justify="left")
+    grid = Table("", Column(overflow="fold"), title=title, show_header=False, title_justify="left")
     for name, value in rows:
         grid.add_row(escape(name), escape(value))
     console().print(grid)

@@ -50,12 +50,14 @@ def kind_of(data: bytes | NDArray[np.uint8]) -> str:
 def orientation_of(image: Image.Image) -> int:
     """EXIF orientation 1..8; 1 where there is none or the block is broken. XMP is ignored."""
     try:
-        if image.format == "TIFF":
-            found = image.tag_v2.get(_ORIENTATION, 1)
-        else:
-            exif = Image.Exif()
-            exif.load(image.info.get("exif") or b"")
-            found = exif.get(_ORIENTATION, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if image.format == "TIFF":
+                found = image.tag_v2.get(_ORIENTATION, 1)
+            else:
+                exif = Image.Exif()
+                exif.load(image.info.get("exif") or b"")
+                found = exif.get(_ORIENTATION, 1)
     except (ValueError, TypeError, SyntaxError, OSError, KeyError, IndexError, AttributeError):
         return 1
     return found if found in range(1, 9) else 1

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastrot.data.decode.torch import window_pixels
 from fastrot.data.faults import kind_of
-from fastrot.errors import BadImage, UserError
+from fastrot.errors import BadImage
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +27,8 @@ _SPECK = np.frombuffer(_encoded.getvalue(), np.uint8)
 _DECODES = ("JPEG", "PNG", "BMP", "WEBP")
 
 
-def make(where: str, device: torch.device, threads: int, batch: int, depth: int) -> "DaliDecoder":
-    if where == "gpu" and device.type != "cuda":
-        raise UserError("data.decode_on gpu: there is no CUDA device here; use data.decode_on=cpu")
-    on_gpu = device.type == "cuda" and where != "cpu"
-    return DaliDecoder(device.index if on_gpu else None, threads, batch, depth)
+def make(device: torch.device, threads: int, batch: int, depth: int) -> "DaliDecoder":
+    return DaliDecoder(device.index if device.type == "cuda" else None, threads, batch, depth)
 
 
 @dataclass

@@ -49,7 +49,7 @@ _LIBRARY = _library()
 _scratch = threading.local()
 
 
-def make(where: str, device: torch.device, threads: int, batch: int, depth: int) -> "FfcvDecoder":
+def make(device: torch.device, threads: int, batch: int, depth: int) -> "FfcvDecoder":
     return FfcvDecoder(threads)
 
 

@@ -1,0 +1,99 @@
+"""turbo: windows of JPEGs, decoded and resampled on the CPU, a batch a call, without the GIL.
+
+libjpeg-turbo decodes the window's columns and rows alone; a pass of SIMD code resamples the rows as
+they come. Pixels equal torchvision's decode, crop and antialiased bilinear resize bit for bit; with
+`fast`, large windows are first scaled in the DCT.
+"""
+
+import ctypes
+import functools
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrot_kernels.build import library
+
+DONE, NOT_OURS, BROKEN = range(3)
+_REASON = 96
+_REQUEST = np.dtype(
+    [
+        ("data", np.uintp),
+        ("length", np.int64),
+        ("raw", np.int32, 2),
+        ("window", np.float64, 4),
+        ("boxed", np.int32),
+        ("fast", np.int32),
+        ("size", np.int32),
+        ("out", np.uintp),
+    ],
+    align=True,
+)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    made = library(Path(__file__).parent, "turbo", links=("jpeg",))
+    made.turbo_open.restype = made.turbo_submit.restype = ctypes.c_void_p
+    made.turbo_submit.argtypes = [ctypes.c_void_p, ctypes.c_int] + 3 * [ctypes.c_void_p]
+    made.turbo_wait.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    made.turbo_close.argtypes = [ctypes.c_void_p]
+    made.turbo_wait.restype = made.turbo_close.restype = None
+    return made
+
+
+class Turbo:
+    """Threads that decode the batches submitted, oldest first.
+
+    threads  of the operating system; fast: scale windows of twice the target and more in the DCT.
+    Raises BuildError where it cannot be compiled, MemoryError where threads cannot be had.
+    """
+
+    def __init__(self, threads: int, fast: bool = False):
+        self._library, self._fast = _library(), fast
+        self._pool = self._library.turbo_open(threads)
+        if not self._pool:
+            raise MemoryError(f"{threads} decoding threads cannot be started")
+        self._flying: deque = deque()
+
+    def submit(self, buffers: list[NDArray[np.uint8]], windows: NDArray, size: int) -> None:
+        """Start on a batch, as `fastrot.data.decode.Decoder.submit`.
+
+        buffers  uint8 [length], a JPEG; or uint8 [height, width, 3], pixels.
+        windows  int32 [n, 4] (top, left, height, width), cropped then resized; float64: boxes whose taps
+                 may lie outside, as Pillow's `resize(box=)`.
+        """
+        n = len(buffers)
+        out = np.empty((n, size, size, 3), np.uint8)
+        outcomes, reasons = np.empty(n, np.uint8), np.zeros((n, _REASON), np.uint8)
+        requests = np.zeros(n, _REQUEST)
+        buffers = [np.ascontiguousarray(buffer) for buffer in buffers]
+        requests["data"] = [buffer.ctypes.data for buffer in buffers]
+        requests["length"] = [buffer.size for buffer in buffers]
+        requests["raw"] = np.reshape([buffer.shape[:2] if buffer.ndim == 3 else (0, 0) for buffer in buffers], (n, 2))
+        requests["window"] = windows
+        requests["boxed"] = windows.dtype == np.float64
+        requests["fast"] = self._fast
+        requests["size"] = size
+        requests["out"] = out.ctypes.data + np.arange(n) * (size * size * 3)
+        pointers = (requests.ctypes.data, outcomes.ctypes.data, reasons.ctypes.data)
+        ticket = self._library.turbo_submit(self._pool, n, *pointers)
+        if not ticket:
+            raise MemoryError("no memory for a batch")
+        self._flying.append((ticket, buffers, requests, out, outcomes, reasons))
+
+    def result(self) -> tuple[NDArray[np.uint8], dict[int, tuple[int, str]]]:
+        """The oldest batch: uint8 [n, size, size, 3], and {position: (NOT_OURS or BROKEN, reason)} of
+        images without pixels."""
+        ticket, _buffers, _requests, out, outcomes, reasons = self._flying.popleft()
+        self._library.turbo_wait(self._pool, ticket)
+        failed = np.flatnonzero(outcomes).tolist()
+        said = {at: bytes(reasons[at]).partition(b"\0")[0].decode("ascii", "replace") for at in failed}
+        return out, {at: (int(outcomes[at]), reason) for at, reason in said.items()}
+
+    def close(self) -> None:
+        """End the threads; what is in flight is lost."""
+        if self._pool:
+            self._library.turbo_close(self._pool)
+            self._pool = None

@@ -1,0 +1,228 @@
+"""turbo against Pillow's full decode and torch's resize; and against bytes that mean it harm."""
+
+import io
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter, ImageOps
+from torchvision.transforms.v2 import functional as F
+
+from fastrot.data.faults import decode_upright
+from fastrot_kernels import build
+from fastrot_kernels.turbo import BROKEN, NOT_OURS, Turbo
+
+SOURCES = Path(build.__file__).parent / "turbo"
+
+
+@pytest.fixture(scope="module")
+def turbo():
+    made = Turbo(2)
+    yield made
+    made.close()
+
+
+def one(turbo, buffer, window, size) -> np.ndarray:
+    turbo.submit([buffer], np.array([window]), size)
+    out, failed = turbo.result()
+    assert not failed, failed
+    return out[0]
+
+
+def grain(height: int, width: int, seed: int = 1) -> Image.Image:
+    """Noise with some smoothness: every pixel matters to a test of equality."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(1))
+
+
+def jpeg(image: Image.Image, **options) -> np.ndarray:
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=90, **options)
+    return np.frombuffer(out.getvalue(), np.uint8).copy()
+
+
+def torch_resize(pixels: np.ndarray, size: int) -> np.ndarray:
+    upright = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    return F.resize(upright, [size, size], antialias=True).permute(1, 2, 0).numpy()
+
+
+WAYS = {
+    "444": {"subsampling": 0},
+    "422": {"subsampling": 1},
+    "420": {"subsampling": 2},
+    "420 progressive": {"subsampling": 2, "progressive": True},
+    "420 restarts": {"subsampling": 2, "restart_marker_blocks": 3},
+    "gray": {},
+}
+
+
+@pytest.fixture(scope="module")
+def encoded():
+    """{way: (JPEG, its pixels by Pillow's full decode)} of an image no block divides."""
+    made = {}
+    for way, options in WAYS.items():
+        image = grain(147, 203).convert("L") if way == "gray" else grain(147, 203)
+        buffer = jpeg(image, **options)
+        made[way] = buffer, np.asarray(Image.open(io.BytesIO(buffer)).convert("RGB"))
+    return made
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_window_is_decode_then_crop_then_torchs_resize(turbo, encoded, way, data):
+    buffer, pixels = encoded[way]
+    top, left = data.draw(st.integers(0, 146)), data.draw(st.integers(0, 202))
+    height, width = data.draw(st.integers(1, 147 - top)), data.draw(st.integers(1, 203 - left))
+    size = data.draw(st.sampled_from([8, 17, 32, 64, 225]))
+    got = one(turbo, buffer, (top, left, height, width), size)
+    want = torch_resize(pixels[top : top + height, left : left + width], size)
+    assert np.array_equal(got, want), np.abs(got.astype(int) - want).max()
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([8, 31, 64]), st.data())
+@settings(max_examples=60, deadline=None)
+def test_raw_pixels_are_resampled_as_decoded_ones(turbo, height, width, size, data):
+    pixels = np.random.default_rng(height * 91 + width).integers(0, 256, (height, width, 3), np.uint8)
+    top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    h, w = data.draw(st.integers(1, height - top)), data.draw(st.integers(1, width - left))
+    got = one(turbo, pixels, (top, left, h, w), size)
+    assert np.array_equal(got, torch_resize(pixels[top : top + h, left : left + w], size))
+
+
+@given(
+    st.floats(0, 60), st.floats(0, 90), st.floats(0.5, 80), st.floats(0.5, 100), st.sampled_from([8, 33, 96])
+)
+@settings(max_examples=60, deadline=None)
+def test_a_float_box_is_pillows_resize_of_a_box_within_two_levels(turbo, encoded, top, left, height, width, size):
+    buffer, pixels = encoded["444"]
+    box = (left, top, left + width, top + height)
+    want = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box), int)
+    assert np.abs(one(turbo, buffer, (top, left, height, width), size) - want).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [16, 40])
+def test_windows_are_of_the_upright_image(turbo, orientation, size):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = jpeg(grain(60, 90), exif=exif, subsampling=0)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(buffer))).convert("RGB"))
+    window = (7, 11, 31, 42)
+    want = torch_resize(upright[7 : 7 + 31, 11 : 11 + 42], size).astype(int)
+    assert np.abs(one(turbo, buffer, window, size) - want).max() <= (1 if orientation >= 5 else 0)
+
+
+def exif_block(order: str, entries: list[tuple[int, int, int, int]], magic: int = 42) -> bytes:
+    sign = {"II": "little", "MM": "big"}[order]
+    number = lambda value, size: value.to_bytes(size, sign)  # noqa: E731
+    block = order.encode() + number(magic, 2) + number(8, 4) + number(len(entries), 2)
+    for tag, kind, count, value in entries:
+        field = number(value, 2) + b"\0\0" if kind == 3 and count < 3 else number(value, 4)
+        block += number(tag, 2) + number(kind, 2) + number(count, 4) + field
+    return b"Exif\0\0" + block + number(0, 4)
+
+
+EXIFS = {
+    "big endian": exif_block("MM", [(0x0112, 3, 1, 6)]),
+    "little endian": exif_block("II", [(0x0112, 3, 1, 6)]),
+    "as a long": exif_block("II", [(0x0112, 4, 1, 8)]),
+    "behind others": exif_block("II", [(0x0100, 3, 1, 7), (0x0112, 3, 1, 3)]),
+    "of two values": exif_block("II", [(0x0112, 3, 2, 6)]),
+    "of values elsewhere": exif_block("MM", [(0x0112, 3, 9, 26)]) + b"\0\x08" * 9,
+    "out of range": exif_block("MM", [(0x0112, 3, 1, 9)]),
+    "zero": exif_block("MM", [(0x0112, 3, 1, 0)]),
+    "wrong magic": exif_block("MM", [(0x0112, 3, 1, 6)], magic=44),
+    "cut in its entry": exif_block("MM", [(0x0112, 3, 1, 6)])[:22],
+    "cut in its header": exif_block("MM", [(0x0112, 3, 1, 6)])[:9],
+    "junk": b"Exif\0\0no tiff at all",
+}
+
+
+@pytest.mark.parametrize("name", EXIFS)
+def test_orientation_is_read_as_pillow_reads_it(turbo, name):
+    buffer = jpeg(grain(30, 44), exif=EXIFS[name], subsampling=0)
+    upright = np.asarray(decode_upright(buffer))
+    height, width = upright.shape[:2]
+    got = one(turbo, buffer, (0, 0, height, width), 44).astype(int)
+    assert np.abs(got - torch_resize(upright, 44)).max() <= 1
+
+
+def test_the_fast_mode_changes_large_windows_alone(turbo):
+    fast = Turbo(1, fast=True)
+    buffer = jpeg(Image.fromarray(np.asarray(grain(50, 50).resize((400, 400), Image.Resampling.BICUBIC))))
+    small, large = (0, 0, 120, 399), (0, 0, 400, 399)
+    assert np.array_equal(one(fast, buffer, small, 64), one(turbo, buffer, small, 64))
+    difference = np.abs(one(fast, buffer, large, 64).astype(int) - one(turbo, buffer, large, 64))
+    assert 0 < difference.mean() < 1.5
+    fast.close()
+
+
+def test_what_is_not_ours_is_said(turbo):
+    png = io.BytesIO()
+    grain(9, 9).save(png, "PNG")
+    buffers = [
+        np.frombuffer(png.getvalue(), np.uint8).copy(),
+        jpeg(grain(9, 9).convert("CMYK")),
+        np.zeros(0, np.uint8),
+        jpeg(grain(90, 90))[:700],
+        jpeg(grain(9, 9)),
+    ]
+    turbo.submit(buffers, np.array([(0, 0, 9, 9)] * 3 + [(0, 0, 90, 90), (0, 0, 10, 9)], np.int32), 8)
+    _, failed = turbo.result()
+    assert [failed[at][0] for at in range(5)] == [NOT_OURS, NOT_OURS, NOT_OURS, BROKEN, BROKEN]
+    assert "truncated" in failed[3][1] and "9x9, not as indexed" in failed[4][1]
+
+
+def test_batches_come_back_in_order_whatever_their_sizes(turbo, encoded):
+    buffer, _ = encoded["420"]
+    sizes = [8, 64, 16]
+    for n, size in enumerate(sizes):
+        turbo.submit([buffer] * (5 * n), np.array([(n, n, 90, 90)] * (5 * n), np.int32).reshape(-1, 4), size)
+    results = [turbo.result() for _ in sizes]
+    for n, (size, (out, failed)) in enumerate(zip(sizes, results, strict=True)):
+        assert out.shape == (5 * n, size, size, 3) and not failed
+        assert all(np.array_equal(one(turbo, buffer, (n, n, 90, 90), size), image) for image in out)
+
+
+@given(st.sampled_from(sorted(WAYS)), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=12), st.floats(0, 1))
+@settings(max_examples=200, deadline=None)
+def test_damaged_bytes_give_pixels_or_a_reason(turbo, encoded, way, changes, cut):
+    buffer = encoded[way][0].copy()
+    for where, value in changes:
+        buffer[int(where * (len(buffer) - 1))] = value
+    buffer = buffer[: max(1, int((1 - cut * cut) * len(buffer)))]
+    turbo.submit([buffer], np.array([(20, 30, 90, 100)], np.int32), 32)
+    _, failed = turbo.result()
+    assert not failed or failed[0][0] == NOT_OURS or failed[0][1]
+
+
+def test_a_build_that_fails_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTROT_CACHE", str(tmp_path))
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a.c").write_text("#include <no_such_header.h>\n")
+    with pytest.raises(build.BuildError, match=r"no_such_header\.h"):
+        build.library(tmp_path / "source", "a")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(build.BuildError, match="no-such-compiler"):
+        build.library(tmp_path / "source", "a")
+
+
+@pytest.mark.slow
+def test_no_damage_reaches_memory_that_is_not_ours(tmp_path, encoded):
+    """A build with the compiler's address and undefined-behaviour checks, over many damaged files."""
+    for way, (buffer, _) in encoded.items():
+        buffer.tofile(tmp_path / f"{way}.jpg")
+    checks = ["-O1", "-g", "-std=c11", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = [str(SOURCES / f"{name}.c") for name in ("window", "resample", "exif")]
+    driver = str(Path(__file__).with_name("fuzz_turbo.c"))
+    built = str(tmp_path / "fuzz")
+    subprocess.run(["cc", *checks, f"-I{SOURCES}", driver, *sources, "-o", built, "-ljpeg", "-lm"], check=True)
+    done = subprocess.run([built, "3000", *sorted(map(str, tmp_path.glob("*.jpg")))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    sound, bad = map(int, done.stdout.split())
+    assert sound > 1000 and bad > 1000
