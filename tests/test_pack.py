@@ -2,6 +2,8 @@
 
 import os
 import signal
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ from PIL import Image
 from conftest import draw, write_folder
 from fastrot import pack as packing
 from fastrot.data import beton
+from fastrot.data.encode import Encoding
 from fastrot.data.faults import decode_upright
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.storage import FileStorage
+from fastrot.errors import UserError
 
 
 def build(source, cache):
@@ -218,3 +222,20 @@ def test_files_that_plain_ffcv_wrote_are_read(tmp_path, odd):
     for buffer, (image, _) in zip(FileStorage(theirs).read(np.arange(len(theirs))), samples, strict=True):
         got = buffer if buffer.ndim == 3 else np.asarray(decode_upright(buffer))
         assert np.abs(got.astype(float) - np.asarray(image, float)).mean() < 4  # JPEG's own loss on tiny images
+
+
+def test_sides_and_pages_beyond_the_format_are_one_line():
+    rows = {"height": np.array([70_000]), "width": np.array([2]), "length": np.array([9]), "kind": np.array([2])}
+    long = SimpleNamespace(**rows, name=lambda row: "long.png")
+    with pytest.raises(UserError, match=r"^long\.png: a side of 70000 pixels, most is 65500; shrink it: --max-side$"):
+        Encoding("raw").largest(long)
+    assert Encoding("raw", max_side=100).largest(long) == 3 * 100 + 4096
+    with pytest.raises(UserError, match="more than a .beton's page can hold; shrink it: --max-side$"):
+        beton.page_for(2**31 + 1)
+
+
+def test_several_labels_an_image_are_refused_in_one_line(fastrot, tmp_path, images, monkeypatch):
+    many = replace(build(images, tmp_path / "c"), label=np.zeros((12, 20), np.int8))
+    monkeypatch.setattr(packing.Manifest, "load", lambda folder: many)
+    done = fastrot("pack", images, tmp_path / "m.beton")
+    assert done.code == 2 and "has several labels an image" in done.errors[0]
