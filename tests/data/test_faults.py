@@ -15,8 +15,9 @@ from fastrot.data.verify import verify
 
 DECODERS = runnable_decoders()
 SIZE = 32
-# Mean levels of 255 from Pillow's crop and resize, of smooth pictures; ffcv averages areas.
-MOST = {"ffcv": 4.0}
+# Mean levels of 255 from Pillow's crop and resize, of smooth pictures. ffcv averages areas, and picks
+# samples where one side shrinks and the other grows.
+MOST = {"ffcv": 6.0}
 
 
 def plain(items, total, title):
