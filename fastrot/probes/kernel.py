@@ -5,13 +5,10 @@ from torch import Tensor
 
 
 class Gram:
-    """K held whole: for fewer rows than features; n² · 8 bytes a group.
+    """K held whole, float64 [G, n, n] for G groups of n rows: for fewer rows than features."""
 
-    x  float64 [G, n, D]: G groups of n rows. The added 1 is LIBLINEAR's regularised intercept.
-    """
-
-    def __init__(self, x: Tensor):
-        self.matrix = _gram(x).add_(1)
+    def __init__(self, matrix: Tensor):
+        self.matrix = matrix
 
     def product(self, v: Tensor) -> Tensor:
         """K v, float64 [G, n, P]."""
@@ -19,7 +16,7 @@ class Gram:
 
 
 class Features:
-    """K never formed, X (Xᵀ v) + 1 (1ᵀ v): for more rows than features. Used as Gram is."""
+    """K never formed, X (Xᵀ v) + 1 (1ᵀ v), x float64 [G, n, D]: for more rows than features. Used as Gram is."""
 
     def __init__(self, x: Tensor):
         self._x = x
@@ -30,11 +27,12 @@ class Features:
 
 def kernel_of(x: Tensor) -> Gram | Features:
     """The one with fewer operations a product; x is float64 [G, n, D]."""
-    return Gram(x) if x.shape[1] < 2 * x.shape[2] else Features(x)
+    return Gram(gram(x)) if x.shape[1] < 2 * x.shape[2] else Features(x)
 
 
-def _gram(x: Tensor) -> Tensor:
+def gram(x: Tensor) -> Tensor:
+    """X Xᵀ + 1, float64 [G, n, n], of x [G, n, D]; the 1 is LIBLINEAR's regularised intercept."""
     if x.device.type == "cpu" and len(x) == 1:  # numpy sees that the product is symmetric: half the work
         rows = x[0].numpy()
-        return torch.from_numpy(rows @ rows.T)[None]
-    return x @ x.mT
+        return torch.from_numpy(rows @ rows.T)[None].add_(1)
+    return (x @ x.mT).add_(1)

@@ -13,7 +13,7 @@ Source: Keerthi and DeCoste, "A modified finite Newton method for fast solution 
 SVMs", JMLR 2005; Chapelle, "Training a support vector machine in the primal", Neural Computation 2007.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ _CG_STEPS = 1000
 # of the gradient left after a step; steps less exact put rows on the wrong side of their margin at high costs
 _FORCING = 1e-3
 _SEARCH_STEPS = 30
+_TINY = 1e-300  # keeps what is nought from being divided by
 
 
 @dataclass(frozen=True)
@@ -55,32 +56,36 @@ def solve(
     tolerance  of (w, b), times ‖(w, b)‖ where that is below 1.
     Raises Fault where a problem does not get there.
     """
-    search = _Search(labels, bounds)
+    labels = labels.expand(bounds.shape)
     if start is None:
         beta = scores = torch.zeros_like(bounds)
     else:
         zero = torch.zeros_like(start.error[:, None])
-        length = search(start.beta, start.scores, start.beta, start.scores, zero)
+        length = _search(labels, bounds, start.beta, start.scores, start.beta, start.scores, zero)
         beta, scores = start.beta * (1 + length), start.scores * (1 + length)
-    products = 0
+    final = Solution(torch.empty_like(bounds), torch.empty_like(bounds), torch.empty_like(bounds[:, 0]), 0)
+    columns, products = torch.arange(bounds.shape[-1], device=bounds.device), 0
     for _ in range(_NEWTON_STEPS):
         residual = bounds * _shortfall(labels, scores) - beta
         pull = kernel.product(residual)
-        error = _inner(residual, pull).clamp(min=1e-3000).sqrt()
-        target = tolerance * _inner(beta, scores).clamp(1e-24, 1).sqrt()
+        error = _inner(residual, pull).clamp(min=_TINY).sqrt()
+        target = tolerance * _inner(beta, scores).clamp(_TINY, 1).sqrt()
         done = error <= target
-        if done.all():
-            return Solution(beta, scores, error[:, 0], products + 1)
+        final.beta[..., columns], final.scores[..., columns], final.error[:, columns] = beta, scores, error[:, 0]
+        alive = ~done.all(0).flatten()
+        if not alive.any():
+            return replace(final, products=products + 1)
+        columns, labels, bounds, beta, scores, residual, pull, error, target, done = (
+            a[..., alive] for a in (columns, labels, bounds, beta, scores, residual, pull, error, target, done)
+        )
         curve = torch.where(labels * scores < 1, bounds, 0)
         goal = torch.where(done, torch.inf, torch.maximum(_FORCING * error, 0.5 * target))
         way, steps = _conjugate_gradients(kernel, curve, residual, pull, goal)
         moved = kernel.product(way)
-        length = search(beta, scores, way, moved, torch.ones_like(error))
+        length = _search(labels, bounds, beta, scores, way, moved, torch.ones_like(error))
         beta, scores = beta + length * way, scores + length * moved
         products += steps + 2
-    raise Fault(
-        f"SVM: {int((~done).sum())} of {done.numel()} problems did not converge in {_NEWTON_STEPS} Newton steps"
-    )
+    raise Fault(f"SVM: {int((~done).sum())} problems did not converge in {_NEWTON_STEPS} Newton steps")
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
@@ -117,40 +122,38 @@ def _conjugate_gradients(
                 a[..., alive] for a in (step, rest, way, moved, curve, square, goal)
             )
         bent = curve * moved
-        length = square / (_inner(way, moved) + _inner(bent, moved)).clamp(min=1e-300)
+        length = square / (_inner(way, moved) + _inner(bent, moved)).clamp(min=_TINY)
         length = torch.where(square > goal, length, 0)
         step = torch.addcmul(step, length, way)
         rest = rest - length * (way + bent)
         pull = kernel.product(rest)
         last, square = square, _inner(rest, pull).clamp(min=0)
-        ratio = square / last.clamp(min=1e-300)
+        ratio = square / last.clamp(min=_TINY)
         way, moved = torch.addcmul(rest, ratio, way), torch.addcmul(pull, ratio, moved)
         steps += 1
     solution[..., columns] = step
     return solution, steps
 
 
-class _Search:
-    """The minimum of the objective along β + t · way: convex, piecewise quadratic; a guarded Newton iteration on t."""
+def _search(
+    labels: Tensor, bounds: Tensor, beta: Tensor, scores: Tensor, way: Tensor, moved: Tensor, length: Tensor
+) -> Tensor:
+    """t [G, 1, P] where the objective along β + t · way is least: convex, piecewise quadratic.
 
-    def __init__(self, labels: Tensor, bounds: Tensor):
-        self._labels, self._bounds = labels, bounds
-
-    def __call__(self, beta: Tensor, scores: Tensor, way: Tensor, moved: Tensor, length: Tensor) -> Tensor:
-        """t [G, 1, P], starting from length; moved = K · way."""
-        labels, bounds = self._labels, self._bounds
-        tied, own = _inner(beta, moved), _inner(way, moved)
-        low, high = torch.full_like(length, -torch.inf), torch.full_like(length, torch.inf)
-        enough = 0.1 * (tied - _inner(bounds * _shortfall(labels, scores), moved)).abs()
-        for _ in range(_SEARCH_STEPS):
-            there = scores + length * moved
-            slope = tied + length * own - _inner(bounds * _shortfall(labels, there), moved)
-            wrong = slope.abs() > enough
-            if not wrong.any():
-                break
-            low, high = torch.where(slope < 0, length, low), torch.where(slope > 0, length, high)
-            bend = own + _inner(torch.where(labels * there < 1, bounds, 0) * moved, moved)
-            new = length - slope / bend.clamp(min=1e-3000)
-            new = torch.where((new > low) & (new < high), new, (low + high) / 2)
-            length = torch.where(wrong, new, length)
-        return length
+    moved = K · way; length is the first guess: a guarded Newton iteration, to a tenth of the slope at 0.
+    """
+    tied, own = _inner(beta, moved), _inner(way, moved)
+    low, high = torch.full_like(length, -torch.inf), torch.full_like(length, torch.inf)
+    enough = 0.1 * (tied - _inner(bounds * _shortfall(labels, scores), moved)).abs()
+    for _ in range(_SEARCH_STEPS):
+        there = scores + length * moved
+        slope = tied + length * own - _inner(bounds * _shortfall(labels, there), moved)
+        wrong = slope.abs() > enough
+        if not wrong.any():
+            break
+        low, high = torch.where(slope < 0, length, low), torch.where(slope > 0, length, high)
+        bend = own + _inner(torch.where(labels * there < 1, bounds, 0) * moved, moved)
+        new = length - slope / bend.clamp(min=_TINY)
+        new = torch.where((new > low) & (new < high), new, (low + high) / 2)
+        length = torch.where(wrong, new, length)
+    return length

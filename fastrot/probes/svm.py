@@ -97,7 +97,7 @@ def voc_svm(
     kernel = kernel_of(x[None])
     positive = train_y == 1
     labels = torch.from_numpy(np.where(positive, 1.0, -1.0)).to(device)[None]
-    weights = 1 + (POSITIVE_WEIGHT - 1) * (labels > 0)
+    weights = torch.where(labels > 0, POSITIVE_WEIGHT, 1.0).double()
 
     scores = np.empty((*positive.shape, len(costs)))  # of each row by the fold that held it out
     held_out = np.stack([stratified_folds(column, FOLDS) for column in positive.T], axis=1)

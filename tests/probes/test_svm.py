@@ -11,7 +11,7 @@ from sklearn.svm import LinearSVC
 
 from fastrot.errors import Fault
 from fastrot.probes import solver
-from fastrot.probes.kernel import Features, Gram, kernel_of
+from fastrot.probes.kernel import Features, Gram, gram, kernel_of
 from fastrot.probes.precision import area_ap
 from fastrot.probes.solver import solve
 from fastrot.probes.svm import COSTS, decide, normalised, path, stratified_folds, voc_svm
@@ -124,7 +124,7 @@ def test_sample_weights_are_those_of_linear_svc():
 def test_gram_and_features_give_the_same_optimum_within_their_bounds(rows, features, seed, exponent):
     x, y = problem(rows, features, 2, seed)
     bounds = as_problem(bounds_of(y, 10.0**exponent))
-    a, b = (solve(kind(x[None]), as_problem(y), bounds) for kind in (Gram, Features))
+    a, b = (solve(kernel, as_problem(y), bounds) for kernel in (Gram(gram(x[None])), Features(x[None])))
     assert float((a.scores - b.scores).abs().max()) <= 2**0.5 * float((a.error + b.error).max()) + 1e-9
 
 
@@ -148,7 +148,7 @@ def test_groups_of_rows_are_solved_as_if_alone():
 def test_a_solver_that_does_not_get_there_says_so(monkeypatch):
     monkeypatch.setattr(solver, "_NEWTON_STEPS", 1)
     x, y = problem(*WIDE)
-    with pytest.raises(Fault, match="3 of 3 problems did not converge in 1 Newton steps"):
+    with pytest.raises(Fault, match="3 problems did not converge in 1 Newton steps"):
         solve(kernel_of(x[None]), as_problem(y), as_problem(bounds_of(y, 100.0)))
 
 
