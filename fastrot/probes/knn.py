@@ -44,7 +44,7 @@ def neighbours(
 
 
 def _unit_rows(x: NDArray, first: int, count: int, device) -> Tensor:
-    return normalize(torch.from_numpy(np.asarray(x[first : first + count], np.float32)).to(device), dim=1)
+    return normalize(torch.from_numpy(np.array(x[first : first + count], np.float32)).to(device), dim=1)
 
 
 def votes(cosines: Tensor, labels: Tensor, classes: int, temperature: float = TEMPERATURE) -> Tensor:
@@ -73,7 +73,7 @@ def knn(
     Raises UserError where a label is missing (-1) or the bank has fewer than max(ks) rows.
     Source  DINO's eval_knn.py; MMSelfSup 0.11, tools/benchmarks/classification/knn_imagenet.
     """
-    bank_y, query_y = np.asarray(bank_y, np.int64), np.asarray(query_y, np.int64)
+    bank_y, query_y = np.array(bank_y, np.int64), np.array(query_y, np.int64)
     for name, y in (("bank", bank_y), ("queries", query_y)):
         if not len(y) or y.min() < 0:
             raise UserError(

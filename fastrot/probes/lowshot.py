@@ -23,7 +23,7 @@ _BLOCK_BYTES = 1 << 30  # of the Gram matrices solved together
 
 @dataclass(frozen=True)
 class LowShotResult:
-    """The table at one k; average precisions in percent, means over classes.
+    """The table at one k; average precisions in percent, means over the classes that the test set has.
 
     test             float64 [samples, costs].
     oracle_cost      the cost whose mean over samples is highest on the test set itself: the protocol's choice.
@@ -106,6 +106,8 @@ def low_shot(
     the drawn images. At k = 1 nothing can be held out, all costs are equal, and the first listed is taken.
     """
     x, rows = normalised(train_x, device), normalised(test_x, device)
+    if not (np.asarray(test_y) == 1).any():
+        raise UserError("low-shot SVM: no class has a positive row in the test set")
     whole, cross = gram(x[None])[0], (x @ rows.mT).add_(1)
     costs, test_y = np.asarray(costs, np.float64), np.asarray(test_y)
     results, left_out = [], []
@@ -119,10 +121,12 @@ def low_shot(
             left_out.append(k)
             continue
         per_class, chosen, errors = (np.stack(part) for part in zip(*parts[k], strict=True))
-        test = 100 * per_class.mean(1)
+        test = 100 * np.nanmean(per_class, axis=1)
         honest = np.take_along_axis(per_class, chosen[..., None], 2)[..., 0]
         oracle = float(costs[test.mean(0).argmax()])
-        results.append(LowShotResult(k, test, oracle, 100 * honest.mean(1), costs[chosen], float(errors.max())))
+        results.append(
+            LowShotResult(k, test, oracle, 100 * np.nanmean(honest, axis=1), costs[chosen], float(errors.max()))
+        )
     return results, left_out
 
 

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from fastrot.errors import UserError
 from fastrot.probes.kernel import kernel_of
 from fastrot.probes.precision import area_ap, eleven_point_ap, step_ap
 from fastrot.probes.solver import TOLERANCE, Solution, solve
@@ -23,9 +24,10 @@ _BLOCK_COLUMNS = 128  # problems solved together; their ten float64 arrays of ro
 class SvmResult:
     """The table of one layer.
 
-    average_precision  percent, mean over classes of per_class (the protocol's figure).
+    average_precision  percent, mean of per_class (the protocol's figure) over the classes that are not nan.
     eleven_point       percent, the same under VOC 2007's 11-point rule.
-    per_class, eleven_point_per_class  float64 [classes], 0..1.  costs  float64 [classes], chosen by cross-validation.
+    per_class, eleven_point_per_class  float64 [classes], 0..1; nan where train or test has no positive row.
+    costs  float64 [classes], chosen by cross-validation.
     cross_validation   float64 [classes, costs]: mean step AP of the held-out folds, in the given order of costs.
     error              the largest distance of any solution from its optimum that the gradient allows.
     fits, products     problems solved; how often K was multiplied by a block of vectors.
@@ -44,7 +46,7 @@ class SvmResult:
 
 def normalised(x: ArrayLike, device: torch.device | str = "cpu") -> Tensor:
     """Rows x / (‖x‖₂ + 1e-5), float64 [n, D]."""
-    x = torch.as_tensor(np.asarray(x, np.float64)).to(device)
+    x = torch.from_numpy(np.array(x, np.float64)).to(device)
     return x / (x.norm(dim=1, keepdim=True) + 1e-5)
 
 
@@ -143,9 +145,13 @@ def voc_svm(
         np.array([ap(test_y[rows, c] > 0, test_scores[rows, c]) for c, rows in enumerate(kept)])
         for ap in (area_ap, eleven_point_ap)
     )
+    judged = positive.any(0) & (test_y == 1).any(0)
+    if not judged.any():
+        raise UserError("SVM: no class has a positive row both in the training and in the test set")
+    area, eleven = np.where(judged, area, np.nan), np.where(judged, eleven, np.nan)
     return SvmResult(
-        100 * float(area.mean()),
-        100 * float(eleven.mean()),
+        100 * float(np.nanmean(area)),
+        100 * float(np.nanmean(eleven)),
         area,
         eleven,
         chosen,
