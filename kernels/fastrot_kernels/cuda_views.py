@@ -65,10 +65,7 @@ def rotate_views(
     inputs = [t.contiguous() for t in (x, flips, turns, mean, std)]
     batch = Batch(*(t.data_ptr() for t in (*inputs, out)), n, side, turns.shape[1], in_channels, channels)
     name = kernel_name(side, in_channels, channels, dtype, batch.x % 16 == 0 and batch.out % 16 == 0)
-    if name.endswith("any"):
-        blocks = -(-n * side * side // THREADS)
-    else:
-        blocks = n * (-(-side // TILE)) ** 2
+    blocks = _blocks(n, side, name)
     if blocks >= 2**31:
         raise ValueError(f"{n} images of {side} x {side} are more than a launch has blocks for; use smaller batches")
     with torch.cuda.device_of(x):
@@ -78,6 +75,13 @@ def rotate_views(
         _must(_driver().cuCtxSetCurrent(_context(x.device.index)), "its context")  # a new thread has none
         _must(_driver().cuLaunchKernel(kernel, blocks, 1, 1, THREADS, 1, 1, 0, stream, arguments, None), name)
     return channels_first(out)
+
+
+def _blocks(n: int, side: int, name: str) -> int:
+    """Blocks of a launch: one a tile, or where channels are unusual a thread a pixel."""
+    if name.endswith("any"):
+        return -(-n * side * side // THREADS)
+    return n * (-(-side // TILE)) ** 2
 
 
 @functools.cache

@@ -31,8 +31,8 @@ template <typename T> __device__ __forceinline__ void pixels(const Batch &b) {
 #define KERNELS(T, name, together)                                                                                     \
     KERNEL(name##_3_chunks, together, (tiles<T, 3, true>(b)))                                                          \
     KERNEL(name##_4_chunks, together, (tiles<T, 4, true>(b)))                                                          \
-    KERNEL(name##_3_values, together, (tiles<T, 3, false>(b)))                                                         \
-    KERNEL(name##_4_values, together, (tiles<T, 4, false>(b)))                                                         \
+    KERNEL(name##_3_values, 3, (tiles<T, 3, false>(b)))                                                                \
+    KERNEL(name##_4_values, 3, (tiles<T, 4, false>(b)))                                                                \
     KERNEL(name##_any, together, (pixels<T>(b)))
 #define KERNEL(name, together, body)                                                                                   \
     extern "C" __global__ void __launch_bounds__(THREADS, together) name(const Batch b) { body; }

@@ -189,6 +189,7 @@ template <typename T, int OUT, bool WHOLE> struct Tile {
 
     template <typename Unit>
     PHASE void copy(int side, int height, int each, int thread, const Staged &from, T *to) {
+#pragma unroll 2 /* four would spill */
         for (int k = thread; k < height * each; k += THREADS) {
             int row = k / each, unit = k % each;
             T *line = to + static_cast<long long>(row) * side * OUT;
