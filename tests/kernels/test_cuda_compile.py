@@ -84,7 +84,7 @@ def nvcc_cubin(source: Path, architecture: str, target: Path) -> bytes:
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("compiler", ["nvrtc", "nvcc"])
+@pytest.mark.parametrize("compiler", ["nvrtc", pytest.param("nvcc", marks=pytest.mark.slow)])
 def test_the_machine_code_moves_16_bytes_an_access_and_spills_nothing(tmp_path, compiler, architecture):
     file = tmp_path / "rotate.cubin"
     if compiler == "nvrtc":
