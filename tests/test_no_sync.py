@@ -80,7 +80,6 @@ def test_the_watch_sees_every_way_to_ask(ask):
 
 
 @pytest.mark.parametrize("engine", [
-    ["engine.kind=plain"],
     ["engine.kind=plain", "engine.precision=bf16", "optim.clip=1.0", "engine.images_per_micro_step=3"],
     ["engine.kind=plain", "optim.name=lars", "rotation.views=one", "rotation.shuffle_labels=true"],
     ["engine.kind=deepspeed", "optim.clip=1.0"],
