@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # import this before fastrot, which need not be installed
-_PACKAGES = ("numpy", "pillow", "torch", "torchvision", "nvidia-dali-cuda130", "ffcv", "webdataset", "simplejpeg")
+_PACKAGES = ("numpy", "pillow", "torch", "torchvision", "nvidia-dali-cuda130", "ffcv", "webdataset", "simplejpeg",
+             "litdata", "spdl-core")
 
 
 def parser(question: str) -> argparse.ArgumentParser:
@@ -47,15 +48,18 @@ def memory_mib() -> dict[str, float]:
     return {name: int(fields[key].split()[0]) / 1024 for name, key in (("own", "RssAnon"), ("mapped", "RssFile"))}
 
 
+def version_of(package: str) -> str | None:
+    """Of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def facts() -> dict:
     """Machine, versions and commit of a figure."""
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": unknown")
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
+    versions = {package: version_of(package) for package in _PACKAGES}
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
