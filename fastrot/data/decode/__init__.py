@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fastrot.data.decode.raw import WithPixels
 from fastrot.errors import UserError
 
-_MAKERS = {
+DECODERS = {
     "dali": "fastrot.data.decode.dali:make",
     "torch": "fastrot.data.decode.torch:make",
     "turbo": "fastrot.data.decode.turbo:make",
@@ -72,7 +72,7 @@ def _first(names: list[str], device: torch.device, threads: int, batch: int, dep
     """The first of these decoders that runs here, and why those before it do not."""
     refusals: list[str] = []
     for name in names:
-        module, _, maker = _MAKERS[name].partition(":")
+        module, _, maker = DECODERS[name].partition(":")
         try:
             decoder = getattr(importlib.import_module(module), maker)(device, threads, batch, depth)
         except ImportError as error:

@@ -1,7 +1,9 @@
 """FFCV's compiled decode and resize on the CPU, on any buffer.
 
-Its shared library is called by ctypes, without the GIL and without importing the package (numba, ten
-seconds). The pixels' stated error against torchvision: see the figures below.
+Its shared library is called by ctypes: without the GIL, and without importing the package, whose numba
+takes ten seconds. A fast DCT decodes the whole image, an area average resizes the window (bilinear where
+it grows). The pixels' stated error against torchvision, windows of photographs at side 224: mean 1.8
+levels (0.8 of it a darker image), 99.9% within 24, worst image 6.6 on average.
 """
 
 import ctypes
