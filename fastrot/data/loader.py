@@ -98,7 +98,7 @@ class Loader:
         images   a step, over all ranks; size_at(epoch) -> side of the crops.
         """
         n = len(self.manifest)
-        starts = [position + i * images for i in range(len(steps))]
+        starts = range(position, position + len(steps) * images, images)
 
         def requests():
             for start in starts:
