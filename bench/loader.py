@@ -56,10 +56,14 @@ def as_crops(batch) -> np.ndarray:
     return crops
 
 
-def crops_of(name: str, files: Files, threads: int, batches: int) -> np.ndarray:
-    """The first crops of an arm, uint8 [n, S, S, 3]."""
-    flow = loader_arms.make(name, False, files, threads)
-    return np.concatenate([as_crops(next(flow)).copy() for _ in range(batches)])
+def shown(name: str, files: Files, drawn: Files, threads: int) -> tuple[dict, np.ndarray, np.ndarray]:
+    """In a process of its own: ours against the plan; first crops of coordinate images, and of the real ones."""
+    found = against_plan(name, files, threads) if ARMS[name].decoder else {}
+    crops = []
+    for source, batches in ((drawn, _READ), (files, 1)):
+        flow = ARMS[name].make(source, threads)
+        crops.append(np.concatenate([as_crops(next(flow)).copy() for _ in range(batches)]))
+    return found, *crops
 
 
 def against_plan(name: str, files: Files, threads: int) -> dict:
@@ -134,9 +138,9 @@ def gate(name: str, files: Files, drawn: Files, threads: int, sheets: Path) -> d
     """What an arm was found to show. Raises Lost or ValueError where it is not what it should be."""
     if not ARMS[name].cropped:
         return {}
-    found = arena.call(against_plan, name, files, threads) if ARMS[name].decoder else {}
-    found["windows_p"] = against_law(arena.call(crops_of, name, drawn, threads, _READ))
-    sheet(arena.call(crops_of, name, files, threads, 1), sheets / f"{name.replace(': ', '_').replace(', ', '_')}.png")
+    found, coloured, photographs = arena.call(shown, name, files, drawn, threads, patience_s=120)
+    found["windows_p"] = against_law(coloured)
+    sheet(photographs, sheets / f"{name.replace(': ', '_').replace(', ', '_')}.png")
     return found
 
 

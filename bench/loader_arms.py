@@ -142,7 +142,7 @@ def _ffcv(form: str, files: Files, threads: int) -> Iterator:
     from ffcv.reader import Reader
     from ffcv.transforms import ToTensor
 
-    rows = Reader(files.forms[form]).num_samples
+    rows = int(Reader(files.forms[form]).num_samples)
     pipeline = [RandomResizedCropRGBImageDecoder((SIDE, SIDE), SCALE, RATIO), ToTensor()]
     loader = Loader(
         files.forms[form],
@@ -162,12 +162,8 @@ def _ffcv(form: str, files: Files, threads: int) -> Iterator:
 def _litdata(files: Files, threads: int) -> Iterator:
     from litdata import StreamingDataLoader, StreamingDataset
 
-    class Crops(StreamingDataset):
-        def __getitem__(self, at):
-            return _decoded_bytes(crop, super().__getitem__(at))
-
-    crop = _crop()
-    images = Crops(files.forms["litdata"], shuffle=True, drop_last=True)
+    decoded = partial(_decoded_bytes, _crop())
+    images = StreamingDataset(files.forms["litdata"], shuffle=True, drop_last=True, transform=decoded)
     while True:
         yield from StreamingDataLoader(images, batch_size=BATCH, num_workers=threads)
 
