@@ -20,6 +20,7 @@ examples:
   fastrot stream --config configs/in1k.yaml data.train=/data/train --first-step 0 --steps 50 --ranks 4
   fastrot index '/data/shards/train-{000..146}.tar' --verify
   fastrot index 'voc:/data/VOCdevkit/VOC2007?split=trainval' --json
+  fastrot tune --config configs/in1k.yaml data.train=/data/train
   fastrot pack /data/train train.beton --mode raw --max-side 256
   fastrot svm --train features/voc07-train --test features/voc07-test --layers feature4,feature5 --out svm.json
 """
@@ -84,6 +85,17 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument(
         "--verify", action="store_true", help="decode every image in full and quarantine what is damaged"
     )
+
+    tune = commands.add_parser(
+        "tune",
+        help="find threads, prefetch and the hardware decoder's share for this machine and data",
+        description="Time the loader at several settings, choose, say why, and keep the choice in the cache: training uses "
+        "it where data.threads, data.prefetch and data.hw_decoder_load are not set. Start it as the training will be "
+        "started (its launcher and ranks): ranks share a machine's cores. The stream does not depend on it.",
+        parents=[common],
+        **page,
+    )
+    tune.add_argument("--seconds", type=float, default=3, metavar="S", help="of timing a setting (default 3)")
 
     pack = commands.add_parser(
         "pack", help="write a source as one FFCV file (.beton), rows in order", parents=[options], **page
@@ -245,6 +257,10 @@ def _hand_over(args, config, sources, ranks) -> dict:
         from fastrot.describe import describe_source
 
         return describe_source(args.source or config.data.train, config, ranks, args.verify)
+    if args.command == "tune":
+        from fastrot.tune import tune
+
+        return tune(config, ranks, args.seconds)
     from fastrot import pretrain
     from fastrot.dryrun import dry_run
 
