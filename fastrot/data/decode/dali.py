@@ -55,7 +55,7 @@ def _windows(place: str, device: str, hw_decoder_load: float | None):
     names = ("data", "start", "shape", "size")
     kinds = (types.UINT8, types.INT32, types.INT32, types.FLOAT)
     data, start, shape, size = (
-        fn.external_source(name=name, dtype=kind, ndim=1) for name, kind in zip(names, kinds, strict=True)
+        fn.external_source(name=name, dtype=kind, ndim=1, no_copy=name == "data") for name, kind in zip(names, kinds, strict=True)
     )
     pixels = fn.decoders.image_slice(
         data,
@@ -75,7 +75,7 @@ def _boxes(place: str, device: str, hw_decoder_load: float | None):
     names = ("data", "start", "end", "size")
     kinds = (types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT)
     data, start, end, size = (
-        fn.external_source(name=name, dtype=kind, ndim=1) for name, kind in zip(names, kinds, strict=True)
+        fn.external_source(name=name, dtype=kind, ndim=1, no_copy=name == "data") for name, kind in zip(names, kinds, strict=True)
     )
     pixels = fn.decoders.image(data, device=place, output_type=types.RGB, **_on_gpu(place, hw_decoder_load))
     return fn.resize(
@@ -184,7 +184,7 @@ class DaliDecoder:
         sizes = np.full((len(chosen), 2), batch.size, np.float32)
         pipe.feed_input(names[0], [batch.buffers[at] for at in batch.by_dali])
         for name, array in zip((*names[1:], "size"), (first, second, sizes), strict=True):
-            pipe.feed_input(name, list(np.ascontiguousarray(array)))
+            pipe.feed_input(name, np.ascontiguousarray(array))
 
     def _collect(self, batch: _Batch) -> torch.Tensor:
         if not batch.by_dali:

@@ -54,28 +54,32 @@ def make(device: torch.device, threads: int, batch: int, depth: int) -> "FfcvDec
 
 
 class FfcvDecoder:
-    """A pool of threads; a batch is dealt out to them."""
+    """A pool of threads; each takes a batch's next image until there is none."""
 
     def __init__(self, threads: int):
         self.name = "ffcv on the CPU"
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._flying: deque[tuple[torch.Tensor, list[Future]]] = deque()
+        self._flying: deque[tuple[torch.Tensor, dict[int, str], list[Future]]] = deque()
         self._to_pillow: set[str] = set()
 
     def submit(self, buffers, windows, size) -> None:
-        out = torch.zeros(len(buffers), size, size, 3, dtype=torch.uint8)
-        tasks = [self._pool.submit(self._into, b, w, o) for b, w, o in zip(buffers, windows, out, strict=True)]
-        self._flying.append((out, tasks))
+        out = torch.empty(len(buffers), size, size, 3, dtype=torch.uint8)
+        places, bad = iter(range(len(buffers))), {}  # shared: the interpreter's lock makes each `next` whole
+
+        def work() -> None:
+            for at in places:
+                try:
+                    self._into(buffers[at], windows[at], out[at])
+                except BadImage as error:
+                    bad[at] = str(error)
+
+        self._flying.append((out, bad, [self._pool.submit(work) for _ in range(self._threads)]))
 
     def result(self):
-        out, tasks = self._flying.popleft()
-        bad = {}
-        for at, task in enumerate(tasks):
-            try:
-                task.result()
-            except BadImage as error:
-                bad[at] = str(error)
+        out, bad, tasks = self._flying.popleft()
+        for task in tasks:
+            task.result()
         return out, bad
 
     def one(self, buffer, window, size):
