@@ -17,6 +17,7 @@ examples:
   python fastrot/train.py --config configs/photos10.yaml data.train=/data/train run.out=runs/small
   fastrot train --config configs/in1k.yaml data.train=/data/train --dry-run
   fastrot stream --config configs/in1k.yaml data.train=/data/train --first-step 0 --steps 50 --ranks 4
+  fastrot features --checkpoint runs/rotation --data /data/val --taps 1,2,3,4,5,avg --out features/val
   fastrot index data.train=/data/shards/train-{000..146}.tar --verify
 """
 
@@ -68,7 +69,31 @@ def _parser() -> argparse.ArgumentParser:
 
     index = commands.add_parser("index", help="index a source and say what is in it", parents=[common], **page)
     index.add_argument("--verify", action="store_true", help="decode every image in full")
+    _add_features(commands, common, page)
     return parser
+
+
+def _add_backbone(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", metavar="C", help="a run folder, a checkpoint, or any ResNet's .safetensors or .pth"
+    )
+    parser.add_argument("--random-init", type=int, metavar="SEED", help="the control: an untrained model.arch instead")
+
+
+def _add_features(commands, common, page) -> None:
+    features = commands.add_parser("features", help="a frozen backbone's taps over a source", parents=[common], **page)
+    _add_backbone(features)
+    features.add_argument("--data", required=True, metavar="SOURCE", help="a folder, list:FILE, shards, voc:ROOT?split=S")
+    features.add_argument("--taps", default="1,2,3,4,5", metavar="LIST", help="of 1,2,3,4,5,avg (default: 1,2,3,4,5)")
+    features.add_argument("--pool", choices=("specified", "gap", "adaptive"), default="specified")
+    features.add_argument(
+        "--transform",
+        choices=("test", "svm"),
+        default="test",
+        help="test: short side 256, centre 224; svm: short side 256, then squashed to 224",
+    )
+    features.add_argument("--dtype", choices=("float16", "float32"), default="float32")
+    features.add_argument("--out", required=True, metavar="DIR", help="the feature store; one that was begun goes on")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,6 +165,14 @@ def _hand_over(args, config, sources, ranks) -> dict:
         from fastrot.describe import describe_source
 
         return describe_source(config, ranks, args.verify)
+    if args.command == "features":
+        from fastrot.features import dump
+
+        taps = dump.parse_taps(args.taps)
+        request = dump.Request(
+            args.data, args.out, args.checkpoint, args.random_init, taps, args.pool, args.transform, args.dtype
+        )
+        return dump.dump(request, config, ranks)
     from fastrot import pretrain
     from fastrot.dryrun import dry_run
 
