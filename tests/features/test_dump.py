@@ -10,11 +10,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_folder
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision import transforms as T
 
+from conftest import ROOT, write_folder
 from fastrot import backbone, distributed
 from fastrot.data.decode.squash import squashed_pixels
 from fastrot.data.manifest import Manifest
