@@ -10,7 +10,7 @@ setup: $(VENV)/.ready
 
 # g++ and ninja compile DeepSpeed's host collectives, cc and libjpeg-turbo's header the turbo decoder
 # (once, kept in the cache); apt only where it may.
-$(VENV)/.ready: requirements.txt setup.py
+$(VENV)/.ready: requirements.txt requirements-ffcv.txt setup.py tools/install_ffcv.sh
 	@{ command -v g++ && echo '#include <stdio.h>\n#include <jpeglib.h>' | g++ -E -; } >/dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ libjpeg-dev; } \
 	  || echo "setup: g++ or jpeglib.h is missing; without a GPU DeepSpeed needs g++ (engine.kind=plain does not), data.decode=turbo both"
@@ -19,6 +19,7 @@ $(VENV)/.ready: requirements.txt setup.py
 	$(BIN)/pip install -q --disable-pip-version-check uv
 	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
+	tools/install_ffcv.sh $(BIN)/python
 	$(BIN)/python -m fastrot.warmup
 	@touch $@
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -18,18 +19,22 @@ examples:
   fastrot train --config configs/in1k.yaml data.train=/data/train --dry-run
   fastrot stream --config configs/in1k.yaml data.train=/data/train --first-step 0 --steps 50 --ranks 4
   fastrot features --checkpoint runs/rotation --data /data/val --taps 1,2,3,4,5,avg --out features/val
-  fastrot index data.train=/data/shards/train-{000..146}.tar --verify
+  fastrot index '/data/shards/train-{000..146}.tar' --verify
+  fastrot index 'voc:/data/VOCdevkit/VOC2007?split=trainval' --json
+  fastrot pack /data/train train.beton --mode raw --max-side 256
 """
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
         "--config", metavar="FILE", help="YAML file of sections data, rotation, model, optim, engine, run"
     )
-    common.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; the last one wins")
-    common.add_argument("--json", action="store_true", help="print the result as one line of JSON on standard output")
-    common.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    options.add_argument("--json", action="store_true", help="print the result as one line of JSON on standard output")
+    options.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    overrides = {"nargs": "*", "metavar": "section.key=value", "help": "override a key; the last one wins"}
+    common = argparse.ArgumentParser(add_help=False, parents=[options])
+    common.add_argument("overrides", **overrides)
 
     page = {"epilog": _EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("fastrot", description="Pretrain ResNets by predicting image rotations.", **page)
@@ -67,8 +72,36 @@ def _parser() -> argparse.ArgumentParser:
     stream.add_argument("--decode", metavar="D", help="same as data.decode=D")
     stream.add_argument("--pixels", action="store_true", help="decode, and hash the crops too")
 
-    index = commands.add_parser("index", help="index a source and say what is in it", parents=[common], **page)
-    index.add_argument("--verify", action="store_true", help="decode every image in full")
+    index = commands.add_parser(
+        "index",
+        help="index a source and say what is in it",
+        description="Index SOURCE (default: data.train) and say what is in it: a folder of class folders, list:FILE, "
+        "tar shards, or voc:ROOT?split=S.",
+        usage="fastrot index [SOURCE] [--verify] [--json] [--config FILE] [section.key=value ...]",
+        parents=[common],
+        **page,
+    )
+    index.add_argument(
+        "--verify", action="store_true", help="decode every image in full and quarantine what is damaged"
+    )
+
+    pack = commands.add_parser(
+        "pack", help="write a source as one FFCV file (.beton), rows in order", parents=[options], **page
+    )
+    pack.add_argument("source", metavar="SOURCE", help="anything data.train may be")
+    pack.add_argument("out", metavar="OUT.beton", help="a new file")
+    pack.add_argument("overrides", **overrides)
+    pack.add_argument(
+        "--mode",
+        choices=("keep", "jpeg", "raw", "mix"),
+        default="keep",
+        help="keep: JPEG bytes as they are where upright RGB or gray, else encoded anew (default); "
+        "jpeg: all encoded anew; raw: pixels; mix: raw for --raw-share of the rows, keep for the others",
+    )
+    pack.add_argument("--quality", type=int, default=90, metavar="Q", help="of JPEGs encoded anew, 1 to 100")
+    pack.add_argument("--max-side", type=int, metavar="N", help="shrink images whose longer side is above N pixels")
+    pack.add_argument("--raw-share", type=float, default=0.5, metavar="P", help="--mode mix: share of raw rows")
+    pack.add_argument("--workers", type=int, metavar="N", help="processes; default: this machine's cores")
     _add_features(commands, common, page)
     return parser
 
@@ -105,7 +138,8 @@ def main(argv: list[str] | None = None) -> int:
         _complain(error)
         return error.exit_code
     except KeyboardInterrupt:
-        _complain("stopped by Ctrl-C; --resume auto goes on from the last checkpoint")
+        goes_on = "; --resume auto goes on from the last checkpoint" if args.command == "train" else ""
+        _complain(f"stopped by Ctrl-C{goes_on}")
         return 130
 
 
@@ -116,7 +150,19 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if unknown:
         _parser().error(f"unknown option {' '.join(unknown)}")
     args.overrides += rest
+    if args.command == "index":
+        args.source, args.overrides = _place_and_overrides(args.overrides)
     return args
+
+
+def _place_and_overrides(words: list[str]) -> tuple[str | None, list[str]]:
+    """The first word that is no `section.key=value` (a source's own `=` comes later in it), and the others."""
+    places = [word for word in words if not re.match(r"[A-Za-z_]\w*\.\w+=", word)]
+    if not places:
+        return None, words
+    words = words.copy()
+    words.remove(places[0])
+    return places[0], words
 
 
 def _complain(error: UserError | Fault | str) -> None:
@@ -137,6 +183,12 @@ def _run(args: argparse.Namespace) -> int:
     config, sources = configs.load(args.config, overrides)
     warnings.filterwarnings("ignore", module=r"torch\..*|deepspeed\..*")
 
+    if args.command == "pack":  # one process and its workers, no ranks
+        result = _pack(args, config)
+        if args.json:
+            print(json.dumps(result), flush=True)
+        return 0
+
     from fastrot import distributed
 
     ranks = distributed.start()
@@ -149,6 +201,14 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps(result), flush=True)
     distributed.end()
     return 0
+
+
+def _pack(args, config) -> dict:
+    from fastrot.data.encode import Encoding
+    from fastrot.pack import pack
+
+    encoding = Encoding(args.mode, args.quality, args.max_side, args.raw_share)
+    return pack(args.source, args.out, encoding, args.workers, config.data)
 
 
 def _hand_over(args, config, sources, ranks) -> dict:
@@ -164,7 +224,7 @@ def _hand_over(args, config, sources, ranks) -> dict:
     if args.command == "index":
         from fastrot.describe import describe_source
 
-        return describe_source(config, ranks, args.verify)
+        return describe_source(args.source or config.data.train, config, ranks, args.verify)
     if args.command == "features":
         from fastrot.features import dump
 

@@ -21,12 +21,13 @@ class Section(BaseModel):
 
 class Data(Section):
     train: str | None = None
-    """Training images: a folder of class folders, or list:FILE with `path<TAB>label` lines."""
+    """Training images: a folder of class folders, list:FILE with `path<TAB>label` lines, tar shards, voc:ROOT?split=S."""
     val: str | None = None
     """Held-out images, same forms; without it nothing is evaluated."""
-    decode: Literal["auto", "dali", "turbo", "turbo_fast", "torch"] = "auto"
-    """Decoder: dali, turbo (our own, on the CPU), turbo_fast (scales large windows in the DCT), torch
-    (torchvision), or auto = dali on a GPU, turbo on a CPU where they run, else the next, said in a line."""
+    decode: Literal["auto", "dali", "turbo", "turbo_fast", "ffcv", "torch"] = "auto"
+    """Decoder: dali; turbo, our own, on the CPU; turbo_fast, which scales large windows in the DCT; ffcv (its
+    own pixels: area-averaged); torch (torchvision); or auto = dali on a GPU, turbo on a CPU, where they run,
+    else the next, said in a line."""
     decode_on: Literal["auto", "gpu", "cpu"] = "auto"
     """Where dali decodes: gpu is its `mixed` path; auto = gpu on a CUDA machine."""
     crop: Annotated[int, Field(ge=8, le=4096)] = 224

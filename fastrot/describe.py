@@ -1,103 +1,128 @@
 """`fastrot index`: build a manifest, optionally decode all of it, and say what is there."""
 
+import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastrot import distributed, runlog
 from fastrot.config import Config
-from fastrot.data.faults import KINDS, decode_upright
+from fastrot.data.faults import KINDS
 from fastrot.data.manifest import Manifest
-from fastrot.data.storage import FileStorage
+from fastrot.data.verify import verify
 from fastrot.distributed import Ranks
-from fastrot.errors import BadImage, UserError
-from fastrot.job import open_manifest
+from fastrot.job import manifest_folder
 
-_BLOCK = 64  # images read at once while verifying
+_SHOWN = 10  # quarantined images named in the terminal
+_BAR = 30  # characters of a histogram's longest bar
 
 
-def describe_source(config: Config, ranks: Ranks, verify: bool) -> dict:
-    """Counts, sizes, classes, kinds and what is quarantined of data.train.
+def describe_source(source: str | None, config: Config, ranks: Ranks, decode: bool) -> dict:
+    """Counts, sizes, classes, kinds, histograms and what is quarantined of a source.
 
-    verify  also decode every image in full, by Pillow. Raises UserError where some cannot be.
+    decode  first decode every image in full and quarantine what is damaged: the manifest in the cache
+            then holds the sound rows alone, with the content hash of those.
     """
-    manifest = open_manifest(config.data.train, config, ranks, "data.train")
-    broken = _verify(manifest) if verify else None
-    pixels = manifest.height.astype(np.int64) * manifest.width
-    labels = Counter(manifest.label.tolist())
+    folder = manifest_folder(source, config, ranks, "data.train")
+    broken = None
+    if decode:
+        broken = distributed.on_first(ranks, lambda: verify(folder, distributed.cores(), runlog.track))
+    manifest = Manifest.load(folder)
     result = {
         "source": manifest.source,
         "rows": len(manifest),
         "files": len(manifest.name_ends),
         "bytes": int(manifest.length.sum()),
-        "classes": len(manifest.classes) or len(labels),
-        "images_per_class": [min(labels.values()), max(labels.values())],
-        "kinds": {KINDS[kind]: count for kind, count in sorted(Counter(manifest.kind.tolist()).items())},
-        "short_side_pixels": _quantiles(np.minimum(manifest.height, manifest.width)),
-        "long_side_pixels": _quantiles(np.maximum(manifest.height, manifest.width)),
-        "kilopixels": _quantiles(pixels // 1000),
-        "kilobytes": _quantiles(manifest.length // 1000),
+        **_classes(manifest),
+        "kinds": {KINDS[kind]: count for kind, count in enumerate(np.bincount(manifest.kind).tolist()) if count},
+        "histograms": {
+            "short_side_pixels": histogram(np.minimum(manifest.height, manifest.width)),
+            "long_side_pixels": histogram(np.maximum(manifest.height, manifest.width)),
+            "file_bytes": histogram(manifest.length),
+        },
         "content": manifest.content,
         "skipped": manifest.skipped,
         "quarantined": manifest.quarantined,
+        "quarantined_reasons": dict(Counter(_kind_of(reason) for _, reason in manifest.quarantined).most_common()),
         "verified": broken,
+        "manifest": str(folder),
     }
     if ranks.first:
         _show(result)
-    if broken:
-        place, reason = broken[0]
-        raise UserError(f"{manifest.source}: {len(broken)} images cannot be decoded, the first: {place}: {reason}")
     return result
 
 
-def _quantiles(values: np.ndarray) -> list[int]:
-    """Least, 5%, median, 95% and largest."""
-    return [int(v) for v in np.quantile(values, (0, 0.05, 0.5, 0.95, 1), method="nearest")]
+def _classes(manifest: Manifest) -> dict:
+    """How many classes, and the images of each: by class where images have many, else least and most."""
+    if manifest.label.ndim == 2:
+        present, ignored = ((manifest.label == value).sum(0).tolist() for value in (1, -1))
+        by_class = {
+            name: {"present": p, "ignored": i} for name, p, i in zip(manifest.classes, present, ignored, strict=True)
+        }
+        return {"classes": len(manifest.classes), "multi_label": by_class}
+    counts = np.unique(manifest.label, return_counts=True)[1]
+    return {"classes": len(manifest.classes) or len(counts), "images_per_class": [int(counts.min()), int(counts.max())]}
 
 
-def _verify(manifest: Manifest) -> list[list[str]]:
-    """[place, reason] of every row that cannot be read and decoded in full."""
-    storage, broken = FileStorage(manifest), []
+def histogram(values: NDArray) -> dict[str, list[int]]:
+    """Counts between edges half an octave apart: bin i holds edges[i] <= value < edges[i + 1]; and the spread.
 
-    def look(row: int, buffer) -> str:
-        try:
-            if isinstance(buffer, BadImage):
-                raise buffer
-            image = decode_upright(buffer)
-        except BadImage as error:
-            return str(error)
-        want = int(manifest.width[row]), int(manifest.height[row])
-        return "" if image.size == want else f"is {image.size[0]}x{image.size[1]}, indexed as {want[0]}x{want[1]}"
+    values  positive integers [n]. `spread` is the least, 5%, median, 95% and largest.
+    """
+    first, last = (int(np.floor(2 * np.log2(v))) for v in (values.min(), values.max()))
+    edges = np.unique(np.round(2 ** (np.arange(first - 1, last + 3) / 2)).astype(np.int64))
+    counts = np.histogram(values, edges)[0]
+    used = np.flatnonzero(counts)
+    some = slice(used[0], used[-1] + 1)
+    return {
+        "edges": edges[some.start : some.stop + 1].tolist(),
+        "counts": counts[some].tolist(),
+        "spread": np.quantile(values, (0, 0.05, 0.5, 0.95, 1), method="nearest").tolist(),
+    }
 
-    blocks = [np.arange(at, min(at + _BLOCK, len(manifest))) for at in range(0, len(manifest), _BLOCK)]
-    with ThreadPoolExecutor(distributed.cores()) as pool:
-        for rows in runlog.track(blocks, len(blocks), f"decoding {manifest.source}, blocks of {_BLOCK}"):
-            for row, reason in zip(rows.tolist(), pool.map(look, rows.tolist(), storage.read(rows)), strict=True):
-                if reason:
-                    broken.append([manifest.name(row), reason])
-    storage.close()
-    return broken
+
+def _kind_of(reason: str) -> str:
+    """A reason without the figures of one image."""
+    return re.sub(r"\b(0x[0-9a-f]+|\d+(x\d+)?)\b", "N", reason)
 
 
 def _show(r: dict) -> None:
-    spread = "{} .. {} .. {} .. {} .. {}"
-    least, most = r["images_per_class"]
     rows = [
         ("images", f"{r['rows']:,} in {r['files']:,} files, {r['bytes'] / 1e9:.3f} GB"),
-        ("classes", f"{r['classes']:,} of {least:,} to {most:,} images"),
+        *_class_rows(r),
         ("kinds", ", ".join(f"{count:,} {kind}" for kind, count in r["kinds"].items())),
-        ("least .. 5% .. median .. 95% .. most", ""),
-        ("short side, pixels", spread.format(*r["short_side_pixels"])),
-        ("long side, pixels", spread.format(*r["long_side_pixels"])),
-        ("area, 1000 pixels", spread.format(*r["kilopixels"])),
-        ("size, 1000 bytes", spread.format(*r["kilobytes"])),
         ("content", r["content"]),
         ("passed over", ", ".join(f"{count:,} {kind}" for kind, count in r["skipped"].items()) or "nothing"),
         ("quarantined", f"{len(r['quarantined']):,}"),
-        *((place, reason) for place, reason in r["quarantined"][:10]),
     ]
     if r["verified"] is not None:
-        rows.append(("verified by decoding", f"{len(r['verified']):,} cannot be decoded"))
-        rows += [(place, reason) for place, reason in r["verified"][:10]]
+        rows.append(("  of them by decoding", f"{len(r['verified']):,}"))
+    rows += [(f"  {count:,}", reason) for reason, count in r["quarantined_reasons"].items()]
+    if r["quarantined"]:
+        newest = r["verified"] or r["quarantined"]
+        rows += [("", f"{place}: {reason}") for place, reason in newest[:_SHOWN]]
+        rows.append(("  all of them", f"{r['manifest']}/meta.json"))
     runlog.table(r["source"], rows)
+    for name, bins in r["histograms"].items():
+        runlog.table(name.replace("_", " "), _bars(bins))
+
+
+def _class_rows(r: dict) -> list[tuple[str, str]]:
+    if "multi_label" not in r:
+        least, most = r["images_per_class"]
+        return [("classes", f"{r['classes']:,} of {least:,} to {most:,} images")]
+    by_class = r["multi_label"].items()
+    lines = [f"{name} {n['present']:,}" + (f" ({n['ignored']:,})" if n["ignored"] else "") for name, n in by_class]
+    return [("classes", f"{r['classes']}, many an image"), ("images present (ignored)", ", ".join(lines))]
+
+
+def _bars(h: dict) -> list[tuple[str, str]]:
+    most = max(h["counts"])
+    wide = len(f"{most:,}")
+    bins = zip(h["edges"], h["edges"][1:], h["counts"], strict=False)
+    least, low, median, high, last = (f"{value:,}" for value in h["spread"])
+    return [
+        *((f"{a:,} to {b - 1:,}", f"{n:>{wide},} " + "\u2588" * (-(-_BAR * n // most))) for a, b, n in bins),
+        ("median", f"{median} (5% {low}, 95% {high}, {least} to {last})"),
+    ]

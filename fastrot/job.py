@@ -83,13 +83,17 @@ def plan_of(config: Config, manifest: Manifest) -> Plan:
     )
 
 
-def open_manifest(source: str | None, config: Config, ranks: Ranks, key: str) -> Manifest:
-    """Index a source on rank 0 and map the result on every rank."""
+def manifest_folder(source: str | None, config: Config, ranks: Ranks, key: str) -> Path:
+    """Index a source on rank 0; the folder of its manifest in the cache."""
     if source is None:
         raise UserError(f"{key} is not set; name an image folder, as in {key}=/path, or list:FILE")
     cache = distributed.cache_folder() / "manifests"
-    folder = distributed.on_first(ranks, lambda: index(source, cache, config.data.max_pixels, runlog.track))
-    return Manifest.load(folder)
+    return distributed.on_first(ranks, lambda: index(source, cache, config.data.max_pixels, runlog.track))
+
+
+def open_manifest(source: str | None, config: Config, ranks: Ranks, key: str) -> Manifest:
+    """Index a source on rank 0 and map the result on every rank."""
+    return Manifest.load(manifest_folder(source, config, ranks, key))
 
 
 def describe(manifest: Manifest, say) -> None:

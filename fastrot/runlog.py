@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastrot.checkpoint import write_text
 
@@ -62,15 +62,18 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
-def track(items: Iterable[T], total: int, title: str) -> Iterator[T]:
-    """The items, with a progress bar on a terminal and a line every ten seconds elsewhere."""
+def track(items: Iterable[T], total: int, title: str, note: Callable[[], str] = str) -> Iterator[T]:
+    """The items, with a progress bar on a terminal and a line every ten seconds elsewhere.
+
+    note  a word on the state of things, asked for when it is shown.
+    """
     out = console()
     if out.is_terminal:
         with _bar(out) as bar:
             task = bar.add_task(escape(title), total=total, note="")
             for item in items:
                 yield item
-                bar.advance(task)
+                bar.update(task, advance=1, note=note())
         return
     start = said = time.monotonic()
     for done, item in enumerate(items, 1):
@@ -79,7 +82,7 @@ def track(items: Iterable[T], total: int, title: str) -> Iterator[T]:
         if now - said > _QUIET_S:
             said = now
             left = (now - start) / done * (total - done)
-            out.print(f"{title}: {done:,} of {total:,}, {duration(left)} left", soft_wrap=True, markup=False)
+            out.print(f"{title}: {done:,} of {total:,}, {duration(left)} left  {note()}".rstrip(), soft_wrap=True, markup=False)
 
 
 def environment(ranks_line: str) -> dict:
@@ -217,7 +220,7 @@ def _line(values: dict, total: int) -> str:
 
 def table(title: str, rows: list[tuple[str, str]]) -> None:
     """A short two-column table on standard error."""
-    grid = Table(title=title, show_header=False, title_justify="left")
+    grid = Table("", Column(overflow="fold"), title=title, show_header=False, title_justify="left")
     for name, value in rows:
         grid.add_row(escape(name), escape(value))
     console().print(grid)

@@ -36,6 +36,24 @@ def write_folder(root: Path, classes: int = 3, per_class: int = 4, side: int = 4
     return root
 
 
+def runnable_decoders() -> list[str]:
+    """Names of the decoders that can run on this machine's CPU: tests' parameters."""
+    import torch
+
+    from fastrot.data.decode import DECODERS, make_decoder
+    from fastrot.errors import UserError
+
+    names = []
+    for name in DECODERS:
+        try:
+            make_decoder(name, "cpu", torch.device("cpu"), 1, 1, 1)[0].close()
+        except UserError as missing:
+            print(f"not tested here: {missing}")
+        else:
+            names.append(name)
+    return names
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """Manifests of tests go to a folder of their own; compiled operators stay in the user's cache."""

@@ -266,23 +266,6 @@ def test_the_stream_is_one_for_any_ranks_decoder_and_start(images, fastrot):
     assert fastrot(*words, "--steps", 0).code == 2
 
 
-def test_index_describes_a_source_and_verifies_it(tmp_path, fastrot):
-    source = write_folder(tmp_path / "d", classes=2, per_class=3)
-    (source / "class0/note.txt").write_text("x")
-    (source / "class1/broken.jpg").write_text("x")
-    done = fastrot("index", f"data.train={source}", "--json", "--verify")
-    assert (done.json["rows"], done.json["classes"], done.json["kinds"]) == (6, 2, {"JPEG": 6})
-    assert done.json["skipped"] == {"other extension": 1} and done.json["verified"] == []
-    assert [place for place, _ in done.json["quarantined"]] == [str(source / "class1/broken.jpg")]
-    assert done.json["short_side_pixels"][0] == 48
-    path = source / "class0/1.jpg"
-    data, stat = path.read_bytes(), path.stat()
-    path.write_bytes(data[:300] + bytes(len(data) - 302) + data[-2:])  # same size and time, other pixels
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    damaged = fastrot("index", f"data.train={source}", "--verify")
-    assert damaged.code == 2 and "1 images cannot be decoded, the first: " + str(path) in damaged.err
-
-
 def test_dry_run_tells_what_a_run_would_be_and_writes_nothing(images, tmp_path, fastrot):
     done = fastrot("train", *PLAIN, *over(images, tmp_path / "r"), "--dry-run", "--json")
     assert (done.json["steps"], done.json["views_per_step"], done.json["batch_norm_views"]) == (6, 24, 24)

@@ -15,7 +15,8 @@ from fastrot.errors import BadImage, Fault
 # Ours to enforce, from the header, before a pixel is allocated.
 Image.MAX_IMAGE_PIXELS = None
 
-KINDS = ("other", "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# RAW: pixels, uint8 [height, width, 3], that need no decoding; their source says which rows are so
+KINDS = ("other", "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "RAW")
 _ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -28,7 +28,7 @@ class MicroBatch:
     """What one rank trains on at once.
 
     pixels uint8 [n, S, S, 3] upright crops; flips uint8 [n]; turns uint8 [n, V].
-    sample the plan's side of it, replaced images included; labels int64 [n] of the manifest.
+    sample the plan's side of it, replaced images included; labels of the manifest, int64 [n] or int8 [n, 20].
     views_of_step  views of the whole step over all ranks: what a sum of losses is divided by.
     """
 
@@ -36,7 +36,7 @@ class MicroBatch:
     flips: torch.Tensor
     turns: torch.Tensor
     sample: Sample
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int64] | NDArray[np.int8]
     views_of_step: int
 
     def to(self, device: torch.device) -> "MicroBatch":

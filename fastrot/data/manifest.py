@@ -4,39 +4,32 @@ On disk a manifest is a folder: `<column>.npy` for each column, `names.npy` (uin
 end), `name_ends.npy` (int64), `meta.json` (hashes, classes, what was left out). Nothing is pickled.
 """
 
-import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrot.data import parts
 from fastrot.data.faults import KINDS, decode_upright, kind_of, open_image, orientation_of
-from fastrot.data.sources import Listing, open_source
+from fastrot.data.sources import open_source, shards_of
 from fastrot.errors import BadImage, UserError
 
-_FORMAT = 2
-_HEAD = 4096  # bytes of an image that enter the content hash
+_FORMAT = 3
+HEAD = 4096  # bytes of an image that enter the content hash
 _TAIL = 1024  # a JPEG's end marker is looked for in its last bytes
-_MANY = 4096  # files above which processes beat threads
-_COLUMNS = {
-    "file": np.int32,
-    "offset": np.int64,
-    "length": np.int64,
-    "height": np.int32,
-    "width": np.int32,
-    "label": np.int64,
-    "kind": np.uint8,
-}
+_STATS = 4096  # files a thread asks the file system about at once
+COLUMNS = ("file", "offset", "length", "height", "width", "label", "kind")
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,8 @@ class Manifest:
     """The rows of one data set.
 
     file int32 [N] into `paths`; offset, length int64 [N], bytes; height, width int32 [N], upright
-    (after EXIF); label int64 [N]; kind uint8 [N] into faults.KINDS.
+    (after EXIF); label int64 [N], or int8 [N, 20] where an image has many: 1 present, 0 absent, -1
+    ignored; kind uint8 [N] into faults.KINDS.
     content      hash of what the images are: what a resume checks.
     storage      hash of paths, sizes and times: what the cache checks.
     quarantined  [path, reason] of files that are no sound images.
@@ -55,7 +49,7 @@ class Manifest:
     length: NDArray[np.int64]
     height: NDArray[np.int32]
     width: NDArray[np.int32]
-    label: NDArray[np.int64]
+    label: NDArray[np.int64] | NDArray[np.int8]
     kind: NDArray[np.uint8]
     names: NDArray[np.uint8]
     name_ends: NDArray[np.int64]
@@ -84,7 +78,7 @@ class Manifest:
         scratch = folder.with_name(f".{folder.name}-{os.getpid()}")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        for name in (*_COLUMNS, "names", "name_ends"):
+        for name in (*COLUMNS, "names", "name_ends"):
             np.save(scratch / f"{name}.npy", getattr(self, name), allow_pickle=False)
         meta = {name: getattr(self, name) for name in _META} | {"format": _FORMAT}
         (scratch / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -98,7 +92,7 @@ class Manifest:
             meta = json.loads((folder / "meta.json").read_text())
             arrays = {
                 name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in (*_COLUMNS, "names", "name_ends")
+                for name in (*COLUMNS, "names", "name_ends")
             }
             return cls(**arrays, **{name: meta[name] for name in _META})
         except (OSError, ValueError, KeyError) as error:
@@ -121,47 +115,100 @@ def index(source: str, cache: Path, max_pixels: int, track: Callable) -> Path:
     track  track(iterable, total, title) -> iterable: shows progress.
     Raises UserError where the source is missing, holds no sound image, or the cache is unwritable.
     """
-    listing = open_source(source)
-    storage, lengths = _storage_hash(listing, max_pixels)
-    key = hashlib.sha256(f"{_FORMAT} {os.path.abspath(source)} {max_pixels}".encode()).hexdigest()[:24]
+    files = shards_of(source)  # a few; else the listing alone knows all that may change
+    listing = None if files else open_source(source, track)
+    columns = (listing.file, listing.offset, listing.length, listing.labels) if listing else ()
+    storage, sizes = _storage_hash(files or listing.files, columns, max_pixels)
+    key = hashlib.sha256(b"%d %b %d" % (_FORMAT, os.fsencode(os.path.abspath(source)), max_pixels)).hexdigest()[:24]
     cached = cache / key
+    if _holds(cached, storage):
+        return cached
+    listing = listing or open_source(source, track)
     try:
-        if Manifest.load(cached).storage == storage:
-            return cached
-    except UserError:
-        pass  # not there, or damaged: made anew
-    manifest = _scan_all(source, listing, lengths, storage, max_pixels, track)
-    try:
-        manifest.save(cached)
+        with _alone(cache / f"{key}.lock", track, f"waiting for another process that indexes {source}"):
+            if not _holds(cached, storage):  # else another run indexed the same source meanwhile
+                unfinished = cache / f"{key}.parts"
+                for other in set(unfinished.glob("*")) - {unfinished / storage}:
+                    shutil.rmtree(other)  # of the source as it was
+                _scan_all(source, listing, sizes, storage, max_pixels, unfinished / storage, track).save(cached)
+                shutil.rmtree(unfinished)
     except OSError as error:
-        if error.errno == errno.ENOTEMPTY:  # another run indexed the same source meanwhile
-            return cached
         raise UserError(
             f"{cached}: cannot be written ({error.strerror}); set FASTROT_CACHE to a folder that can"
         ) from None
     return cached
 
 
-def _storage_hash(listing: Listing, max_pixels: int) -> tuple[str, NDArray[np.int64]]:
-    """Hash of paths, sizes, times and extents; and each row's length, int64 [n] (-1: gone)."""
+def _holds(folder: Path, storage: str) -> bool:
+    """Whether a sound manifest of this storage lies there."""
+    try:
+        return Manifest.load(folder).storage == storage
+    except UserError:
+        return False  # not there, or damaged: made anew
+
+
+@contextmanager
+def _alone(lock: Path, track: Callable, title: str) -> Iterator[None]:
+    """Wait, and say so, until no other process holds this lock; then hold it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            for _ in track([file], 1, title):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _storage_hash(files: list[bytes], columns: tuple[NDArray, ...], max_pixels: int) -> tuple[str, NDArray[np.int64]]:
+    """Hash of paths, sizes, times and what a listing says of them; and the sizes, int64 [n] (-1: gone)."""
     sha = hashlib.sha256(f"{_FORMAT} {max_pixels}".encode())
-    sizes = np.full(len(listing.files), -1, np.int64)
-    for at, path in enumerate(listing.files):
+    blocks = [files[at : at + _STATS] for at in range(0, len(files), _STATS)]
+    with ThreadPoolExecutor() as pool:  # a network's file system answers many at once
+        stats = list(pool.map(_stats, blocks))
+    for block, stat in zip(blocks, stats, strict=True):
+        sha.update(b"\0".join(block) + stat.tobytes())
+    for column in columns:
+        sha.update(np.ascontiguousarray(column).tobytes())
+    return sha.hexdigest(), np.concatenate(stats)[:, 0]
+
+
+def _stats(paths: list[bytes]) -> NDArray[np.int64]:
+    """Size and modification time in ns of each file, int64 [n, 2]; -1 where it is gone."""
+    found = np.full((len(paths), 2), -1, np.int64)
+    for at, path in enumerate(paths):
         try:
             stat = os.stat(path)
         except OSError:
             continue
-        sizes[at] = stat.st_size
-        sha.update(path + b"\0%d %d\n" % (stat.st_size, stat.st_mtime_ns))
-    for column in (listing.file, listing.offset, listing.length, listing.labels):
-        sha.update(np.ascontiguousarray(column).tobytes())
-    return sha.hexdigest(), np.where(listing.length < 0, sizes[listing.file], listing.length)
+        found[at] = stat.st_size, stat.st_mtime_ns
+    return found
 
 
-def scan_file(path: bytes, offset: int, length: int, max_pixels: int) -> tuple[int, int, int, bytes] | str:
+def content_hash(height: NDArray, width: NDArray, label: NDArray, length: NDArray, head: NDArray[np.uint8]) -> str:
+    """sha256 over the rows' bytes in order: what the images are, wherever they lie.
+
+    A row's bytes: height, width, label, length as <i8, then `head`, the sha256 of the image's first
+    4 KiB. With many labels an image, its label is i1 [20] instead.
+    """
+    sha = hashlib.sha256()
+    for first in range(0, len(height), 1 << 16):
+        some = slice(first, first + (1 << 16))
+        numbers = (height, width, label, length)
+        kinds = ("<i8", "<i8", "<i8" if label.ndim == 1 else "i1", "<i8")
+        columns = [np.ascontiguousarray(a[some].astype(k)) for a, k in zip(numbers, kinds, strict=True)]
+        columns = [column.view(np.uint8).reshape(len(column), -1) for column in (*columns, head[some])]
+        sha.update(np.concatenate(columns, axis=1).tobytes())
+    return sha.hexdigest()
+
+
+def scan_file(
+    path: bytes, offset: int, length: int, raw_shape: tuple[int, int], max_pixels: int
+) -> tuple[int, int, int, bytes] | str:
     """(upright height, width, kind, sha256 of the first 4 KiB), or why it is no sound image.
 
     offset, length  where the image lies in the file; length -1 = the whole file.
+    raw_shape       height and width where these bytes are pixels, else (0, 0).
     """
     try:
         with open(path, "rb") as shard:
@@ -171,14 +218,16 @@ def scan_file(path: bytes, offset: int, length: int, max_pixels: int) -> tuple[i
                 file = io.BytesIO(shard.read(length))
                 if len(file.getvalue()) < length:
                     return "its shard ends before it does"
-            head = file.read(_HEAD)
+            head = file.read(HEAD)
             if not head:
                 return "empty file"
             file.seek(0)
-            image = open_image(file)
-            width, height = image.size
+            image = None if any(raw_shape) else open_image(file)
+            width, height = image.size if image else raw_shape[::-1]
             if width * height > max_pixels:
                 return f"{width}x{height} is above data.max_pixels {max_pixels}"
+            if image is None:
+                return height, width, KINDS.index("RAW"), hashlib.sha256(head).digest()
             if orientation_of(image) >= 5:
                 width, height = height, width
             kind = kind_of(head)
@@ -196,46 +245,38 @@ def scan_file(path: bytes, offset: int, length: int, max_pixels: int) -> tuple[i
     return height, width, KINDS.index(kind), hashlib.sha256(head).digest()
 
 
-def _scan_all(source, listing, lengths, storage, max_pixels, track) -> Manifest:
+def _scan_all(source, listing, sizes, storage, max_pixels, unfinished, track) -> Manifest:
+    def words_of(first: int, last: int):
+        paths = [listing.files[at] for at in listing.file[first:last].tolist()]
+        columns = (listing.offset, listing.length, raw_shape)
+        return zip(paths, *(column[first:last].tolist() for column in columns), strict=True)
+
     n = len(listing.file)
-    paths = [listing.files[at] for at in listing.file.tolist()]
-    workers = len(os.sched_getaffinity(0))
-    pool = ProcessPoolExecutor(workers, get_context("forkserver")) if n > _MANY else ThreadPoolExecutor(workers)
-    with pool:
-        chunk = max(1, min(256, n // (workers * 4)))
-        found = pool.map(
-            partial(scan_file, max_pixels=max_pixels),
-            paths,
-            listing.offset.tolist(),
-            listing.length.tolist(),
-            chunksize=chunk,
-        )
-        scans = list(track(found, n, f"indexing {source}"))
-    good = [row for row, scan in enumerate(scans) if not isinstance(scan, str)]
+    raw_shape = np.zeros((n, 2), np.int32) if listing.raw_shape is None else listing.raw_shape
+    look = partial(scan_file, max_pixels=max_pixels)
+    found = parts.look_at(n, words_of, look, unfinished, track, f"indexing {source}")
     bad = [
-        [place(paths[row], int(listing.offset[row])), scan] for row, scan in enumerate(scans) if isinstance(scan, str)
+        [place(listing.files[listing.file[row]], int(listing.offset[row])), reason]
+        for row, reason in found.reason.items()
     ]
-    if not good:
+    if len(bad) == n:
         raise UserError(f"{source}: none of its {n} files is a sound image; the first: {bad[0][0]}: {bad[0][1]}")
-    heights, widths, kinds = (np.array([scans[row][i] for row in good], np.int32) for i in range(3))
-    labels, lengths = listing.labels[good], lengths[good]
-    numbers = np.stack([heights, widths, labels, lengths], axis=1).astype("<i8")
-    content = hashlib.sha256()
-    for row, line in zip(good, numbers, strict=True):
-        content.update(line.tobytes() + scans[row][3])
+    good = found.sound
+    lengths = np.where(listing.length < 0, sizes[listing.file], listing.length)
+    height, width, label, length = found.height[good], found.width[good], listing.labels[good], lengths[good]
     return Manifest(
         file=listing.file[good].astype(np.int32),
         offset=listing.offset[good],
-        length=lengths,
-        height=heights,
-        width=widths,
-        label=labels,
-        kind=kinds.astype(np.uint8),
+        length=length,
+        height=height,
+        width=width,
+        label=label,
+        kind=found.kind[good],
         names=np.frombuffer(b"".join(listing.files), np.uint8),
         name_ends=np.cumsum([len(name) for name in listing.files]),
         source=source,
         classes=listing.classes,
-        content=content.hexdigest(),
+        content=content_hash(height, width, label, length, found.head[good]),
         storage=storage,
         skipped=dict(listing.skipped),
         quarantined=listing.faults + bad,

@@ -1,14 +1,17 @@
 """Reading image bytes: positioned reads, many at once, never mapped."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrot.data.faults import KINDS
 from fastrot.data.manifest import Manifest
 from fastrot.errors import BadImage
 
+_RAW = KINDS.index("RAW")
 _READERS = 8  # concurrent reads a rank: enough to keep an SSD's queue filled
 
 
@@ -20,42 +23,82 @@ class FileStorage:
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
 
     def read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8] | BadImage]:
-        """The bytes of these rows, uint8 [length] each, in order."""
-        return list(self._pool.map(self._read_one, rows.tolist()))
+        """The bytes of these rows, in order: uint8 [length] each, or [height, width, 3] where they are pixels."""
+        found: list = [None] * len(rows)
+        for task in self._dealt(rows, partial(self._read_some, found=found)):
+            task.result()
+        return found
 
     def advise(self, rows: NDArray[np.int64]) -> None:
         """Tell the kernel that these rows are wanted soon; returns at once."""
-        for row in rows.tolist():
-            self._pool.submit(self._advise_one, row)
+        self._dealt(rows, self._advise_some)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read_one(self, row: int) -> NDArray[np.uint8] | BadImage:
-        want, offset = int(self._manifest.length[row]), int(self._manifest.offset[row])
+    def _dealt(self, rows: NDArray[np.int64], work) -> list[Future]:
+        """work([(place in rows, row, file, offset, length)]) in every reader, neighbours of a file together."""
+        m = self._manifest
+        file = m.file[rows]
+        order = np.argsort(file, kind="stable")
+        columns = (order, rows[order], file[order], m.offset[rows][order], m.length[rows][order])
+        wanted = list(zip(*(column.tolist() for column in columns), strict=True))
+        share = -(-len(wanted) // _READERS)
+        return [self._pool.submit(work, wanted[at : at + share]) for at in range(0, len(wanted), share or 1)]
+
+    def _read_some(self, wanted: list[tuple[int, ...]], found: list) -> None:
+        with _OpenFile(self._manifest) as file:
+            for at, row, number, offset, length in wanted:
+                found[at] = self._read_one(file, row, number, offset, length)
+
+    def _read_one(self, file: "_OpenFile", row: int, number: int, offset: int, want: int):
         try:
-            file = os.open(self._manifest.path(row), os.O_RDONLY)
+            handle, size = file.of(number, row)
         except OSError as error:
             return BadImage(f"cannot be opened ({error.strerror})")
+        if size < offset + want or (size != want and not offset):  # a shard's images have an offset
+            return BadImage(f"changed: {size} bytes, {offset + want} when indexed")
+        buffer = np.empty(want, np.uint8)
         try:
-            size = os.fstat(file).st_size
-            if size < offset + want or (size != want and not offset):  # a shard's images have an offset
-                return BadImage(f"changed: {size} bytes, {offset + want} when indexed")
-            buffer = np.empty(want, np.uint8)
-            got = os.preadv(file, [buffer], offset)
+            got = os.preadv(handle, [buffer], offset)
         except OSError as error:
             return BadImage(f"cannot be read ({error.strerror})")
-        finally:
-            os.close(file)
-        return buffer if got == want else BadImage(f"ended after {got} of {want} bytes")
+        if got != want:
+            return BadImage(f"ended after {got} of {want} bytes")
+        if self._manifest.kind[row] == _RAW:
+            return buffer.reshape(int(self._manifest.height[row]), int(self._manifest.width[row]), 3)
+        return buffer
 
-    def _advise_one(self, row: int) -> None:
-        try:
-            file = os.open(self._manifest.path(row), os.O_RDONLY)
-        except OSError:
-            return  # the read to come will say so
-        try:
-            offset, length = int(self._manifest.offset[row]), int(self._manifest.length[row])
-            os.posix_fadvise(file, offset, length, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(file)
+    def _advise_some(self, wanted: list[tuple[int, ...]]) -> None:
+        with _OpenFile(self._manifest) as file:
+            for _, row, number, offset, length in wanted:
+                try:
+                    os.posix_fadvise(file.of(number, row)[0], offset, length, os.POSIX_FADV_WILLNEED)
+                except OSError:
+                    continue  # the read to come will say so
+
+
+class _OpenFile:
+    """The file a reader is at: a shard is opened once for the neighbours in it."""
+
+    def __init__(self, manifest: Manifest):
+        self._manifest, self._number, self._handle, self._size = manifest, -1, -1, -1
+
+    def __enter__(self) -> "_OpenFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._close()
+
+    def of(self, number: int, row: int) -> tuple[int, int]:
+        """Handle and size of file `number`, which row is in. Raises OSError."""
+        if number != self._number:
+            self._close()
+            self._handle = os.open(self._manifest.path(row), os.O_RDONLY)
+            self._number, self._size = number, os.fstat(self._handle).st_size
+        return self._handle, self._size
+
+    def _close(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+        self._number = self._handle = -1

@@ -1,20 +1,24 @@
-"""Every decoder against Pillow, on every kind of image this half promises."""
+"""What all decoders keep to; every kind of image through each of them: test_faults.py."""
 
+import contextlib
 import io
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import draw
+from conftest import draw, runnable_decoders
 from fastrot.data.augment import central_boxes, crop_windows
 from fastrot.data.decode import make_decoder
 from fastrot.data.faults import decode_upright
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.storage import FileStorage
+from fastrot.errors import BadImage
 
-DECODERS = ("torch", "dali", "turbo", "turbo_fast")
+DECODERS = runnable_decoders()
 CPU = torch.device("cpu")
 
 
@@ -24,65 +28,33 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options) -> np.ndarray:
     return np.frombuffer(out.getvalue(), np.uint8).copy()
 
 
-def oriented(orientation: int, kind: str = "JPEG") -> np.ndarray:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return encoded(draw(60, 90), kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
-
-
 KINDS = {
     "baseline": encoded(draw(61, 83), quality=90),
     "444": encoded(draw(61, 83), quality=90, subsampling=0),
-    "422": encoded(draw(61, 83), quality=90, subsampling=1),
     "progressive": encoded(draw(61, 83), quality=90, progressive=True),
     "gray": encoded(draw(61, 83).convert("L"), quality=90),
-    "cmyk": encoded(draw(61, 83).convert("CMYK"), quality=95),
-    "trailing bytes": np.concatenate([encoded(draw(61, 83), quality=90), np.arange(99, dtype=np.uint8)]),
-    "restart markers": encoded(draw(61, 83), quality=90, restart_marker_blocks=2),
     "png": encoded(draw(61, 83), "PNG"),
-    "png palette": encoded(draw(61, 83).quantize(64), "PNG"),
-    "png alpha": encoded(draw(61, 83).convert("RGBA"), "PNG"),
-    "png gray": encoded(draw(61, 83).convert("L"), "PNG"),
-    "webp": encoded(draw(61, 83), "WEBP", lossless=True),
-    "bmp": encoded(draw(61, 83), "BMP"),
     "gif": encoded(draw(61, 83).quantize(64), "GIF"),
-    "tiff": encoded(draw(61, 83), "TIFF"),
-    "1x1": encoded(draw(1, 1)),
-    "thin": encoded(draw(2, 700), quality=95),
-    **{f"orientation {o}": oriented(o) for o in range(1, 9)},
-    **{f"{kind} orientation {o}": oriented(o, kind) for kind in ("PNG", "WEBP", "TIFF") for o in (3, 6)},
 }
+
+
+def made(name):
+    if name == "ffcv":
+        pytest.importorskip("fastrot.data.decode.ffcv", reason="FFCV is not installed", exc_type=ImportError)
+    decoder, _ = make_decoder(name, "cpu", CPU, 2, 64, 2)
+    return decoder
 
 
 @pytest.fixture(scope="module", params=DECODERS)
 def decoder(request):
-    made, _ = make_decoder(request.param, "cpu", CPU, 2, 64, 2)
-    yield made
-    made.close()
+    decoder = made(request.param)
+    yield decoder
+    decoder.close()
 
 
 def run(decoder, buffers, windows, size):
     decoder.submit(list(buffers), np.asarray(windows), size)
     return decoder.result()
-
-
-def pillow(buffer, window, size) -> np.ndarray:
-    top, left, height, width = window
-    image = decode_upright(buffer)
-    return np.asarray(
-        image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR), float
-    )
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_shows_pillows_pixels(decoder, kind):
-    buffer = KINDS[kind]
-    width, height = decode_upright(buffer).size
-    window = (height // 8, width // 4, max(1, height // 2), max(1, width // 2))
-    pixels, bad = run(decoder, [buffer], np.array([window], np.int32), 32)
-    assert not bad
-    assert pixels.dtype == torch.uint8 and pixels.shape == (1, 32, 32, 3)
-    assert np.abs(pixels[0].numpy().astype(float) - pillow(buffer, window, 32)).mean() < 2
 
 
 def test_a_batch_keeps_its_order_and_its_good_images(decoder):
@@ -121,8 +93,8 @@ def test_an_image_of_another_size_than_indexed_is_bad_not_shifted(decoder):
     assert list(bad) == [0]
 
 
-# Levels of 255 from the torch decoder: (mean over an image, share of images equal bit for bit).
-AGREEMENT = {"dali": (2, 0), "turbo": (0.5, 0.95), "turbo_fast": (5, 0.9)}
+# Levels of 255 from the torch decoder: (mean over the worst image, mean over all, share of images equal bit for bit).
+AGREEMENT = {"dali": (2, 0.25, 0), "ffcv": (8, 1.9, 0), "turbo": (0.5, 0.5, 0.95), "turbo_fast": (5, 5, 0.9)}
 
 
 @pytest.mark.parametrize("name", AGREEMENT)
@@ -134,8 +106,7 @@ def test_decoders_agree_on_real_photographs(name, shared_data, tmp_path):
     windows = crop_windows(0, rows, np.zeros(len(rows), np.int64), manifest.height[rows], manifest.width[rows])
     buffers = FileStorage(manifest).read(rows)
     results = []
-    for each in ("torch", name):
-        decoder, _ = make_decoder(each, "cpu", CPU, 2, 64, 2)
+    for decoder in (made("torch"), made(name)):
         parts = [run(decoder, buffers[a : a + 64], windows[a : a + 64], 224) for a in range(0, len(rows), 64)]
         decoder.close()
         assert not any(bad for _, bad in parts)
@@ -146,5 +117,40 @@ def test_decoders_agree_on_real_photographs(name, shared_data, tmp_path):
         f"{name} against torch on {len(rows)} images: mean {difference.mean():.3f}, worst image "
         f"{difference.max():.3f}, {equal:.1%} equal bit for bit"
     )
-    most, least_equal = AGREEMENT[name]
-    assert difference.max() < most and equal >= least_equal
+    worst, mean, least_equal = AGREEMENT[name]
+    assert difference.max() < worst and difference.mean() < mean and equal >= least_equal
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    {
+        "empty": lambda b: b[:0],
+        "garbage": lambda b: np.frombuffer(b"\xff\xd8\xff" + bytes(range(256)) * 9, np.uint8).copy(),
+        "two bytes": lambda b: b[:2],
+        "header only": lambda b: b[: bytes(b).index(b"\xff\xda")],
+        "header and scan header": lambda b: b[: bytes(b).index(b"\xff\xda") + 12],
+        "cut at half": lambda b: b[: len(b) // 2],
+        "cut at 99%": lambda b: b[: len(b) * 99 // 100],
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_a_damaged_jpeg_is_bad_and_the_next_one_good(decoder, spoil):
+    good = encoded(draw(120, 160), quality=90)
+    window = np.array([(60, 80, 60, 80)], np.int32)  # below every cut
+    _, bad = run(decoder, [spoil[1](good)], window, 32)
+    assert list(bad) == [0] and bad[0]
+    assert not run(decoder, [good], window, 32)[1]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_no_bytes_crash_ffcv(data):
+    """Each is an image or a BadImage, whatever a JPEG's bytes turn into."""
+    decoder = made("ffcv")
+    whole = KINDS[data.draw(st.sampled_from(["baseline", "progressive", "gray", "444"]))].copy()
+    for at in data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=5)):
+        whole[at] = data.draw(st.integers(0, 255))
+    part = whole[: data.draw(st.integers(0, len(whole)))] if data.draw(st.booleans()) else whole
+    with contextlib.suppress(BadImage):
+        assert decoder.one(part, np.array([[0, 0, 9, 9]], np.int32), 16).shape == (16, 16, 3)
+    decoder.close()

@@ -1,8 +1,11 @@
 """What becomes a row, what is left out and told, and what the hashes notice."""
 
+import errno
+import hashlib
 import io
 import os
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from PIL import Image
 from conftest import draw, write_folder
 from fastrot.data.faults import decode_upright
 from fastrot.data.manifest import Manifest, index, scan_file
-from fastrot.errors import UserError
+from fastrot.data.storage import FileStorage
+from fastrot.errors import BadImage, UserError
 
 
 def build(source, cache, max_pixels=10**8):
@@ -45,6 +49,63 @@ def test_rows_are_classes_by_name_then_files_by_path_as_bytes(tmp_path):
     assert manifest.skipped["other extension"] == 1
     assert manifest.skipped["outside a class folder"] == 1
     assert manifest.skipped["empty class folder"] == 1
+
+
+def test_names_of_any_bytes_folders_named_as_images_and_links_are_read(tmp_path):
+    root = os.fsencode(tmp_path / "d")
+    names = [b"with space.jpg", b"qu\"ote's.jpg", b"new\nline.jpg", b"not-utf8-\xff\xfe.JPEG", b"folder.jpg/inside.jpg"]
+    for name in names:
+        os.makedirs(os.path.dirname(os.path.join(root, b"c\xff", name)), exist_ok=True)
+        with open(os.path.join(root, b"c\xff", name), "wb") as file:
+            file.write(jpeg(draw(20, 30)))
+    os.symlink(os.path.join(root, b"c\xff", names[0]), os.path.join(root, b"c\xff", b"z-link.jpg"))
+    os.makedirs(tmp_path / "elsewhere")
+    draw(20, 30).save(tmp_path / "elsewhere/one.jpg")
+    os.symlink(tmp_path / "elsewhere", os.path.join(root, b"d"))
+    with open(os.path.join(root, b"c\xff", b"bad-\xff.jpg"), "wb") as file:
+        file.write(b"junk")
+    manifest = build(tmp_path / "d", tmp_path / "cache")
+    found = [os.path.relpath(manifest.path(row), root) for row in range(len(manifest))]
+    assert found == [*sorted(b"c\xff/" + name for name in [*names, b"z-link.jpg"]), b"d/one.jpg"]
+    assert all(isinstance(buffer, np.ndarray) for buffer in FileStorage(manifest).read(np.arange(len(manifest))))
+    ((place, _),) = manifest.quarantined
+    assert place.encode().endswith(b"/bad-\\udcff.jpg")
+
+
+def test_a_folder_that_may_not_be_listed_is_one_line(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "d")
+    scandir = os.scandir
+
+    def refuse(folder):  # root may list anything, so the refusal is made here
+        if os.fsencode(folder).endswith(b"class1"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=f"^{root}: cannot list {root}/class1 \\(Permission denied\\)$"):
+        build(root, tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="^[^\n]*cannot be written[^\n]*; set FASTROT_CACHE to a folder that can$"):
+        build(write_folder(tmp_path / "d"), tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (os.remove, "cannot be opened"),
+        (lambda path: os.truncate(path, 10), "changed: 10 bytes"),
+        (lambda path: os.truncate(path, 10**6), "changed: 1000000 bytes"),
+    ],
+)
+def test_a_file_gone_shrunk_or_grown_after_indexing_is_a_bad_image(tmp_path, change, words):
+    manifest = build(write_folder(tmp_path / "d"), tmp_path / "cache")
+    change(manifest.path(5))
+    good, bad = FileStorage(manifest).read(np.array([4, 5]))
+    assert isinstance(good, np.ndarray)
+    assert isinstance(bad, BadImage) and words in str(bad)
 
 
 def test_sizes_are_those_of_the_upright_image(tmp_path):
@@ -85,7 +146,7 @@ def test_a_decompression_bomb_is_refused_from_its_header(tmp_path):
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = (60000).to_bytes(2, "big") * 2
     (root / "class0/bomb.jpg").write_bytes(data)
-    assert "above data.max_pixels" in scan_file(os.fsencode(root / "class0/bomb.jpg"), 0, -1, 178_000_000)
+    assert "above data.max_pixels" in scan_file(os.fsencode(root / "class0/bomb.jpg"), 0, -1, (0, 0), 178_000_000)
     assert len(build(root, tmp_path / "cache")) == 2
 
 
@@ -106,6 +167,28 @@ def test_content_is_the_images_and_storage_is_where_they_lie(tmp_path):
     assert moved.storage != first.storage
     draw(48, 48, 99).save(tmp_path / "two/class1/2.jpg")
     assert build(tmp_path / "two", tmp_path / "cache").content != first.content
+
+
+def bmp(width: int, height: int, value: int) -> bytes:
+    """A BMP written by hand: the same bytes on every machine."""
+    row = (bytes([value, value + 1, value + 2]) * width).ljust((3 * width + 3) // 4 * 4, b"\0")
+    size = 54 + len(row) * height
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, size - 54, 2835, 2835, 0, 0)
+    return b"BM" + struct.pack("<IHHI", size, 0, 0, 54) + header + row * height
+
+
+def test_the_content_hash_has_its_golden_value(tmp_path):
+    """Every checkpoint holds this hash: it may never change."""
+    for number, (label, width, height) in enumerate((("a", 3, 2), ("a", 5, 7), ("b", 64, 40))):
+        (tmp_path / "d" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / label / f"{number}.bmp").write_bytes(bmp(width, height, 10 * number))
+    manifest = build(tmp_path / "d", tmp_path / "cache")
+    assert manifest.content == "49b955ed32adf27d1b9a9f6eaa681e9ad9577aae3d28d17b8efda975f1db80b0"
+    want = hashlib.sha256()
+    for number, (label, width, height) in enumerate(((0, 3, 2), (0, 5, 7), (1, 64, 40))):
+        data = bmp(width, height, 10 * number)
+        want.update(struct.pack("<4q", height, width, label, len(data)) + hashlib.sha256(data[:4096]).digest())
+    assert manifest.content == want.hexdigest()
 
 
 def test_an_unchanged_source_comes_from_the_cache(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The exact stream: golden values, and the laws that hold for every seed and size."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -107,6 +108,19 @@ def test_stream_hash(case):
         sample = plan.at(step * case["batch"], (step + 1) * case["batch"])
         stream.add(sample, labels[sample.rows])
     assert stream.hexdigest() == case["sha256"]
+
+
+def test_many_labels_an_image_enter_the_hash_as_bytes():
+    labels = np.random.default_rng(0).integers(-1, 2, (50, 20)).astype(np.int8)
+    sample = Plan(3, np.full(50, 40), np.full(50, 60), FullOrder(50, 3)).at(45, 55)
+    stream, want = StreamHash(), hashlib.sha256()
+    stream.add(sample, labels[sample.rows])
+    for row in sample.rows.tolist():
+        want.update(row.to_bytes(8, "little"))
+    want.update(sample.windows.astype("<i4").tobytes() + sample.flips.tobytes() + sample.turns.tobytes())
+    for row in sample.rows.tolist():
+        want.update(bytes(int(label) % 256 for label in labels[row]))
+    assert stream.hexdigest() == want.hexdigest()
 
 
 @given(SEEDS, st.integers(1, 3000), st.integers(0, 99))

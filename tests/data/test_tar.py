@@ -82,6 +82,9 @@ def test_what_is_sound_in_a_damaged_shard_is_read_and_the_rest_listed(tmp_path):
         tar.addfile(link)
         add(tar, "e.jpg", b"no image")
         add(tar, "f.jpg", jpeg(4))
+        sparse = tarfile.TarInfo("g.jpg")
+        sparse.type = tarfile.GNUTYPE_SPARSE
+        tar.addfile(sparse)
     whole = (tmp_path / "a.tar").read_bytes()
     manifest = build(tmp_path / "a.tar", tmp_path / "cache")
     assert len(manifest) == 4  # long name, b, its link c, f
@@ -90,6 +93,7 @@ def test_what_is_sound_in_a_damaged_shard_is_read_and_the_rest_listed(tmp_path):
     assert reasons == [
         "a hard link to nothing before it",
         "a second image of its key",
+        "a sparse member",
         "not an image that Pillow knows",
     ]
 
@@ -109,6 +113,20 @@ def test_a_shard_that_shrinks_after_indexing_is_noticed(tmp_path):
     good, bad = FileStorage(manifest).read(np.array([0, 2]))
     assert good.tobytes() == jpeg(0)
     assert isinstance(bad, BadImage) and "changed" in str(bad)
+
+
+def test_unchanged_shards_are_not_listed_again_and_a_changed_one_is(tmp_path, monkeypatch):
+    for number in range(2):
+        with tarfile.open(tmp_path / f"s-{number}.tar", "w") as tar:
+            add(tar, "a.jpg", jpeg(number))
+    source = tmp_path / "s-{0..1}.tar"
+    first = build(source, tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr("fastrot.data.sources.tar._samples", None)
+        assert build(source, tmp_path / "cache").content == first.content
+    with tarfile.open(tmp_path / "s-1.tar", "a") as tar:
+        add(tar, "b.jpg", jpeg(7))
+    assert len(build(source, tmp_path / "cache")) == 3
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastrot.data.decode.raw import WithPixels
 from fastrot.errors import UserError
 
-_MAKERS = {
+DECODERS = {
     "dali": "fastrot.data.decode.dali:make",
     "torch": "fastrot.data.decode.torch:make",
     "turbo": "fastrot.data.decode.turbo:make",
     "turbo_fast": "fastrot.data.decode.turbo:make_fast",
+    "ffcv": "fastrot.data.decode.ffcv:make",
 }
 
 # What auto tries, the fastest first as bench/loader.py measures.
 _ON_GPU = "dali"
 _ON_CPU = ["turbo", "dali", "torch"]
+# Those that resample buffers of pixels themselves; others have one of them do it.
+_TAKE_PIXELS = ["turbo", "turbo_fast", "torch"]
 _CPU = torch.device("cpu")
 
 
@@ -29,8 +33,9 @@ class Decoder(Protocol):
     """What it is and where it decodes, for a person."""
 
     def submit(self, buffers: list[NDArray[np.uint8]], windows: NDArray, size: int) -> None:
-        """Start on a batch. Windows int32 [n, 4] (top, left, height, width of the upright image) are
-        cropped, then resized; float64 boxes [n, 4] are resized with taps outside them (evaluation)."""
+        """Start on a batch of files, uint8 [length], and of pixels, uint8 [H, W, 3]. Windows int32 [n, 4] (top, left, height, width of the upright image) are
+        cropped, then resized; float64 boxes [n, 4] are resized with taps outside them (evaluation).
+        Buffers are [bytes]; those that are pixels, [H, W, 3], are taken by WithPixels around a decoder."""
 
     def result(self) -> tuple[torch.Tensor, dict[int, str]]:
         """The oldest batch: uint8 [n, size, size, 3], RGB, where the decoder works; and the
@@ -58,16 +63,24 @@ def make_decoder(
         raise UserError(f"data.decode {name}: decodes on the CPU alone; use data.decode_on=cpu or data.decode={_ON_GPU}")
     on_gpu = device.type == "cuda" and where != "cpu"
     names = [name] if name != "auto" else [_ON_GPU] if where == "gpu" else [_ON_GPU, *_ON_CPU] if on_gpu else _ON_CPU
+    decoder, refusals = _first(names, device if on_gpu else _CPU, threads, batch, depth)
+    why = f" (auto: {'; '.join(refusals)})" if refusals else ""
+    return decoder, f"decoding with {decoder.name}, {threads} threads{why}"
+
+
+def _first(names: list[str], device: torch.device, threads: int, batch: int, depth: int) -> tuple[Decoder, list[str]]:
+    """The first of these decoders that runs here, and why those before it do not."""
     refusals: list[str] = []
     for name in names:
-        module, _, maker = _MAKERS[name].partition(":")
+        module, _, maker = DECODERS[name].partition(":")
         try:
-            decoder = getattr(importlib.import_module(module), maker)(device if on_gpu else _CPU, threads, batch, depth)
+            decoder = getattr(importlib.import_module(module), maker)(device, threads, batch, depth)
         except ImportError as error:
             refusals.append(f"data.decode {name}: cannot be imported ({error})")
         except UserError as error:
             refusals.append(str(error))
         else:
-            why = f" (auto: {'; '.join(refusals)})" if refusals else ""
-            return decoder, f"decoding with {decoder.name}, {threads} threads{why}"
+            if name not in _TAKE_PIXELS:
+                decoder = WithPixels(decoder, lambda: _first(_TAKE_PIXELS, _CPU, threads, batch, depth)[0])
+            return decoder, refusals
     raise UserError("; ".join(refusals) + "; use data.decode=torch")

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastrot.data.decode.torch import window_pixels
 from fastrot.data.faults import kind_of
+from fastrot.data.jpeg import frame_of
 from fastrot.errors import BadImage
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class DaliDecoder:
         self._flying.popleft()
         for at in sorted(set(range(len(batch.buffers))) - set(batch.by_dali)):
             kind = kind_of(batch.buffers[at])
+            kind = "JPEG of four colours" if kind == "JPEG" else kind
             if kind not in self._to_pillow:
                 self._to_pillow.add(kind)
                 log.warning("dali does not decode images of kind %s here; they go through Pillow", kind)
@@ -224,4 +226,7 @@ class DaliDecoder:
 
 
 def _decodes(buffer: NDArray[np.uint8]) -> bool:
-    return kind_of(buffer) in _DECODES
+    kind = kind_of(buffer)
+    if kind == "JPEG" and (frame := frame_of(buffer)):
+        return frame.components != 4  # DALI inverts them by Adobe's marker, Pillow always
+    return kind in _DECODES

@@ -21,10 +21,12 @@ def make(device: torch.device, threads: int, batch: int, depth: int) -> "TorchDe
 
 
 def upright_pixels(buffer: NDArray[np.uint8]) -> torch.Tensor:
-    """The whole upright image, uint8 [3, H, W]; JPEG by torchvision, anything else by Pillow.
+    """The whole upright image, uint8 [3, H, W]; JPEG by torchvision, anything else by Pillow, pixels as they are.
 
     Raises BadImage.
     """
+    if buffer.ndim == 3:
+        return torch.from_numpy(buffer).permute(2, 0, 1)
     if kind_of(buffer) == "JPEG" and _components(buffer) in (1, 3):
         try:
             return decode_jpeg(torch.from_numpy(buffer), ImageReadMode.RGB, apply_exif_orientation=True)

@@ -67,7 +67,7 @@ class TurboDecoder:
 
     def _say_once(self, buffer) -> None:
         kind = kind_of(buffer)
-        kind = "JPEG with four colours" if kind == "JPEG" else kind
+        kind = "JPEG of four colours" if kind == "JPEG" else kind
         if kind not in self._to_pillow:
             self._to_pillow.add(kind)
             log.warning("turbo does not decode images of kind %s; they go through Pillow", kind)

@@ -1,22 +1,45 @@
 """Sources: a word in the config -> the files of a data set, in row order."""
 
 import os
+from collections.abc import Callable
 
-from fastrot.data.sources import filelist, folder, tar
+from fastrot.data.sources import beton, filelist, folder, tar, voc
 from fastrot.data.sources.listing import Listing
 
 _SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_BY_PREFIX = {"list": filelist.open_source}
+_BY_PREFIX = {"list": filelist.open_source, "voc": voc.open_source}
 
 
-def open_source(spec: str) -> Listing:
-    """List the images of `spec`: a folder of class folders, list:FILE, or tar shards (a name, range or glob).
+def open_source(spec: str, track: Callable) -> Listing:
+    """List the images of `spec`: a folder of class folders, list:FILE, voc:ROOT?split=S, tar shards (a name,
+    range or glob), or NAME.beton.
 
+    track  track(iterable, total, title) -> iterable: shows progress.
     Raises UserError where there is nothing to read.
     """
     prefix, colon, rest = spec.partition(":")
     if colon and prefix in _BY_PREFIX:
         return _BY_PREFIX[prefix](rest)
-    if spec.endswith(_SHARDS) and not os.path.isdir(spec):
-        return tar.open_source(spec)
+    if _is_shards(spec):
+        return tar.open_source(spec, track)
+    if _is_beton(spec):
+        return beton.open_source(spec)
     return folder.open_source(spec)
+
+
+def shards_of(spec: str) -> list[bytes] | None:
+    """The few files whose state is that of the whole source; None where every image is a file.
+
+    Raises UserError where one is missing.
+    """
+    if _is_beton(spec):
+        return [os.fsencode(os.path.abspath(spec))]
+    return tar.shards_of(spec) if _is_shards(spec) else None
+
+
+def _is_shards(spec: str) -> bool:
+    return spec.endswith(_SHARDS) and not os.path.isdir(spec)
+
+
+def _is_beton(spec: str) -> bool:
+    return spec.endswith(".beton") and not os.path.isdir(spec)

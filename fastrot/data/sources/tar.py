@@ -6,8 +6,10 @@ import os
 import re
 import tarfile
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastrot.data.sources.folder import EXTENSIONS
 from fastrot.data.sources.listing import Listing
@@ -17,21 +19,27 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"(\xb5": "unzstd"}
 
 
-def open_source(spec: str) -> Listing:
+def open_source(spec: str, track: Callable) -> Listing:
     """Shards in the order given, members in theirs; a sample is a run of members of one key.
 
     Raises UserError where a shard is missing, compressed, or no tar file, or where none holds an image.
     """
-    files = [os.fsencode(os.path.abspath(name)) for name in _expand(spec)]
-    images: list[tuple[int, int, int, int]] = []  # file, offset, length, label
+    files = shards_of(spec)
+    images: list[NDArray[np.int64]] = []  # [n, 4] a shard: file, offset, length, label
     skipped: Counter = Counter()
     faults: list[list[str]] = []
-    for number, path in enumerate(files):
-        images += [(number, *image) for image in _samples(path, skipped, faults)]
-    if not images:
+    for number, path in enumerate(track(files, len(files), f"listing {spec}, {len(files):,} shards")):
+        found = np.array(_samples(path, skipped, faults), np.int64).reshape(-1, 3)
+        images.append(np.insert(found, 0, number, axis=1))
+    file, offset, length, labels = np.concatenate(images).T
+    if not len(file):
         raise UserError(f"{spec}: {len(files)} shards hold no image; expected members KEY.jpg, and KEY.cls for labels")
-    file, offset, length, labels = np.array(images, np.int64).T
     return Listing(files, file, offset, length, labels, [], skipped, faults)
+
+
+def shards_of(spec: str) -> list[bytes]:
+    """Absolute paths of the shards, in order. Raises UserError where one is missing."""
+    return [os.fsencode(os.path.abspath(name)) for name in _expand(spec)]
 
 
 def _expand(spec: str) -> list[str]:
@@ -84,7 +92,9 @@ def _members(path: bytes, shard: str, faults: list[list[str]]):
     """(member, the member whose bytes it has) of a shard, as far as it can be read."""
     try:
         tar = tarfile.open(path, "r:")  # noqa: SIM115 -- closed below; here only its own refusal is caught
-    except (tarfile.TarError, OSError) as error:
+    except OSError as error:
+        raise UserError(f"{shard}: cannot be read ({error.strerror})") from None
+    except tarfile.TarError as error:
         with open(path, "rb") as file:
             tool = _COMPRESSED.get(file.read(2))
         what = f"is compressed; unpack it first: {tool} {shard}" if tool else f"is no tar file ({error})"

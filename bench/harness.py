@@ -1,0 +1,82 @@
+"""What every bench shares: its question, rounds with median and spread, and where a figure comes from."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # import this before fastrot, which need not be installed
+_PACKAGES = ("numpy", "pillow", "torch", "torchvision", "nvidia-dali-cuda130", "ffcv", "webdataset", "simplejpeg")
+
+
+def parser(question: str) -> argparse.ArgumentParser:
+    """Options that every bench has; `question` is what its result answers."""
+    out = argparse.ArgumentParser(description=question)
+    out.add_argument("--rounds", type=int, default=5, help="repeats of each timing")
+    out.add_argument("--out", type=Path, help="write the result there as JSON, too (bench/results/...)")
+    return out
+
+
+def timed(work: Callable, rounds: int) -> dict[str, float]:
+    """Seconds of `work()` over some rounds: first, and the median, least and most of all."""
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return {"first_s": seconds[0]} | spread(seconds, "_s")
+
+
+def spread(values: Iterable[float], unit: str = "") -> dict[str, float]:
+    """Median, least and most."""
+    values = list(values)
+    return {f"median{unit}": statistics.median(values), f"least{unit}": min(values), f"most{unit}": max(values)}
+
+
+def memory_mib() -> dict[str, float]:
+    """Resident memory of this process: its own, and pages of mapped files, which it shares and the kernel may drop."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(fields[key].split()[0]) / 1024 for name, key in (("own", "RssAnon"), ("mapped", "RssFile"))}
+
+
+def facts() -> dict:
+    """Machine, versions and commit of a figure."""
+    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": unknown")
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit + (" with changes" if changed else ""),
+        "cpu": model.split(":", 1)[1].strip(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "load_at_start": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": versions,
+        "options": sys.argv[1:],
+    }
+
+
+def write(out: Path | None, question: str, result: dict) -> None:
+    """Print a result, and keep it where --out says."""
+    short = json.loads(json.dumps(result), parse_float=lambda digits: float(f"{float(digits):.4g}"))
+    text = json.dumps({"question": question, **short}, indent=1)
+    print(text)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n")

@@ -1,0 +1,148 @@
+"""`fastrot pack`: any source as one FFCV file, rows in their order."""
+
+import os
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import BinaryIO
+
+from fastrot import distributed, runlog
+from fastrot.config import Data
+from fastrot.data import beton
+from fastrot.data.encode import Encoding, Sample, encode_rows, start_worker
+from fastrot.data.faults import BadImages
+from fastrot.data.manifest import Manifest, index
+from fastrot.errors import Fault, UserError
+
+_BLOCK = 32  # rows a task
+_AHEAD = 4  # tasks a worker: what waits in memory to be written
+
+
+def pack(source: str, out: str, encoding: Encoding, workers: int | None, data: Data) -> dict:
+    """Write `source` to the new file `out` and read it back; what was written, for a person and for JSON.
+
+    Rows that cannot be decoded are left out and listed, up to data.max_bad of them.
+    Raises UserError where the file cannot be written so; Fault where a worker dies, the disk fails,
+    or what is read back is not what was written.
+    """
+    encoding.check()
+    path = Path(out)
+    if path.suffix != ".beton":
+        raise UserError(f"{out}: a packed file's name ends in .beton")
+    if path.exists():
+        raise UserError(f"{out}: exists; remove it or name another")
+    if not path.parent.is_dir():
+        raise UserError(f"{out}: no such folder {path.parent}; make it first")
+    folder = index(source, distributed.cache_folder() / "manifests", data.max_pixels, runlog.track)
+    manifest = Manifest.load(folder)
+    if manifest.label.ndim != 1:
+        raise UserError(f"{source}: has several labels an image; a .beton holds one int")
+    page = beton.page_for(encoding.largest(manifest))
+    most = data.max_bad if data.max_bad is not None else max(10, len(manifest) // 1000)
+    scratch = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with scratch.open("wb") as file:
+            result = _write(file, manifest, folder, encoding, workers or distributed.cores(), page, most, data.timeout)
+            file.flush()
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back from the disk, not from memory
+        _read_back(scratch)
+        scratch.rename(path)
+        _sync_folder(path.parent)
+    except PermissionError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); name a folder of yours") from None
+    except OSError as error:
+        raise Fault(f"{out}: cannot be written ({error.strerror})") from None
+    finally:
+        scratch.unlink(missing_ok=True)
+    result = {"out": out, **result, "source": source, "content": manifest.content}
+    _show(result)
+    return result
+
+
+def _write(
+    file: BinaryIO,
+    manifest: Manifest,
+    folder: Path,
+    encoding: Encoding,
+    workers: int,
+    page: int,
+    most: int,
+    timeout: float,
+) -> dict:
+    n = len(manifest)
+    writer = beton.Writer(file, n, page)
+    bad = BadImages(None, manifest.source, most)
+    counts = dict.fromkeys(("kept", "encoded", "raw"), 0)
+    left_out = []
+    pool = ProcessPoolExecutor(workers, get_context("forkserver"), start_worker, (folder, encoding))
+    try:
+        blocks = [range(at, min(at + _BLOCK, n)) for at in range(0, n, _BLOCK)]
+        samples = _ahead(pool, blocks, workers * _AHEAD, timeout)
+        title = f"packing {manifest.source}"
+        for row, sample in enumerate(runlog.track(samples, n, title, lambda: f"{writer.bytes_written / 1e9:.2f} GB")):
+            if isinstance(sample, str):
+                left_out.append([manifest.name(row), sample])
+                bad.add(manifest.name(row), row, sample)
+                continue
+            writer.add(sample.data, sample.mode, sample.height, sample.width, int(manifest.label[row]))
+            counts["raw" if sample.mode == beton.RAW else "kept" if sample.kept else "encoded"] += 1
+    except BrokenProcessPool:
+        raise Fault("a packing worker died (killed, or out of memory?); fewer --workers need less memory") from None
+    except TimeoutError:
+        for worker in active_children():  # else the exit waits for them
+            worker.kill()
+        raise Fault(f"{manifest.source}: its workers gave nothing for data.timeout {timeout:g} s") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    if len(left_out) == n:
+        raise UserError(f"{manifest.source}: none of its {n} images can be decoded; the first: {': '.join(left_out[0])}")
+    writer.finish()
+    return {"rows": n - len(left_out), "bytes": file.seek(0, os.SEEK_END), "page": page, **counts, "left_out": left_out}
+
+
+def _ahead(pool: ProcessPoolExecutor, blocks: list[range], most: int, timeout: float) -> Iterator[Sample | str]:
+    """The samples in order, at most `most` blocks in work or waiting. Raises TimeoutError, BrokenProcessPool."""
+    flying = deque()
+    for block in blocks:
+        flying.append(pool.submit(encode_rows, block))
+        if len(flying) == most:
+            yield from flying.popleft().result(timeout)
+    while flying:
+        yield from flying.popleft().result(timeout)
+
+
+def _read_back(path: Path) -> None:
+    """Raises Fault where the file does not hold what was written into it."""
+    table = beton.read_table(path)
+    with path.open("rb") as file:
+        for at in runlog.track(range(len(table.offset)), len(table.offset), "reading it back"):
+            file.seek(int(table.offset[at]))
+            if zlib.crc32(file.read(int(table.length[at]))) != table.checksum[at]:
+                raise Fault(f"{path.name}: sample {at} is not read back as it was written; is the disk sound?")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _show(r: dict) -> None:
+    runlog.table(
+        r["out"],
+        [
+            ("images", f"{r['rows']:,} in {r['bytes'] / 1e9:.3f} GB"),
+            ("JPEG bytes kept", f"{r['kept']:,}"),
+            ("encoded anew", f"{r['encoded']:,}"),
+            ("raw pixels", f"{r['raw']:,}"),
+            ("left out", f"{len(r['left_out']):,}"),
+            *((place, reason) for place, reason in r["left_out"][:10]),
+        ],
+    )

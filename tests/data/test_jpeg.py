@@ -1,0 +1,40 @@
+"""A JPEG's frame by its markers, against Pillow."""
+
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from conftest import draw
+from fastrot.data.jpeg import Frame, frame_of
+
+
+def encoded(image: Image.Image, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "JPEG", **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("mode, components, usual", [("RGB", 3, True), ("L", 1, True), ("CMYK", 4, False)])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("exif", [None, 6])
+def test_the_frame_is_pillows(mode, components, usual, progressive, exif):
+    block = Image.Exif()
+    block[0x0112] = exif or 1
+    data = encoded(draw(31, 47).convert(mode), progressive=progressive, **({"exif": block} if exif else {}))
+    assert frame_of(data) == Frame(31, 47, components, usual, exif is not None)
+
+
+def test_a_frame_that_few_decode_is_unusual():
+    data = bytearray(encoded(draw(31, 47)))
+    data[data.index(b"\xff\xc0") + 1] = 0xC9  # arithmetic-coded
+    assert not frame_of(data).usual
+
+
+@given(st.binary(max_size=80), st.integers(0, 700))
+def test_any_bytes_have_a_frame_or_none(junk, keep):
+    for data in (junk, b"\xff\xd8" + junk, encoded(draw(9, 9))[:keep], encoded(draw(9, 9))[:keep] + junk):
+        frame = frame_of(data)
+        assert frame is None or isinstance(frame, Frame)
