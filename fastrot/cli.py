@@ -22,6 +22,7 @@ examples:
   fastrot index '/data/shards/train-{000..146}.tar' --verify
   fastrot index 'voc:/data/VOCdevkit/VOC2007?split=trainval' --json
   fastrot pack /data/train train.beton --mode raw --max-side 256
+  fastrot svm --train features/voc07-train --test features/voc07-test --layers feature4,feature5 --out svm.json
 """
 
 
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--raw-share", type=float, default=0.5, metavar="P", help="--mode mix: share of raw rows")
     pack.add_argument("--workers", type=int, metavar="N", help="processes; default: this machine's cores")
     _add_features(commands, common, page)
+    _add_probes(commands)
     return parser
 
 
@@ -129,6 +131,31 @@ def _add_features(commands, common, page) -> None:
     features.add_argument("--out", required=True, metavar="DIR", help="the feature store; one that was begun goes on")
 
 
+def _add_probes(commands) -> None:
+    """The probes read feature stores: they take no config, and run without ranks."""
+    stores = argparse.ArgumentParser(add_help=False)
+    stores.add_argument("--train", required=True, metavar="DIR", help="feature store to fit")
+    stores.add_argument("--test", required=True, metavar="DIR", help="feature store to judge by")
+    stores.add_argument("--layers", metavar="A,B", help="taps, such as feature4,feature5; all by default")
+    stores.add_argument("--out", metavar="FILE", help="write every figure to this JSON file")
+    stores.add_argument("--json", action="store_true", help="print the result as one line of JSON on standard output")
+    stores.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="where to compute")
+
+    def numbers(text: str) -> list[int]:
+        values = [int(word) for word in text.split(",")]
+        if min(values) < 1:
+            raise ValueError
+        return values
+
+    commands.add_parser("svm", help="VOC07's linear SVMs on features", parents=[stores])
+    low = commands.add_parser("lowshot", help="VOC07's low-shot SVMs on features", parents=[stores])
+    low.add_argument("--k", type=numbers, default=[1, 2, 4, 8, 16, 32, 64, 96], metavar="K,K", help="positives a class")
+    low.add_argument("--seed", type=int, default=0, help="of the five draws")
+    low.add_argument("--draws", metavar="DIR", help="published draws, train_targets_sample1_k1.npy and so on, instead")
+    near = commands.add_parser("knn", help="weighted k-nearest-neighbour classification of features", parents=[stores])
+    near.add_argument("--k", type=numbers, default=[10, 20, 100, 200], metavar="K,K", help="neighbours")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit code: 0 done, 2 the user's error, 3 a fault, 130 Ctrl-C."""
     args = _parse(argv)
@@ -146,10 +173,12 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     """argparse, with overrides allowed before, between and after the options."""
     args, rest = _parser().parse_known_args(argv)
-    unknown = [word for word in rest if word.startswith("-")]
+    takes_overrides = hasattr(args, "overrides")
+    unknown = [word for word in rest if word.startswith("-") or not takes_overrides]
     if unknown:
         _parser().error(f"unknown option {' '.join(unknown)}")
-    args.overrides += rest
+    if takes_overrides:
+        args.overrides += rest
     if args.command == "index":
         args.source, args.overrides = _place_and_overrides(args.overrides)
     return args
@@ -177,6 +206,8 @@ def _complain(error: UserError | Fault | str) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.command in ("svm", "lowshot", "knn"):
+        return _run_probe(args)
     from fastrot import config as configs
 
     overrides = args.overrides + ([f"data.decode={args.decode}"] if getattr(args, "decode", None) else [])
@@ -209,6 +240,19 @@ def _pack(args, config) -> dict:
 
     encoding = Encoding(args.mode, args.quality, args.max_side, args.raw_share)
     return pack(args.source, args.out, encoding, args.workers, config.data)
+
+
+def _run_probe(args: argparse.Namespace) -> int:
+    from fastrot import probe
+
+    options = vars(args)
+    command, as_json = options.pop("command"), options.pop("json")
+    if "k" in options:
+        options["ks"] = options.pop("k")
+    result = probe.run({"svm": probe.svm, "lowshot": probe.low_shot, "knn": probe.nearest}[command], **options)
+    if as_json:
+        print(json.dumps(result), flush=True)
+    return 0
 
 
 def _hand_over(args, config, sources, ranks) -> dict:

@@ -1,0 +1,194 @@
+"""`fastrot svm`, `lowshot` and `knn`: feature stores in, a table and a JSON file out."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastrot import runlog
+from fastrot.checkpoint import write_text
+from fastrot.errors import UserError
+from fastrot.featurestore import FeatureStore, open_store
+from fastrot.probes import lowshot
+from fastrot.probes.knn import knn
+from fastrot.probes.svm import COSTS, voc_svm
+
+
+def svm(train: FeatureStore, test: FeatureStore, layers: list[str], device: str) -> dict:
+    """VOC07's SVM a layer: AP in percent, a class and its cost, timings."""
+    _expect(train, test, 2, "class matrices [N, classes] of 1, 0 and -1")
+
+    def one(layer: str) -> dict:
+        r = voc_svm(train.features[layer], train.labels, test.features[layer], test.labels, COSTS, device, runlog.track)
+        return {
+            "average_precision": r.average_precision,
+            "eleven_point": r.eleven_point,
+            "per_class": [100 * v for v in r.per_class],
+            "eleven_point_per_class": [100 * v for v in r.eleven_point_per_class],
+            "costs": r.costs,
+            "cross_validation": r.cross_validation,
+            "error": r.error,
+            "fits": r.fits,
+        }
+
+    result = _layers(train, test, layers, one) | {"cost_grid": COSTS}
+    best = max(layers, key=lambda layer: result["layers"][layer]["average_precision"])
+    rows = [
+        (layer, f"{r['average_precision']:.2f}  11-point {r['eleven_point']:.2f}  {runlog.duration(r['seconds'])}")
+        for layer, r in result["layers"].items()
+    ]
+    left_out = [c for c, v in enumerate(result["layers"][best]["per_class"]) if math.isnan(v)]
+    if left_out:
+        names = [train.classes[c] if train.classes else str(c) for c in left_out]
+        rows.append(("left out: no image of it in train or test", ", ".join(names)))
+    runlog.table("VOC07 SVM, mean AP (%)", [*rows, ("best layer", best)])
+    return result | {"best_layer": best, "left_out": left_out}
+
+
+def low_shot(
+    train: FeatureStore,
+    test: FeatureStore,
+    layers: list[str],
+    device: str,
+    ks: list[int],
+    seed: int,
+    draws: str | None,
+) -> dict:
+    """Low-shot SVMs a layer: a k by the oracle's cost, and by a cost chosen without the test set.
+
+    draws  a folder of published targets instead of the seeded draws.
+    """
+    _expect(train, test, 2, "class matrices [N, classes] of 1, 0 and -1")
+    labels = np.asarray(train.labels)
+    if draws and not Path(draws).is_dir():
+        raise UserError(f"--draws {draws}: no such folder; expected train_targets_sample1_k1.npy and so on")
+
+    def targets(sample: int, k: int):
+        if draws:
+            return lowshot.published_targets(Path(draws), sample, k, labels.shape)
+        return lowshot.drawn_targets(labels, sample, k, seed)
+
+    def one(layer: str) -> dict:
+        results, left_out = lowshot.low_shot(
+            train.features[layer],
+            labels,
+            test.features[layer],
+            test.labels,
+            targets,
+            ks,
+            device=device,
+            track=runlog.track,
+        )
+        by_k = {
+            r.k: {
+                "oracle": {"cost": r.oracle_cost, **_spread(r.test[:, r.test.mean(0).argmax()])},
+                "cross_validated": _spread(r.cross_validated),
+                "cross_validated_costs": r.chosen,
+                "by_cost": [{"cost": c, **_spread(r.test[:, i])} for i, c in enumerate(COSTS)],
+                "error": r.error,
+            }
+            for r in results
+        }
+        return {"k": by_k, "left_out": left_out}
+
+    result = _layers(train, test, layers, one)
+    for layer, r in result["layers"].items():
+        rows = [
+            (
+                f"k = {k}",
+                f"{v['oracle']['mean']:.2f} ± {v['oracle']['std']:.2f} at the test set's best cost "
+                f"{v['oracle']['cost']:.3g} (oracle);  {v['cross_validated']['mean']:.2f} ± "
+                f"{v['cross_validated']['std']:.2f} cross-validated",
+            )
+            for k, v in r["k"].items()
+        ]
+        rows += [(f"k = {k}", "left out: cannot be drawn for every class") for k in r["left_out"]]
+        runlog.table(f"low-shot SVM, {layer}, mean AP (%) of {lowshot.SAMPLES} draws", rows)
+    return result | {"seed": None if draws else seed, "draws": draws}
+
+
+def nearest(train: FeatureStore, test: FeatureStore, layers: list[str], device: str, ks: list[int]) -> dict:
+    """Weighted k-NN a layer: top-1 and top-5 in percent for each k."""
+    _expect(train, test, 1, "one label a row, int [N]")
+
+    def one(layer: str) -> dict:
+        found = knn(
+            train.features[layer],
+            train.labels,
+            test.features[layer],
+            test.labels,
+            ks,
+            device=device,
+            track=runlog.track,
+        )
+        return {"k": {k: {"top1": top1, "top5": top5} for k, (top1, top5) in found.items()}}
+
+    result = _layers(train, test, layers, one)
+    rows = [
+        (f"{layer}, k = {k}", f"top-1 {v['top1']:.2f}  top-5 {v['top5']:.2f}")
+        for layer, r in result["layers"].items()
+        for k, v in r["k"].items()
+    ]
+    runlog.table("k-NN accuracy (%)", rows)
+    return result
+
+
+def run(probe: Callable[..., dict], train: str, test: str, layers: str | None, out: str | None, device: str, **options):
+    """Open the stores, run a probe on the layers asked for (all of them by default), write `out`; the result."""
+    if out and not Path(out).absolute().parent.is_dir():
+        raise UserError(f"--out {out}: the folder {Path(out).parent} is not there; create it first")
+    stores = open_store(train), open_store(test)
+    shared = [tap for tap in stores[0].features if tap in stores[1].features]
+    wanted = layers.split(",") if layers else shared
+    for layer in wanted:
+        if layer not in shared:
+            raise UserError(f"--layers {layer}: not in both stores, which have {', '.join(shared) or 'none in common'}")
+    for layer in wanted:
+        train_d, test_d = (store.features[layer].shape[1] for store in stores)
+        if train_d != test_d:
+            raise UserError(f"{layer}: {train_d} features a row in {train}, {test_d} in {test}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: torch sees no CUDA device here")
+    result = _plain(probe(*stores, wanted, device, **options) | runlog.environment("no ranks") | {"device": device})
+    if out:
+        write_text(Path(out), json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _layers(train: FeatureStore, test: FeatureStore, layers: list[str], one: Callable[[str], dict]) -> dict:
+    results = {}
+    for layer in layers:
+        started = time.perf_counter()
+        results[layer] = one(layer)
+        results[layer]["seconds"] = time.perf_counter() - started
+    rows = {"train_rows": len(train.labels), "test_rows": len(test.labels)}
+    return {"train": str(train.folder), "test": str(test.folder), **rows, "classes": train.classes, "layers": results}
+
+
+def _expect(train: FeatureStore, test: FeatureStore, axes: int, what: str) -> None:
+    for store in (train, test):
+        if store.labels.ndim != axes:
+            raise UserError(f"{store.folder}/labels.npy: expected {what}, found shape {list(store.labels.shape)}")
+    if train.labels.shape[1:] != test.labels.shape[1:]:
+        raise UserError(f"{train.labels.shape[1]} classes in {train.folder}, {test.labels.shape[1]} in {test.folder}")
+
+
+def _spread(values) -> dict:
+    return {"mean": values.mean(), "min": values.min(), "max": values.max(), "std": values.std()}
+
+
+def _plain(value):
+    """As JSON holds it: lists for arrays, null for nan."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return None if math.isnan(value) else float(value)
+    return int(value) if isinstance(value, np.integer) else value

@@ -1,0 +1,38 @@
+"""The matrix K = X Xᵀ + 1 of a set of rows, as products: held whole, or gone through the features."""
+
+import torch
+from torch import Tensor
+
+
+class Gram:
+    """K held whole, float64 [G, n, n] for G groups of n rows: for fewer rows than features."""
+
+    def __init__(self, matrix: Tensor):
+        self.matrix = matrix
+
+    def product(self, v: Tensor) -> Tensor:
+        """K v, float64 [G, n, P]."""
+        return self.matrix @ v
+
+
+class Features:
+    """K never formed, X (Xᵀ v) + 1 (1ᵀ v), x float64 [G, n, D]: for more rows than features. Used as Gram is."""
+
+    def __init__(self, x: Tensor):
+        self._x = x
+
+    def product(self, v: Tensor) -> Tensor:
+        return self._x @ (self._x.mT @ v) + v.sum(1, keepdim=True)
+
+
+def kernel_of(x: Tensor) -> Gram | Features:
+    """The one with fewer operations a product; x is float64 [G, n, D]."""
+    return Gram(gram(x)) if x.shape[1] < 2 * x.shape[2] else Features(x)
+
+
+def gram(x: Tensor) -> Tensor:
+    """X Xᵀ + 1, float64 [G, n, n], of x [G, n, D]; the 1 is LIBLINEAR's regularised intercept."""
+    if x.device.type == "cpu" and len(x) == 1:  # numpy sees that the product is symmetric: half the work
+        rows = x[0].numpy()
+        return torch.from_numpy(rows @ rows.T)[None].add_(1)
+    return (x @ x.mT).add_(1)

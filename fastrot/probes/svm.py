@@ -1,0 +1,167 @@
+"""The linear SVMs of VOC07: all classes, costs and folds at once, and the protocol's table."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from fastrot.errors import UserError
+from fastrot.probes.kernel import kernel_of
+from fastrot.probes.precision import area_ap, eleven_point_ap, step_ap
+from fastrot.probes.solver import TOLERANCE, Solution, solve
+
+# MMSelfSup 0.11, svm_voc07/tools/svm_helper.py; the first of equals is taken, so the order matters
+COSTS = (1.0, 10.0, 100.0, *(0.5**n for n in range(4, 20)))
+FOLDS = 3
+POSITIVE_WEIGHT = 2.0  # class_weight {1: 2, -1: 1}
+_BLOCK_COLUMNS = 128  # problems solved together; their ten float64 arrays of rows stay small beside K
+
+
+@dataclass(frozen=True)
+class SvmResult:
+    """The table of one layer.
+
+    average_precision  percent, mean of per_class (the protocol's figure) over the classes that are not nan.
+    eleven_point       percent, the same under VOC 2007's 11-point rule.
+    per_class, eleven_point_per_class  float64 [classes], 0..1; nan where train or test has no positive row.
+    costs  float64 [classes], chosen by cross-validation.
+    cross_validation   float64 [classes, costs]: mean step AP of the held-out folds, in the given order of costs.
+    error              the largest distance of any solution from its optimum that the gradient allows.
+    fits, products     problems solved; how often K was multiplied by a block of vectors.
+    """
+
+    average_precision: float
+    eleven_point: float
+    per_class: NDArray[np.float64]
+    eleven_point_per_class: NDArray[np.float64]
+    costs: NDArray[np.float64]
+    cross_validation: NDArray[np.float64]
+    error: float
+    fits: int
+    products: int
+
+
+def normalised(x: ArrayLike, device: torch.device | str = "cpu") -> Tensor:
+    """Rows x / (‖x‖₂ + 1e-5), float64 [n, D]."""
+    x = torch.from_numpy(np.array(x, np.float64)).to(device)
+    return x / (x.norm(dim=1, keepdim=True) + 1e-5)
+
+
+def stratified_folds(positive: NDArray[np.bool_], folds: int) -> NDArray[np.int64]:
+    """The fold that holds each row out, int64 [n]: scikit-learn's StratifiedKFold(folds), unshuffled.
+
+    The class of row 0 is dealt first; each class's rows go to the folds in their order.
+    """
+    first = positive == positive[0]
+    dealt = np.sort(~first)  # the rows of the first class, then the others
+    shares = [np.bincount(dealt[fold::folds], minlength=2) for fold in range(folds)]
+    held_out = np.empty(len(positive), np.int64)
+    for kind, rows in enumerate((first, ~first)):
+        held_out[rows] = np.repeat(np.arange(folds), [share[kind] for share in shares])
+    return held_out
+
+
+def path(
+    kernel, labels: Tensor, weights: Tensor, costs: ArrayLike, tolerance: float = TOLERANCE
+) -> Iterator[tuple[int, Solution]]:
+    """Solve for each cost, least first, each from the last: (index in costs, solution).
+
+    labels, weights  float64 [G, n, P], as solver.solve takes them.
+    """
+    solution = None
+    for index in np.argsort(costs, kind="stable").tolist():
+        solution = solve(kernel, labels, 2 * float(costs[index]) * weights, solution, tolerance)
+        yield index, solution
+
+
+def voc_svm(
+    train_x: ArrayLike,
+    train_y: ArrayLike,
+    test_x: ArrayLike,
+    test_y: ArrayLike,
+    costs: ArrayLike = COSTS,
+    device: torch.device | str = "cpu",
+    track: Callable = lambda items, total, title: items,
+) -> SvmResult:
+    """The VOC07 protocol: a cost a class by 3-fold cross-validation, refit on all rows, AP on the test rows.
+
+    train_x, test_x  [n, D] of any real dtype; rows are normalised here.
+    train_y, test_y  int [n, classes]: 1 present, 0 absent, -1 difficult. Difficult rows are negatives in
+                     training and cross-validation, and are dropped from a class's test.
+    track            shows progress over an iterable: (items, total, title) -> items.
+    Source           MMSelfSup 0.11, tools/benchmarks/classification/svm_voc07.
+    """
+    costs, train_y, test_y = np.asarray(costs, np.float64), np.asarray(train_y), np.asarray(test_y)
+    x = normalised(train_x, device)
+    kernel = kernel_of(x[None])
+    positive = train_y == 1
+    labels = torch.from_numpy(np.where(positive, 1.0, -1.0)).to(device)[None]
+    weights = torch.where(labels > 0, POSITIVE_WEIGHT, 1.0).double()
+
+    scores = np.empty((*positive.shape, len(costs)))  # of each row by the fold that held it out
+    held_out = np.stack([stratified_folds(column, FOLDS) for column in positive.T], axis=1)
+    inside = torch.from_numpy(np.stack([held_out != fold for fold in range(FOLDS)], axis=1)).to(device)
+    classes, error, products = positive.shape[1], 0.0, 0
+    blocks = np.array_split(np.arange(classes), -(-classes * FOLDS // _BLOCK_COLUMNS))
+    steps = (
+        (block, *step)
+        for block in blocks
+        for step in path(
+            kernel, labels[..., block].repeat(1, 1, FOLDS), (weights[:, :, None] * inside)[..., block].flatten(2), costs
+        )
+    )
+    for block, index, solution in track(steps, len(blocks) * len(costs), "cross-validating costs"):
+        by_fold = solution.scores[0].unflatten(1, (FOLDS, len(block))).cpu().numpy()
+        scores[:, block, index] = np.take_along_axis(by_fold, held_out[:, None, block], 1)[:, 0]
+        error, products = max(error, float(solution.error.max())), products + solution.products
+
+    validation = np.array(
+        [
+            [
+                np.mean(
+                    [
+                        step_ap(positive[out, c], scores[out, c, i])
+                        for out in (held_out[:, c] == f for f in range(FOLDS))
+                    ]
+                )
+                for i in range(len(costs))
+            ]
+            for c in range(classes)
+        ]
+    )
+    chosen = costs[validation.argmax(1)]
+
+    start = None
+    for cost in np.unique(chosen):  # each class stops at its own cost
+        bounds = 2 * torch.from_numpy(np.minimum(chosen, cost)).to(device) * weights
+        start = solve(kernel, labels, bounds, start)
+        error, products = max(error, float(start.error.max())), products + start.products
+    test_scores = decide(x, start.beta[0], normalised(test_x, device)).cpu().numpy()
+    kept = [test_y[:, c] != -1 for c in range(classes)]
+    area, eleven = (
+        np.array([ap(test_y[rows, c] > 0, test_scores[rows, c]) for c, rows in enumerate(kept)])
+        for ap in (area_ap, eleven_point_ap)
+    )
+    judged = positive.any(0) & (test_y == 1).any(0)
+    if not judged.any():
+        raise UserError("SVM: no class has a positive row both in the training and in the test set")
+    area, eleven = np.where(judged, area, np.nan), np.where(judged, eleven, np.nan)
+    return SvmResult(
+        100 * float(np.nanmean(area)),
+        100 * float(np.nanmean(eleven)),
+        area,
+        eleven,
+        chosen,
+        validation,
+        error,
+        classes * (len(costs) * FOLDS + 1),
+        products,
+    )
+
+
+def decide(x: Tensor, beta: Tensor, rows: Tensor) -> Tensor:
+    """Decision values [m, P] of rows [m, D] by the solutions beta [n, P] on x [n, D]."""
+    return rows @ (x.mT @ beta) + beta.sum(0)

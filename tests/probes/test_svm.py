@@ -1,0 +1,197 @@
+"""The batched solver against LIBLINEAR, and VOC07's protocol against scikit-learn's pieces."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.svm import LinearSVC
+
+from fastrot.errors import Fault
+from fastrot.probes import solver
+from fastrot.probes.kernel import Features, Gram, gram, kernel_of
+from fastrot.probes.precision import area_ap
+from fastrot.probes.solver import solve
+from fastrot.probes.svm import COSTS, decide, normalised, path, stratified_folds, voc_svm
+
+WIDE, TALL = (60, 150), (300, 20)  # fewer rows than features, and more
+
+
+def problem(rows: int, features: int, classes: int = 3, seed: int = 0):
+    """Unit rows of correlated, half-empty features, and ±1 labels that they say something about."""
+    rng = np.random.default_rng(seed)
+    hidden = rng.standard_normal((rows, 8))
+    x = np.maximum(hidden @ rng.standard_normal((8, features)) + rng.standard_normal((rows, features)), 0)
+    logits = hidden @ rng.standard_normal((8, classes)) + rng.standard_normal((rows, classes))
+    y = np.where(logits > np.quantile(logits, 0.7, axis=0), 1, -1)
+    return normalised(x), y
+
+
+def linear_svc(x, y, cost, sample_weight=None) -> LinearSVC:
+    model = LinearSVC(
+        C=cost,
+        loss="squared_hinge",
+        intercept_scaling=1.0,
+        class_weight={1: 2, -1: 1},
+        tol=1e-9,
+        max_iter=10**6,
+        random_state=0,
+    )
+    return model.fit(x, y, sample_weight)
+
+
+def objective(w, b, x, y, bounds) -> float:
+    shortfall = np.maximum(0, 1 - y * (x @ w + b))
+    return 0.5 * (w @ w + b * b) + 0.5 * bounds @ shortfall**2
+
+
+def bounds_of(y, cost, weights=1.0):
+    return 2 * cost * np.where(y == 1, 2.0, 1.0) * weights
+
+
+def as_problem(a) -> torch.Tensor:
+    return torch.as_tensor(np.ascontiguousarray(a), dtype=torch.float64)[None]
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL])
+@pytest.mark.parametrize("cost", [0.5**19, 0.5**4, 1.0, 100.0])
+def test_decisions_are_those_of_linear_svc_run_to_convergence(shape, cost):
+    x, y = problem(*shape)
+    got = solve(kernel_of(x[None]), as_problem(y), as_problem(bounds_of(y, cost)))
+    rows = np.random.default_rng(1).random((50, shape[1]))
+    rows = normalised(rows)
+    decisions = decide(x, got.beta[0], rows).numpy()
+    for c in range(y.shape[1]):
+        want = linear_svc(x.numpy(), y[:, c], cost)
+        np.testing.assert_allclose(decisions[:, c], want.decision_function(rows.numpy()), atol=2e-4)
+        np.testing.assert_allclose(got.scores[0, :, c], want.decision_function(x.numpy()), atol=2e-4)
+
+
+@pytest.mark.parametrize("cost", [10.0, 100.0])
+def test_the_objective_is_no_higher_than_liblinears(cost):
+    x, y = problem(*WIDE)
+    got = solve(kernel_of(x[None]), as_problem(y), as_problem(bounds_of(y, cost)))
+    x = x.numpy()
+    for c in range(y.shape[1]):
+        want, bounds = linear_svc(x, y[:, c], cost), bounds_of(y[:, c], cost)
+        beta = got.beta[0, :, c].numpy()
+        ours = objective(x.T @ beta, beta.sum(), x, y[:, c], bounds)
+        theirs = objective(want.coef_[0], want.intercept_[0], x, y[:, c], bounds)
+        assert ours <= theirs + 1e-8
+
+
+def test_the_stated_error_bounds_the_true_one():
+    x, y = problem(40, 12, classes=1)
+    bounds = bounds_of(y[:, 0], 10.0)
+    rows = np.hstack([x.numpy(), np.ones((40, 1))])
+
+    def value(w):
+        return objective(w[:-1], w[-1], x.numpy(), y[:, 0], bounds)
+
+    def gradient(w):
+        return w - rows.T @ (bounds * y[:, 0] * np.maximum(0, 1 - y[:, 0] * (rows @ w)))
+
+    best = minimize(value, np.zeros(13), jac=gradient, method="BFGS", options={"gtol": 1e-11, "maxiter": 10**5}).x
+    for tolerance in (1.0, 1e-2, 1e-4):
+        got = solve(kernel_of(x[None]), as_problem(y), as_problem(bounds[:, None]), tolerance=tolerance)
+        far = np.linalg.norm(rows.T @ got.beta[0, :, 0].numpy() - best)
+        assert far <= float(got.error) + 1e-9 and float(got.error) <= tolerance
+
+
+def test_rows_of_weight_nought_are_left_out_and_scored_all_the_same():
+    x, y = problem(*WIDE)
+    inside = np.arange(len(y)) % 3 != 1
+    weights = np.where(inside, 1.0, 0.0)[:, None]
+    got = solve(kernel_of(x[None]), as_problem(y), as_problem(bounds_of(y, 1.0, weights)))
+    assert not got.beta[0, ~inside].any()
+    for c in range(y.shape[1]):
+        want = linear_svc(x.numpy()[inside], y[inside, c], 1.0)
+        np.testing.assert_allclose(got.scores[0, :, c], want.decision_function(x.numpy()), atol=2e-4)
+
+
+def test_sample_weights_are_those_of_linear_svc():
+    x, y = problem(*TALL)
+    weights = np.random.default_rng(2).uniform(0.1, 3, len(y))
+    got = solve(kernel_of(x[None]), as_problem(y), as_problem(bounds_of(y, 1.0, weights[:, None])))
+    want = linear_svc(x.numpy(), y[:, 0], 1.0, weights)
+    np.testing.assert_allclose(got.scores[0, :, 0], want.decision_function(x.numpy()), atol=2e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 30), st.integers(1, 40), st.integers(0, 999), st.floats(-6, 2))
+def test_gram_and_features_give_the_same_optimum_within_their_bounds(rows, features, seed, exponent):
+    x, y = problem(rows, features, 2, seed)
+    bounds = as_problem(bounds_of(y, 10.0**exponent))
+    a, b = (solve(kernel, as_problem(y), bounds) for kernel in (Gram(gram(x[None])), Features(x[None])))
+    assert float((a.scores - b.scores).abs().max()) <= 2**0.5 * float((a.error + b.error).max()) + 1e-9
+
+
+def test_a_path_of_costs_gives_what_each_cost_gives_alone():
+    x, y = problem(*WIDE)
+    labels, weights = as_problem(y), as_problem(bounds_of(y, 0.5))
+    for index, solution in path(kernel_of(x[None]), labels, weights, COSTS):
+        alone = solve(kernel_of(x[None]), labels, 2 * COSTS[index] * weights)
+        np.testing.assert_allclose(solution.scores, alone.scores, atol=3e-4)
+
+
+def test_groups_of_rows_are_solved_as_if_alone():
+    parts = [problem(50, 80, seed=s) for s in (1, 2)]
+    x, y = torch.stack([p[0] for p in parts]), np.stack([p[1] for p in parts])
+    both = solve(kernel_of(x), torch.from_numpy(y).double(), torch.from_numpy(bounds_of(y, 1.0)))
+    for group, (rows, labels) in enumerate(parts):
+        alone = solve(kernel_of(rows[None]), as_problem(labels), as_problem(bounds_of(labels, 1.0)))
+        np.testing.assert_allclose(both.scores[group], alone.scores[0], atol=3e-4)
+
+
+def test_a_solver_that_does_not_get_there_says_so(monkeypatch):
+    monkeypatch.setattr(solver, "_NEWTON_STEPS", 1)
+    x, y = problem(*WIDE)
+    with pytest.raises(Fault, match="3 problems did not converge in 1 Newton steps"):
+        solve(kernel_of(x[None]), as_problem(y), as_problem(bounds_of(y, 100.0)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.booleans(), min_size=6, max_size=60).filter(lambda y: 3 <= sum(y) <= len(y) - 3))
+def test_folds_are_those_of_stratified_k_fold(y):
+    y = np.array(y)
+    got = stratified_folds(y, 3)
+    for fold, (_, out) in enumerate(StratifiedKFold(3).split(y, y)):
+        np.testing.assert_array_equal(np.flatnonzero(got == fold), out)
+
+
+def test_voc_svm_is_the_scripts_way_with_scikit_learn():
+    """Costs up to 1: LinearSVC of the reference is run to convergence, class by class and cost by cost."""
+    costs = (1.0, 0.5**4, 0.5**8)
+    x, y = problem(150, 200, classes=4)
+    x = x.numpy() * np.linspace(1, 30, len(x))[:, None]  # rows of any length
+    y = np.where(y == 1, 1, 0)
+    y[::17] = -1
+    train, test = slice(0, 100), slice(100, 150)
+    got = voc_svm(x[train], y[train], x[test], y[test], costs)
+
+    def unit(rows):
+        return rows / (np.linalg.norm(rows, axis=1) + 1e-5)[:, None]
+
+    for c in range(4):
+        labels = np.where(y[train, c] == 1, 1, -1)
+        kind = dict(class_weight={1: 2, -1: 1}, tol=1e-8, max_iter=10**6, random_state=0)
+        means = [
+            cross_val_score(LinearSVC(C=cost, **kind), unit(x[train]), labels, cv=3, scoring="average_precision").mean()
+            for cost in costs
+        ]
+        np.testing.assert_allclose(got.cross_validation[c], means, atol=1e-9)
+        assert got.costs[c] == costs[int(np.argmax(means))]
+        model = LinearSVC(C=got.costs[c], **kind).fit(unit(x[train]), labels)
+        kept = y[test, c] != -1
+        want = area_ap(y[test, c][kept] > 0, model.decision_function(unit(x[test]))[kept])
+        np.testing.assert_allclose(got.per_class[c], want, atol=1e-9)
+    np.testing.assert_allclose(got.average_precision, 100 * got.per_class.mean())
+
+
+def test_equal_costs_in_cross_validation_give_the_first_listed():
+    x, y = problem(60, 30, classes=1)
+    y = np.where(y == 1, 1, 0)
+    assert voc_svm(x, y, x, y, (0.5**19, 0.5**18)).costs == 0.5**19
+    assert voc_svm(x, y, x, y, (0.5**18, 0.5**19)).costs == 0.5**18
