@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -60,11 +61,13 @@ class Origin:
 
 def random_backbone(arch: str, seed: int) -> tuple[nn.Module, Origin]:
     """The control: an untrained ResNet whose batch norms keep mean 0 and variance 1."""
-    return _frozen(build_model(arch, 1, seed)), Origin(arch, seed=seed)
+    model = build_model(arch, 1, seed)
+    model.fc = nn.Identity()
+    return _frozen(model), Origin(arch, seed=seed)
 
 
 def load_backbone(path: str) -> tuple[nn.Module, Origin]:
-    """A ResNet in eval mode with a checkpoint's backbone weights (its head is meaningless), and their origin.
+    """A ResNet in eval mode of a checkpoint's weights, fp32, without a head, and their origin.
 
     path  a run folder, one of its checkpoints, a .safetensors file, or a file of torch.save (opened with
           weights_only=True: nothing in it executes).
@@ -74,9 +77,13 @@ def load_backbone(path: str) -> tuple[nn.Module, Origin]:
     file, run = find_file(path)
     state, skipped, names = to_torchvision(read_state(file), str(file))
     arch = arch_of(state, str(file))
-    model = build_model(arch, 1, 0)
+    with torch.device("meta"):  # weights are not drawn only to be replaced
+        model = getattr(torchvision.models, arch)()
+    model.fc = nn.Identity()
     _refuse_differences(state, model, arch, file)
-    model.load_state_dict(state, strict=False)
+    counters = {key: torch.tensor(0) for key in model.state_dict() if key.endswith(_COUNTER)}
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    model.load_state_dict(counters | state, assign=True)
     with file.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     return _frozen(model), Origin(arch, str(file), digest, names, tuple(skipped), run and str(run))
@@ -146,7 +153,7 @@ def arch_of(state: dict[str, Tensor], where: str) -> str:
 
 
 def _refuse_differences(state: dict[str, Tensor], model: nn.Module, arch: str, file: Path) -> None:
-    want = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith("fc.")}
+    want = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     missing = [key for key in want if key not in state and not key.endswith(_COUNTER)]
     unknown = [key for key in state if key not in want]
     shapes = [f"{k} {tuple(state[k].shape)}, not {want[k]}" for k in want if k in state and state[k].shape != want[k]]

@@ -22,6 +22,7 @@ examples:
   fastrot index '/data/shards/train-{000..146}.tar' --verify
   fastrot index 'voc:/data/VOCdevkit/VOC2007?split=trainval' --json
   fastrot pack /data/train train.beton --mode raw --max-side 256
+  fastrot export --checkpoint runs/rotation --to detectron2 --out rotation_r50_d2.pth
   fastrot svm --train features/voc07-train --test features/voc07-test --layers feature4,feature5 --out svm.json
 """
 
@@ -105,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--workers", type=int, metavar="N", help="processes; default: this machine's cores")
     _add_features(commands, common, page)
     _add_probes(commands)
+
+    export = commands.add_parser("export", help="write a backbone under another library's key names, with a card")
+    export.add_argument("--checkpoint", required=True, metavar="C", help="as for fastrot features")
+    export.add_argument("--to", required=True, choices=("torchvision", "timm", "detectron2", "mmpretrain"))
+    export.add_argument("--out", required=True, metavar="FILE", help="ends in .safetensors or .pth; the card in .md")
+    export.add_argument("--json", action="store_true", help="print the result as one line of JSON on standard output")
     return parser
 
 
@@ -208,6 +215,8 @@ def _complain(error: UserError | Fault | str) -> None:
 def _run(args: argparse.Namespace) -> int:
     if args.command in ("svm", "lowshot", "knn"):
         return _run_probe(args)
+    if args.command == "export":
+        return _run_export(args)
     from fastrot import config as configs
 
     overrides = args.overrides + ([f"data.decode={args.decode}"] if getattr(args, "decode", None) else [])
@@ -240,6 +249,15 @@ def _pack(args, config) -> dict:
 
     encoding = Encoding(args.mode, args.quality, args.max_side, args.raw_share)
     return pack(args.source, args.out, encoding, args.workers, config.data)
+
+
+def _run_export(args: argparse.Namespace) -> int:
+    from fastrot.export import export
+
+    result = export(args.checkpoint, args.to, args.out)
+    if args.json:
+        print(json.dumps(result), flush=True)
+    return 0
 
 
 def _run_probe(args: argparse.Namespace) -> int:

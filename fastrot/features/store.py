@@ -1,4 +1,4 @@
-"""A feature store: one .npy a tap, whose row is the manifest's row; whole, or resumable.
+"""Writing a feature store (featurestore.py reads it): whole, or resumable.
 
 DIR/feature1.npy ..  [N, D] float16 or float32, C order, to be memory-mapped
 DIR/labels.npy       int64 [N], or int8 [N, classes] where an image has many
@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,45 +28,6 @@ from fastrot.errors import Fault, UserError
 _DONE = re.compile(r"block (\d+) of (\d+) rows is on disk")
 _COMMIT_S = 1.0  # between two fsyncs: what a kill may cost
 _AHEAD = 3  # blocks that wait to be written
-_ROWS = "rows"
-
-
-@dataclass(frozen=True)
-class Store:
-    """A finished store. facts: manifest.json."""
-
-    folder: Path
-    facts: dict
-
-    def features(self, tap: str) -> NDArray:
-        """[N, D], mapped. Raises UserError where the store lacks the tap."""
-        if tap not in self.facts["taps"]:
-            raise UserError(f"{self.folder}: has no {tap}; it has {', '.join(self.facts['taps'])}")
-        return np.load(self.folder / f"{tap}.npy", mmap_mode="r", allow_pickle=False)
-
-    @property
-    def labels(self) -> NDArray:
-        return np.load(self.folder / "labels.npy", mmap_mode="r", allow_pickle=False)
-
-    @property
-    def rows(self) -> Manifest:
-        return Manifest.load(self.folder / _ROWS)
-
-    @property
-    def classes(self) -> list[str]:
-        return self.facts["classes"]
-
-
-def open_store(folder: str | Path) -> Store:
-    """Raises UserError where there is no finished store."""
-    folder = Path(folder)
-    try:
-        return Store(folder, json.loads((folder / "manifest.json").read_text()))
-    except (OSError, ValueError) as error:
-        if (folder / "plan.json").exists():
-            raise UserError(f"{folder}: features are not all there; run the same fastrot features again") from None
-        reason = getattr(error, "strerror", None) or "damaged manifest.json"
-        raise UserError(f"{folder}: no feature store ({reason}); fastrot features makes one") from None
 
 
 def differences(folder: Path, facts: dict) -> list[str]:
@@ -99,7 +59,7 @@ def prepare(folder: Path, facts: dict, manifest: Manifest) -> bool:
             for name, tap in facts["taps"].items():
                 _allocate(folder / f"{name}.npy", (len(manifest), tap["width"]), np.dtype(facts["dtype"]))
             np.save(folder / "labels.npy", np.asarray(manifest.label), allow_pickle=False)
-            manifest.save(folder / _ROWS)
+            manifest.save(folder / "rows")
             write_text(folder / "plan.json", json.dumps(facts, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None

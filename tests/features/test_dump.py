@@ -18,8 +18,10 @@ from conftest import ROOT, write_folder
 from fastrot import backbone, distributed
 from fastrot.data.decode.squash import squashed_pixels
 from fastrot.data.manifest import Manifest
+from fastrot.errors import UserError
 from fastrot.features import store
 from fastrot.features.taps import flat_features
+from fastrot.featurestore import open_store
 from fastrot.model import backbone_state, build_model
 
 SMALL = ("--pool", "adaptive", "data.crop=64", "engine.images_per_micro_step=2", "data.decode=torch")
@@ -54,16 +56,17 @@ def test_features_are_those_of_a_plain_loop(fastrot, images, checkpoint, tmp_pat
     words = ("features", "--checkpoint", checkpoint, "--data", images, "--taps", "1,3,5,avg", "--out", tmp_path / "f")
     done = fastrot(*words, *SMALL, "--json").json
     assert done["rows"] == done["computed"] == 12 and done["taps"]["avg"] == 512
-    made = store.open_store(tmp_path / "f")
+    made = open_store(tmp_path / "f")
     transform = T.Compose([T.Resize(73), T.CenterCrop(64)])
     want = plain_loop(checkpoint, images, ("feature1", "feature3", "feature5", "avg"), transform, "adaptive")
     for tap, values in want.items():
-        got = made.features(tap)
+        got = made.features[tap]
         assert got.dtype == np.float32
         # a level of rounding between one resize of a box and resize + crop
         assert np.abs(got - values).mean() < 0.01 * np.abs(values).mean(), tap
     assert made.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert made.rows.name(5).endswith("class1/1.jpg") and made.classes == ["class0", "class1", "class2"]
+    assert Manifest.load(tmp_path / "f" / "rows").name(5).endswith("class1/1.jpg")
+    assert made.classes == ["class0", "class1", "class2"]
 
 
 def test_the_svms_pictures_are_torchvisions_to_the_bit(images):
@@ -79,7 +82,7 @@ def test_the_svms_features_are_those_of_a_plain_loop(fastrot, images, checkpoint
     assert fastrot(*words, *SMALL, "--out", tmp_path / "f").code == 0
     transform = T.Compose([T.Resize(73), T.Resize((64, 64))])
     want = plain_loop(checkpoint, images, ("feature4",), transform, "adaptive")["feature4"]
-    np.testing.assert_allclose(store.open_store(tmp_path / "f").features("feature4"), want, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(open_store(tmp_path / "f").features["feature4"], want, rtol=1e-3, atol=1e-4)
 
 
 def test_a_store_killed_twice_and_resumed_is_the_same_bytes(fastrot, images, checkpoint, tmp_path, monkeypatch):
@@ -147,14 +150,14 @@ def test_the_control_is_drawn_from_its_seed(fastrot, images, tmp_path):
     words = ("features", "--data", images, "--taps", "avg", *SMALL, "model.arch=resnet18")
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert fastrot(*words, "--random-init", seed, "--out", tmp_path / out).code == 0
-    a, b, c = (store.open_store(tmp_path / out).features("avg") for out in "abc")
+    a, b, c = (open_store(tmp_path / out).features["avg"] for out in "abc")
     assert np.array_equal(a, b) and not np.array_equal(a, c)
 
 
 def test_half_precision_rounds_and_refuses_to_overflow(fastrot, images, checkpoint, tmp_path):
     words = ["features", "--data", images, "--taps", "avg", *SMALL, "--dtype", "float16"]
     assert fastrot(*words, "--checkpoint", checkpoint, "--out", tmp_path / "f").code == 0
-    assert store.open_store(tmp_path / "f").features("avg").dtype == np.float16
+    assert open_store(tmp_path / "f").features["avg"].dtype == np.float16
     state = backbone_state(build_model("resnet18", 4, 5))
     state["layer4.1.bn2.weight"] *= 1e6
     save_file(state, tmp_path / "large.safetensors")
@@ -178,8 +181,9 @@ def test_what_a_user_may_get_wrong_is_one_line(fastrot, images, checkpoint, tmp_
     for line, command in cases.items():
         done = fastrot(*command)
         assert done.code == 2 and len(done.errors) == 1 and line in done.errors[0], (line, done.err)
-    with pytest.raises(Exception, match="no feature store"):
-        store.open_store(tmp_path)
+    (tmp_path / "f" / "manifest.json").rename(tmp_path / "f" / "plan.json")
+    with pytest.raises(UserError, match="not all there; run the same fastrot features again"):
+        open_store(tmp_path / "f")
 
 
 def test_an_image_that_broke_since_is_no_other_images_features(fastrot, checkpoint, tmp_path):
