@@ -161,6 +161,12 @@ def _add_probes(commands) -> None:
     low.add_argument("--draws", metavar="DIR", help="published draws, train_targets_sample1_k1.npy and so on, instead")
     near = commands.add_parser("knn", help="weighted k-nearest-neighbour classification of features", parents=[stores])
     near.add_argument("--k", type=numbers, default=[10, 20, 100, 200], metavar="K,K", help="neighbours")
+    line = commands.add_parser(
+        "linear",
+        help="linear classifiers on features: a grid of rates and decays at once; not the protocol",
+        parents=[stores],
+    )
+    line.add_argument("--epochs", type=int, default=20, metavar="N")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -213,7 +219,7 @@ def _complain(error: UserError | Fault | str) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.command in ("svm", "lowshot", "knn"):
+    if args.command in ("svm", "lowshot", "knn", "linear"):
         return _run_probe(args)
     if args.command == "export":
         return _run_export(args)
@@ -267,7 +273,7 @@ def _run_probe(args: argparse.Namespace) -> int:
     command, as_json = options.pop("command"), options.pop("json")
     if "k" in options:
         options["ks"] = options.pop("k")
-    result = probe.run({"svm": probe.svm, "lowshot": probe.low_shot, "knn": probe.nearest}[command], **options)
+    result = probe.run(probe.PROBES[command], **options)
     if as_json:
         print(json.dumps(result), flush=True)
     return 0
