@@ -22,6 +22,7 @@ examples:
   fastrot index '/data/shards/train-{000..146}.tar' --verify
   fastrot index 'voc:/data/VOCdevkit/VOC2007?split=trainval' --json
   fastrot pack /data/train train.beton --mode raw --max-side 256
+  fastrot page --checkpoint runs/rotation --suite configs/page.yaml --out page
   fastrot export --checkpoint runs/rotation --to detectron2 --out rotation_r50_d2.pth
   fastrot svm --train features/voc07-train --test features/voc07-test --layers feature4,feature5 --out svm.json
 """
@@ -106,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--workers", type=int, metavar="N", help="processes; default: this machine's cores")
     _add_features(commands, common, page)
     _add_probes(commands)
+
+    report = commands.add_parser("page", help="run a suite of probes and write the report", parents=[common], **page)
+    report.add_argument("--checkpoint", required=True, metavar="C", help="as for fastrot features")
+    report.add_argument("--suite", required=True, metavar="FILE", help="which sets and probes, as in configs/page.yaml")
+    report.add_argument("--out", required=True, metavar="DIR", help="features, results and page.html, .md, .json")
 
     export = commands.add_parser("export", help="write a backbone under another library's key names, with a card")
     export.add_argument("--checkpoint", required=True, metavar="C", help="as for fastrot features")
@@ -301,6 +307,10 @@ def _hand_over(args, config, sources, ranks) -> dict:
             args.data, args.out, args.checkpoint, args.random_init, taps, args.pool, args.transform, args.dtype
         )
         return dump.dump(request, config, ranks)
+    if args.command == "page":
+        from fastrot.page.build import build
+
+        return build(args.checkpoint, args.suite, args.out, config, ranks)
     from fastrot import pretrain
     from fastrot.dryrun import dry_run
 

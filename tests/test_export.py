@@ -35,6 +35,11 @@ def images():
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
+def assert_same(got, want):
+    """Up to the order of sums, which the memory's layout decides."""
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
 def exported(fastrot, checkpoint, to, out):
     done = fastrot("export", "--checkpoint", checkpoint, "--to", to, "--out", out, "--json").json
     assert (out.parent / done["card"]).read_text().startswith("# resnet50, pretrained by predicting image rotations")
@@ -50,7 +55,7 @@ def test_torchvision_loads_it_and_sees_the_same(fastrot, model, checkpoint, imag
     assert left.missing_keys == ["fc.weight", "fc.bias"] and not left.unexpected_keys
     with torch.no_grad():
         got = torchvision.models._utils.IntermediateLayerGetter(theirs, {"layer4": "out"})(images)["out"]
-        assert torch.equal(got, tap_maps(model, images)[-1])
+        assert_same(got, tap_maps(model, images)[-1])
 
 
 def test_timm_loads_it_and_sees_the_same(fastrot, model, checkpoint, images, tmp_path):
@@ -60,7 +65,7 @@ def test_timm_loads_it_and_sees_the_same(fastrot, model, checkpoint, images, tmp
         theirs = timm.create_model("resnet50", num_classes=0).eval()
     theirs.load_state_dict(state, assign=True)
     with torch.no_grad():
-        torch.testing.assert_close(theirs.forward_features(images), tap_maps(model, images)[-1])
+        assert_same(theirs.forward_features(images), tap_maps(model, images)[-1])
 
 
 class ConvNorm(nn.Conv2d):
@@ -114,7 +119,7 @@ def test_a_model_with_detectron2s_names_loads_it_and_sees_the_same(fastrot, mode
         theirs = D2ResNet().eval()
     theirs.load_state_dict(saved["model"], assign=True)
     with torch.no_grad():
-        torch.testing.assert_close(theirs(images), tap_maps(model, images)[-1])
+        assert_same(theirs(images), tap_maps(model, images)[-1])
 
 
 def test_a_model_with_mmpretrains_names_loads_it_and_sees_the_same(fastrot, model, checkpoint, images, tmp_path):
@@ -127,7 +132,7 @@ def test_a_model_with_mmpretrains_names_loads_it_and_sees_the_same(fastrot, mode
     theirs.eval()
     with torch.no_grad():
         got = pooled_maps(theirs.backbone, images, TAPS, "gap")["feature5"]
-        assert torch.equal(got, pooled_maps(model, images, TAPS, "gap")["feature5"])
+        assert_same(got, pooled_maps(model, images, TAPS, "gap")["feature5"])
 
 
 def test_an_export_is_itself_a_checkpoint(fastrot, model, checkpoint, tmp_path):
