@@ -256,14 +256,18 @@ def _neighbours(outcome: Outcome) -> dict:
         rows = rows or pictures.queries(np.asarray(asked.labels), _QUERIES)
         nearest = pictures.neighbour_rows(bank, asked, rows, "avg")
         shown = pictures.thumbnails(folders[0], [row for found in nearest for row in found])
-        classes = bank.classes
         out["queries"] = pictures.thumbnails(folders[1], rows)
-        out["labels"] = [classes[int(asked.labels[row])] for row in rows]
+        out["labels"] = [_class(bank.classes, asked.labels[row]) for row in rows]
         out["backbones"][backbone] = [
             [
-                (shown[i * pictures.NEIGHBOURS + j], classes[int(bank.labels[row])])
+                (shown[i * pictures.NEIGHBOURS + j], _class(bank.classes, bank.labels[row]))
                 for j, row in enumerate(found)
             ]
             for i, found in enumerate(nearest)
         ]
     return out
+
+
+def _class(names: list[str], label: int) -> str:
+    """A class's name; a list of files has none."""
+    return names[int(label)] if names else str(int(label))
