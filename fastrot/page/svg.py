@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 
 _W, _H = 520, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 16, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 32, 16, 40
 
 
 @dataclass(frozen=True)
