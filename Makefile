@@ -47,7 +47,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 lock:
-	$(BIN)/uv pip compile -q --generate-hashes --universal --python-version 3.11 --no-header requirements.in -o requirements.txt
+	$(BIN)/uv pip compile -q --generate-hashes --universal --python-version 3.11 --no-header --no-annotate requirements.in -o requirements.txt
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

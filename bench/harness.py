@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # import this before fastrot, which need not be installed
-_PACKAGES = ("numpy", "pillow", "torch", "torchvision", "nvidia-dali-cuda130", "ffcv", "webdataset", "simplejpeg")
+_PACKAGES = ("numpy", "pillow", "torch", "torchvision", "triton", "nvidia-dali-cuda130", "ffcv", "webdataset",
+             "simplejpeg", "litdata", "spdl-core", "scikit-learn")
 
 
 def parser(question: str) -> argparse.ArgumentParser:
@@ -41,21 +42,50 @@ def spread(values: Iterable[float], unit: str = "") -> dict[str, float]:
     return {f"median{unit}": statistics.median(values), f"least{unit}": min(values), f"most{unit}": max(values)}
 
 
+def alternating(
+    works: dict[str, Callable], rounds: int, seconds: Callable[[Callable], float]
+) -> dict[str, dict[str, float]]:
+    """Spread of `seconds(work)` for each work, all of them once a round, after a round that warms up."""
+    taken = {name: [] for name in works}
+    for number in range(rounds + 1):
+        for name, work in works.items():
+            spent = seconds(work)
+            if number:
+                taken[name].append(spent)
+    return {name: spread(values, "_s") for name, values in taken.items()}
+
+
+def clock(work: Callable) -> float:
+    """Seconds of one call on the host."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def memory_mib() -> dict[str, float]:
     """Resident memory of this process: its own, and pages of mapped files, which it shares and the kernel may drop."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(fields[key].split()[0]) / 1024 for name, key in (("own", "RssAnon"), ("mapped", "RssFile"))}
 
 
+def gate(holds: bool, what: str) -> None:
+    """Equality before speed: where it does not hold there is no figure."""
+    if not holds:
+        raise SystemExit(f"gate: {what}: does not hold; no figure")
+
+
+def version_of(package: str) -> str | None:
+    """Of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def facts() -> dict:
     """Machine, versions and commit of a figure."""
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": unknown")
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
+    versions = {package: version_of(package) for package in _PACKAGES}
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()

@@ -21,6 +21,7 @@ examples:
   fastrot features --checkpoint runs/rotation --data /data/val --taps 1,2,3,4,5,avg --out features/val
   fastrot index '/data/shards/train-{000..146}.tar' --verify
   fastrot index 'voc:/data/VOCdevkit/VOC2007?split=trainval' --json
+  fastrot tune --config configs/in1k.yaml data.train=/data/train
   fastrot pack /data/train train.beton --mode raw --max-side 256
   fastrot page --checkpoint runs/rotation --suite configs/page.yaml --out page
   fastrot export --checkpoint runs/rotation --to detectron2 --out rotation_r50_d2.pth
@@ -87,6 +88,17 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument(
         "--verify", action="store_true", help="decode every image in full and quarantine what is damaged"
     )
+
+    tune = commands.add_parser(
+        "tune",
+        help="find threads, prefetch and the hardware decoder's share for this machine and data",
+        description="Time the loader at several settings, choose, say why, and keep the choice in the cache: training uses "
+        "it where data.threads, data.prefetch and data.hw_decoder_load are not set. Start it as the training will be "
+        "started (its launcher and ranks): ranks share a machine's cores. The stream does not depend on it.",
+        parents=[common],
+        **page,
+    )
+    tune.add_argument("--seconds", type=float, default=3, metavar="S", help="of timing a setting (default 3)")
 
     pack = commands.add_parser(
         "pack", help="write a source as one FFCV file (.beton), rows in order", parents=[options], **page
@@ -311,6 +323,10 @@ def _hand_over(args, config, sources, ranks) -> dict:
         from fastrot.page.build import build
 
         return build(args.checkpoint, args.suite, args.out, config, ranks)
+    if args.command == "tune":
+        from fastrot.tune import tune
+
+        return tune(config, ranks, args.seconds)
     from fastrot import pretrain
     from fastrot.dryrun import dry_run
 

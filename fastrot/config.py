@@ -53,9 +53,11 @@ class Data(Section):
     window_chunks: PositiveInt = 64
     """Order `window`: chunks a window."""
     threads: PositiveInt | None = None
-    """Decoding threads a rank; default: this machine's cores over its ranks."""
-    prefetch: PositiveInt = 3
-    """Micro-batches decoded ahead, a rank; each holds n * crop * crop * 3 bytes."""
+    """Decoding threads a rank; default: as fastrot tune found, else this machine's cores over its ranks."""
+    prefetch: PositiveInt | None = None
+    """Micro-batches decoded ahead, a rank; each holds n * crop * crop * 3 bytes. Default: as fastrot tune found, else 3."""
+    hw_decoder_load: Unit | None = None
+    """Share of the JPEGs that dali gives to the GPU's hardware decoder; default: as fastrot tune found, else DALI's."""
     max_bad: Annotated[int, Field(ge=0)] | None = None
     """Unreadable images that stop a run; default: the larger of 10 and 0.1% of the rows."""
     max_pixels: PositiveInt = 178_000_000
@@ -190,6 +192,10 @@ def cross_field_errors(config: Config) -> list[str]:
             engine.zero == 1 and engine.precision == "fp16",
             "engine.zero 1 with engine.precision fp16: DeepSpeed 0.19's loss scale never falls there after an "
             "overflow; use bf16, or engine.zero 0",
+        ),
+        (
+            data.hw_decoder_load is not None and data.decode not in ("auto", "dali"),
+            f"data.hw_decoder_load is dali's; data.decode is {data.decode}",
         ),
         (data.decode == "torch" and data.decode_on == "gpu", "data.decode_on gpu is dali's; data.decode is torch"),
     )

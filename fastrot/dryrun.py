@@ -1,13 +1,18 @@
 """--dry-run: build everything, run a few steps, and say what the run would be."""
 
+import math
 from dataclasses import replace
 from functools import partial
+
+import torch
 
 from fastrot import runlog
 from fastrot.config import Config, flat
 from fastrot.distributed import Ranks
+from fastrot.engine import AUTOCAST
 from fastrot.job import RECIPE_VIEWS, Job, describe, open_manifest
 from fastrot.loop import run
+from fastrot.profiling import roofline
 
 _STEPS = 4  # the first half warms up, the second is timed with the loader running ahead
 
@@ -54,10 +59,31 @@ def dry_run(config: Config, sources: dict[str, str], ranks: Ranks, deepspeed_con
         "lr_per_256_views": config.optim.lr * 256 / (n.images * n.views_per_image),
         "views_per_s": timed["views_per_s"],
         "expected_hours": hours,
+        **_roof(job, timed["step_s"]),
     }
     if ranks.first:
         _show(config, sources, result)
     return result
+
+
+def _roof(job: Job, step_s: float) -> dict:
+    """The step's work on one rank's share, and its rate against what this device was measured to do."""
+    config, n, device = job.config, job.numbers, job.ranks.device
+    dtype = AUTOCAST.get(config.engine.precision, torch.float32)
+    images = math.ceil(n.images / n.ranks)
+    build = partial(job.task.build_model, config.model.arch, 0)
+    rows = roofline.step_rows(build, images * n.views_per_image, images, config.data.crop, dtype)
+    rates, flops = roofline.measure_rates(device, dtype), sum(row.flops for row in rows)
+    least_s = rates.seconds(rows)
+    return {
+        "step_flops": flops,
+        "step_bytes": sum(row.bytes for row in rows),
+        "device_flops_per_s": rates.flops,
+        "device_bytes_per_s": rates.bytes,
+        "roof_views_per_s": n.images * n.views_per_image / least_s,
+        "roof_fraction": least_s / step_s,
+        "mfu": flops / step_s / rates.flops,
+    }
 
 
 def _show(config: Config, sources: dict[str, str], r: dict) -> None:
@@ -75,6 +101,16 @@ def _show(config: Config, sources: dict[str, str], r: dict) -> None:
             ("steps", f"{r['steps']:,} = {config.optim.epochs:g} epochs of {r['rows']:,} images"),
             ("parameters", f"{r['parameters']:,}"),
             ("memory", f"{r['memory_gib']:.2f} GiB on rank 0 at its peak"),
+            (
+                "work of a rank",
+                f"{r['step_flops'] / 1e12:.3g} TFLOP and {r['step_bytes'] / 2**30:.3g} GiB a step, unfused; measured here: "
+                f"{r['device_flops_per_s'] / 1e12:.3g} TFLOP/s, {r['device_bytes_per_s'] / 1e9:.3g} GB/s",
+            ),
+            (
+                "roof",
+                f"{r['roof_views_per_s']:,.0f} views/s; these steps reached {r['roof_fraction']:.0%} of it, "
+                f"and {r['mfu']:.0%} of the measured TFLOP/s",
+            ),
             ("expected", f"{r['expected_hours']:.2f} hours at {r['views_per_s']:,.0f} views/s, measured on two steps"),
         ],
     )

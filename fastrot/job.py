@@ -2,13 +2,13 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from fastrot import distributed, optim, runlog
+from fastrot import distributed, optim, runlog, tuned
 from fastrot.config import Config
 from fastrot.data.decode import make_decoder
 from fastrot.data.faults import BadImages
@@ -24,6 +24,7 @@ from fastrot.loop import Course
 from fastrot.model import synchronise_batchnorm
 from fastrot.profiling.clock import Clock
 from fastrot.tasks.rotation import RotationTask
+from fastrot.tuned import Tuned
 
 RECIPE_VIEWS = 512  # that batch norm sees in the published run
 
@@ -110,13 +111,36 @@ def describe(manifest: Manifest, say) -> None:
         say(f"{manifest.source}: one class ({manifest.classes[0]}); rotation needs no labels, so this trains")
 
 
-def make_loader(
-    config: Config, manifest: Manifest, ranks: Ranks, batch: int, bad_path: Path | None
-) -> tuple[Loader, str]:
-    """A loader over a manifest, and the line that says how it decodes."""
+def settings_of(config: Config, ranks: Ranks) -> Tuned:
+    """Threads, prefetch and the hardware decoder's share: the config's, else as tuned here, else the defaults."""
     data = config.data
-    threads = data.threads or max(1, distributed.cores() // ranks.local_world)
-    decoder, line = make_decoder(data.decode, data.decode_on, ranks.device, threads, batch, DECODES_IN_FLIGHT)
+    share = max(1, distributed.cores() // ranks.local_world)
+    kept = tuned.read(tuned.place(data, ranks)) or Tuned(share, tuned.PREFETCH, None, "")
+    asked = {name: getattr(data, name) for name in ("threads", "prefetch", "hw_decoder_load")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    return replace(kept, **asked, found="" if {"threads", "prefetch"} <= asked.keys() else kept.found)
+
+
+def make_loader(
+    config: Config,
+    manifest: Manifest,
+    ranks: Ranks,
+    batch: int,
+    bad_path: Path | None,
+    settings: Tuned | None = None,
+) -> tuple[Loader, str]:
+    """A loader over a manifest, and the line that says how it decodes. settings: default, those of settings_of."""
+    data = config.data
+    settings = settings or settings_of(config, ranks)
+    decoder, line = make_decoder(
+        data.decode,
+        data.decode_on,
+        ranks.device,
+        settings.threads,
+        batch,
+        DECODES_IN_FLIGHT,
+        settings.hw_decoder_load,
+    )
     most = data.max_bad if data.max_bad is not None else max(10, len(manifest) // 1000)
     loader = Loader(
         manifest,
@@ -125,10 +149,10 @@ def make_loader(
         decoder,
         BadImages(bad_path, manifest.source, most),
         ranks.device,
-        data.prefetch,
+        settings.prefetch,
         data.timeout,
     )
-    return loader, line
+    return loader, line + (f", prefetch {settings.prefetch} ({settings.found})" if settings.found else "")
 
 
 def crop_at(config: Config, epoch: float) -> int:

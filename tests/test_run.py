@@ -270,7 +270,8 @@ def test_dry_run_tells_what_a_run_would_be_and_writes_nothing(images, tmp_path, 
     done = fastrot("train", *PLAIN, *over(images, tmp_path / "r"), "--dry-run", "--json")
     assert (done.json["steps"], done.json["views_per_step"], done.json["batch_norm_views"]) == (6, 24, 24)
     assert done.json["parameters"] == 11_178_564 and done.json["expected_hours"] > 0
-    for words in ("over 24 views (recipe 512)", "optim.lr ", "(command line)", "(default)"):
+    assert done.json["step_flops"] > 0 and done.json["roof_fraction"] >= done.json["mfu"] > 0
+    for words in ("over 24 views (recipe 512)", "TFLOP and ", "views/s; these steps reached", "optim.lr ", "(command line)", "(default)"):
         assert words in done.err
     assert not (tmp_path / "r").exists()
 

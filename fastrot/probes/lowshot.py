@@ -12,8 +12,7 @@ from fastrot.data.randomness import DRAW, philox
 from fastrot.errors import UserError
 from fastrot.probes.kernel import Gram, gram
 from fastrot.probes.precision import area_ap, step_ap
-from fastrot.probes.solver import solve
-from fastrot.probes.svm import COSTS, FOLDS, POSITIVE_WEIGHT, normalised, stratified_folds
+from fastrot.probes.svm import COSTS, FOLDS, POSITIVE_WEIGHT, normalised, path, stratified_folds
 
 KS = (1, 2, 4, 8, 16, 32, 64, 96)
 SAMPLES = 5
@@ -142,26 +141,24 @@ def _one_draw(whole, cross, targets, test_y, costs, folds):
             held_out[c, kind >= 0] = stratified_folds(kind[kind >= 0] == 1, folds)
     weights = np.where(kinds == 1, POSITIVE_WEIGHT, 1.0) * (kinds >= 0)
     inside = np.stack([held_out != fold for fold in range(folds)] + [np.ones_like(held_out, bool)], axis=2)
-    bounds = 2 * (weights[:, :, None, None] * inside[:, :, None] * costs[:, None]).reshape(*kinds.shape, -1)
+    inside = weights[:, :, None] * inside
 
-    device, average, best, errors = whole.device, [], [], []
-    step = max(1, _BLOCK_BYTES // (8 * count * (count + 10 * bounds.shape[2])))
+    device = whole.device
+    average, validation, errors = np.empty((len(kinds), len(costs))), np.zeros((len(kinds), len(costs))), []
+    step = max(1, _BLOCK_BYTES // (8 * count**2))
     for first in range(0, len(kinds), step):
         block = slice(first, first + step)
         rows = torch.from_numpy(drawn[block]).to(device)
         labels = torch.from_numpy(np.where(kinds[block] == 1, 1.0, -1.0)).to(device)[..., None]
         kernel = Gram(whole[rows[:, :, None], rows[:, None, :]])
-        solution = solve(kernel, labels, torch.from_numpy(bounds[block]).to(device))
-        errors.append(float(solution.error.max()))
-        beta, scores = (a.unflatten(2, (len(costs), folds + 1)) for a in (solution.beta, solution.scores))
-        scores = scores.cpu().numpy()
-        for at, c in enumerate(range(len(kinds))[block]):
-            test = (cross[rows[at]].mT @ beta[at, :, :, folds]).cpu().numpy()
-            kept = test_y[:, c] != -1
-            average.append([area_ap(test_y[kept, c] > 0, test[kept, i]) for i in range(len(costs))])
-            validation = [
-                [step_ap(kinds[c, out] == 1, scores[at, out, i, f]) for f in range(folds) for out in [held_out[c] == f]]
-                for i in range(len(costs))
-            ]
-            best.append(int(np.argmax(np.sum(validation, axis=1))))
-    return np.array(average), np.array(best), max(errors)
+        for i, solution in path(kernel, labels, torch.from_numpy(inside[block]).to(device), costs):
+            errors.append(float(solution.error.max()))
+            scores = solution.scores.cpu().numpy()
+            for at, c in enumerate(range(len(kinds))[block]):
+                test = (solution.beta[at, :, folds] @ cross[rows[at]]).cpu().numpy()
+                kept = test_y[:, c] != -1
+                average[c, i] = area_ap(test_y[kept, c] > 0, test[kept])
+                for fold in range(folds):
+                    out = held_out[c] == fold
+                    validation[c, i] += step_ap(kinds[c, out] == 1, scores[at, out, fold])
+    return average, validation.argmax(1), max(errors)

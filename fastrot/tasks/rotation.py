@@ -48,7 +48,8 @@ class RotationTask:
 
     @staticmethod
     def _sums(loss: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-        turns = F.one_hot(target, TURNS).double()
+        # not F.one_hot, which on a CPU asks for the largest target
+        turns = (target[:, None] == torch.arange(TURNS, device=target.device)).double()
         right = (logits.argmax(1) == target).double()
         return torch.cat([loss.detach().double()[None], turns.sum(0), (turns * right[:, None]).sum(0)])
 

@@ -3,69 +3,78 @@
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from fastrot_kernels import contest
+
 log = logging.getLogger(__name__)
 
-# Modules are imported when first chosen: a machine without Triton can still use the others.
+# A backend is a module with `obstacle(device)` and `rotate_views`. It is imported when first chosen:
+# a machine without Triton can still use the others.
 BACKENDS = {
     "reference": "fastrot_kernels.reference",
+    "numpy": "fastrot_kernels.numpy_views",
     "cpu": "fastrot_kernels.cpu_views",
     "triton": "fastrot_kernels.triton_views",
+    "cuda": "fastrot_kernels.cuda_views",
 }
+# What 'auto' looks at, by device: on the CPU the first that runs, on a GPU the fastest as measured.
+CANDIDATES = {"cpu": ("cpu", "numpy"), "cuda": ("cuda", "triton")}
 
 
-def load(name: str) -> Callable[..., Tensor]:
-    """The function of a backend: (x, flips, turns, mean, std, dtype, C') -> views."""
-    return importlib.import_module(BACKENDS[name]).rotate_views
+def load(name: str) -> ModuleType:
+    """The module of a backend; its rotate_views is (x, flips, turns, mean, std, dtype, C') -> views."""
+    return importlib.import_module(BACKENDS[name])
 
 
-def obstacle(name: str, device_type: str) -> str:
+def obstacle(name: str, device: torch.device) -> str:
     """Why this backend cannot run on such a device; empty if it can."""
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is unknown; choose auto or one of {', '.join(BACKENDS)}")
-    if name == "cpu" and device_type != "cpu":
-        return f"tensors are on {device_type}, not the CPU"
-    if name == "triton":
-        try:
-            triton_views = importlib.import_module(BACKENDS[name])
-        except ImportError as error:
-            return f"triton cannot be imported ({error})"
-        if device_type != "cuda" and not triton_views.INTERPRETED:
-            return f"tensors are on {device_type}, not CUDA, and TRITON_INTERPRET=1 was not set"
-    return ""
+    try:
+        return load(name).obstacle(device)
+    except ImportError as error:
+        return f"{name} cannot be imported ({error})"
 
 
-def runnable_backends(device_type: str) -> list[str]:
+def runnable_backends(device: torch.device) -> list[str]:
     """Names of the backends that can run on such a device."""
-    return [name for name in BACKENDS if not obstacle(name, device_type)]
+    return [name for name in BACKENDS if not obstacle(name, device)]
 
 
 @functools.cache
-def choose(name: str, device_type: str) -> tuple[str, str]:
+def choose(name: str, device: torch.device) -> tuple[str, str]:
     """(backend, reason) for a requested name, 'auto' included.
 
     Raises  ValueError for an unknown name, RuntimeError if a named backend cannot run here.
     """
     if name != "auto":
-        if why_not := obstacle(name, device_type):
+        if why_not := obstacle(name, device):
             raise RuntimeError(f"backend {name!r} cannot run: {why_not}; choose another or auto")
         return name, "named by the caller"
-
-    fastest = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
-    if fastest is None:
-        chosen = "reference", f"no kernel for {device_type}"
-    elif why_not := obstacle(fastest, device_type):
-        chosen = "reference", why_not
-    else:
-        chosen = fastest, f"the fastest for {device_type} tensors"
+    chosen = _automatic(device)
     log.info("rotate_views: backend %s (%s)", *chosen)
     return chosen
 
 
+def _automatic(device: torch.device) -> tuple[str, str]:
+    candidates = CANDIDATES.get(device.type, ())
+    obstacles = {name: obstacle(name, device) for name in candidates}
+    able = [name for name in candidates if not obstacles[name]]
+    missing = "; ".join(f"{name}: {why}" for name, why in obstacles.items() if why)
+    if not able:
+        return "reference", missing or f"no kernel for {device.type}"
+    if device.type == "cuda" and len(able) > 1:
+        times = contest.times({name: load(name).rotate_views for name in able}, device)
+        fastest = min(times, key=times.get)
+        others = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items() if name != fastest)
+        return fastest, f"{times[fastest]:.3f} ms for {contest.IMAGES} images, {others}, measured on this GPU"
+    return able[0], missing or f"the fastest for {device.type} tensors"
+
+
 def run(name: str, x: Tensor, *arguments: Tensor | torch.dtype | int) -> Tensor:
     """Run the chosen backend on checked arguments."""
-    return load(choose(name, x.device.type)[0])(x, *arguments)
+    return load(choose(name, x.device)[0]).rotate_views(x, *arguments)

@@ -1,4 +1,4 @@
-"""C sources -> a shared library in the cache, compiled when first needed, then found there."""
+"""Sources -> a compiled file in the cache, made when first needed, then found there."""
 
 import ctypes
 import hashlib
@@ -6,6 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-pthread")
@@ -30,7 +32,7 @@ def library(folder: Path, name: str, links: tuple[str, ...] = (), flags: tuple[s
     made_of = hashlib.sha256(repr((command, links, platform.machine())).encode())
     for file in sorted(folder.glob("*.[ch]")):
         made_of.update(file.read_bytes())
-    target = _cache() / f"{name}-{made_of.hexdigest()[:16]}.so"
+    target = cache_folder() / f"{name}-{made_of.hexdigest()[:16]}.so"
     if not target.exists():
         _compile([*command, *map(str, sources), *(f"-l{link}" for link in links), "-lm"], target)
     try:
@@ -39,19 +41,30 @@ def library(folder: Path, name: str, links: tuple[str, ...] = (), flags: tuple[s
         raise BuildError(f"{target} cannot be loaded ({error}); remove it") from None
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where compiled kernels and their timings lie."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("FASTROT_CACHE") or Path(home) / "fastrot") / "kernels"
 
 
 def _compile(command: list[str], target: Path) -> None:
-    scratch = target.with_name(f".{target.name}-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as scratch:
         done = subprocess.run([*command, "-o", str(scratch)], capture_output=True, text=True, check=False)
         if done.returncode:
             wrong = [line for line in done.stderr.splitlines() if "error" in line or "cannot find" in line]
             raise BuildError(f"{command[0]} failed: {(wrong or done.stderr.splitlines() or ['no word'])[0]}")
-        scratch.rename(target)  # ranks that compile at once each replace the file by the same
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A scratch file that becomes `target` at the end: ranks that make it at once each replace it by the same.
+
+    Raises BuildError where it cannot be written.
+    """
+    scratch = target.with_name(f".{target.name}-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        scratch.rename(target)
     except OSError as error:
         raise BuildError(f"{target} cannot be made ({error})") from None

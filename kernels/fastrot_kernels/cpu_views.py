@@ -1,11 +1,32 @@
-"""Rotated views on the CPU: normalise each source once, then one strided copy a view."""
+"""Rotated views on the CPU, in C: every source byte is read once, every thread works on images of its own."""
 
-import numpy as np
+import ctypes
+import functools
+from pathlib import Path
+
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from fastrot_kernels.build import BuildError, library
 from fastrot_kernels.layout import channels_first, empty_views
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    made = library(Path(__file__).parent / "views", "views")
+    made.rotate_views.argtypes = 5 * [ctypes.c_void_p] + [ctypes.c_int64] + 6 * [ctypes.c_int]
+    return made
+
+
+def obstacle(device: torch.device) -> str:
+    """Why this backend cannot run on such a device; empty if it can."""
+    if device.type != "cpu":
+        return f"tensors are on {device.type}, not the CPU"
+    try:
+        _library()
+    except BuildError as error:
+        return str(error)
+    return ""
 
 
 def rotate_views(
@@ -17,34 +38,24 @@ def rotate_views(
     dtype: torch.dtype,
     channels: int,
 ) -> Tensor:
-    """As `reference.rotate_views`, bit for bit.
+    """As `reference.rotate_views`, bit for bit, on at most torch.get_num_threads() threads.
 
-    numpy copies because it has negative strides: a flip or a turn is then a view, where torch
-    would copy the pixels once to flip them and again to place them.
+    A byte has 256 values: their quotients are rounded to dtype by torch, and looked up in C.
     """
     out = empty_views(x, turns, dtype, channels)
-    source, target = _pixels(_normalise(x, mean, std, dtype, channels)), _pixels(out)
-    views = turns.shape[1]
-    for i, (flip, ks) in enumerate(zip(flips.tolist(), turns.tolist(), strict=True)):
-        image = source[i, :, ::-1] if flip else source[i]
-        for v, k in enumerate(ks):
-            target[i * views + v] = np.rot90(image, k)  # reads k as k & 3
+    table = ((torch.arange(256).float() - mean[:, None]) / std[:, None]).to(dtype)  # [C, 256]
+    n, side, _, in_channels = x.shape
+    inputs = [t.contiguous() for t in (x, flips, turns, table)]
+    failed = _library().rotate_views(
+        *(t.data_ptr() for t in (*inputs, out)),
+        n,
+        side,
+        in_channels,
+        channels,
+        turns.shape[1],
+        dtype.itemsize,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for two normalised images of {side} x {side} a thread")
     return channels_first(out)
-
-
-def _normalise(x: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
-    """Normalised, padded sources, dtype [n, S, S, C'].
-
-    A byte has 256 values: their quotients are computed once and looked up.
-    """
-    table = ((torch.arange(256).float()[:, None] - mean) / std).to(dtype)  # [256, C]
-    out = torch.zeros((*x.shape[:3], channels), dtype=dtype)
-    for c in range(x.shape[3]):
-        out[..., c] = table[:, c][x[..., c].int()]
-    return out
-
-
-def _pixels(images: Tensor) -> NDArray[np.void]:
-    """The memory of a contiguous [..., S, S, C'] as [..., S, S] whole pixels of C' values."""
-    raw = images.view(torch.uint8).numpy()  # bytes, since numpy has no bfloat16
-    return raw.view(f"V{raw.shape[-1]}")[..., 0]

@@ -13,6 +13,13 @@ VALUES_PER_PROGRAM = 4096
 WARPS = 8
 
 
+def obstacle(device: torch.device) -> str:
+    """Why this backend cannot run on such a device; empty if it can."""
+    if device.type == "cuda" or INTERPRETED:
+        return ""
+    return f"tensors are on {device.type}, not CUDA, and TRITON_INTERPRET=1 was not set"
+
+
 def rotate_views(
     x: Tensor,
     flips: Tensor,

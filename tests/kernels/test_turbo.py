@@ -226,3 +226,11 @@ def test_no_damage_reaches_memory_that_is_not_ours(tmp_path, encoded):
     assert done.returncode == 0, done.stderr[-2000:]
     sound, bad = map(int, done.stdout.split())
     assert sound > 1000 and bad > 1000
+
+
+def test_dropped_with_a_batch_in_flight_its_threads_end(encoded):
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    turbo = Turbo(3)
+    turbo.submit([encoded["444"][0]] * 200, np.array([(0, 0, 8, 8)] * 200, np.int32), 224)
+    del turbo
+    assert len(list(Path("/proc/self/task").iterdir())) == threads

@@ -192,6 +192,6 @@ def test_voc_svm_is_the_scripts_way_with_scikit_learn():
 
 def test_equal_costs_in_cross_validation_give_the_first_listed():
     x, y = problem(60, 30, classes=1)
-    y = np.where(y == 1, 1, 0)
+    x, y = x.numpy(), np.where(y == 1, 1, 0)
     assert voc_svm(x, y, x, y, (0.5**19, 0.5**18)).costs == 0.5**19
     assert voc_svm(x, y, x, y, (0.5**18, 0.5**19)).costs == 0.5**18

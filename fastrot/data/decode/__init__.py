@@ -49,12 +49,19 @@ class Decoder(Protocol):
 
 
 def make_decoder(
-    name: str, where: str, device: torch.device, threads: int, batch: int, depth: int
+    name: str,
+    where: str,
+    device: torch.device,
+    threads: int,
+    batch: int,
+    depth: int,
+    hw_decoder_load: float | None = None,
 ) -> tuple[Decoder, str]:
     """The decoder asked for, and a line that says what was taken and why.
 
     name   auto, or one of the makers' names; where: auto, gpu or cpu.
     batch  most images a submit; depth: most submits in flight.
+    hw_decoder_load  share of the JPEGs for the GPU's hardware decoder; None: DALI's default.
     Raises UserError where a decoder asked for by name cannot run.
     """
     if where == "gpu" and device.type != "cuda":
@@ -63,18 +70,21 @@ def make_decoder(
         raise UserError(f"data.decode {name}: decodes on the CPU alone; use data.decode_on=cpu or data.decode={_ON_GPU}")
     on_gpu = device.type == "cuda" and where != "cpu"
     names = [name] if name != "auto" else [_ON_GPU] if where == "gpu" else [_ON_GPU, *_ON_CPU] if on_gpu else _ON_CPU
-    decoder, refusals = _first(names, device if on_gpu else _CPU, threads, batch, depth)
+    decoder, refusals = _first(names, device if on_gpu else _CPU, threads, batch, depth, hw_decoder_load)
     why = f" (auto: {'; '.join(refusals)})" if refusals else ""
     return decoder, f"decoding with {decoder.name}, {threads} threads{why}"
 
 
-def _first(names: list[str], device: torch.device, threads: int, batch: int, depth: int) -> tuple[Decoder, list[str]]:
+def _first(
+    names: list[str], device: torch.device, threads: int, batch: int, depth: int, hw_decoder_load: float | None = None
+) -> tuple[Decoder, list[str]]:
     """The first of these decoders that runs here, and why those before it do not."""
     refusals: list[str] = []
     for name in names:
         module, _, maker = DECODERS[name].partition(":")
+        gpu_only = {"hw_decoder_load": hw_decoder_load} if name == _ON_GPU else {}
         try:
-            decoder = getattr(importlib.import_module(module), maker)(device, threads, batch, depth)
+            decoder = getattr(importlib.import_module(module), maker)(device, threads, batch, depth, **gpu_only)
         except ImportError as error:
             refusals.append(f"data.decode {name}: cannot be imported ({error})")
         except UserError as error:

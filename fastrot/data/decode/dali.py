@@ -28,8 +28,10 @@ _SPECK = np.frombuffer(_encoded.getvalue(), np.uint8)
 _DECODES = ("JPEG", "PNG", "BMP", "WEBP")
 
 
-def make(device: torch.device, threads: int, batch: int, depth: int) -> "DaliDecoder":
-    return DaliDecoder(device.index if device.type == "cuda" else None, threads, batch, depth)
+def make(
+    device: torch.device, threads: int, batch: int, depth: int, hw_decoder_load: float | None = None
+) -> "DaliDecoder":
+    return DaliDecoder(device.index if device.type == "cuda" else None, threads, batch, depth, hw_decoder_load)
 
 
 @dataclass
@@ -40,13 +42,15 @@ class _Batch:
     by_dali: list[int]  # positions; Pillow decodes the others
 
 
-def _fancy(place: str) -> dict[str, bool]:
-    """libjpeg-turbo's chroma filter on the GPU too; elsewhere it is the only one."""
-    return {"jpeg_fancy_upsampling": True} if place == "mixed" else {}
+def _on_gpu(place: str, hw_decoder_load: float | None) -> dict[str, bool | float]:
+    """Options of `mixed` alone: libjpeg-turbo's chroma filter, elsewhere the only one; the hardware decoder's share."""
+    if place != "mixed":
+        return {}
+    return {"jpeg_fancy_upsampling": True} | ({} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load})
 
 
 @pipeline_def
-def _windows(place: str, device: str):
+def _windows(place: str, device: str, hw_decoder_load: float | None):
     """Window first, then resize: taps stay inside the window."""
     names = ("data", "start", "shape", "size")
     kinds = (types.UINT8, types.INT32, types.INT32, types.FLOAT)
@@ -54,20 +58,26 @@ def _windows(place: str, device: str):
         fn.external_source(name=name, dtype=kind, ndim=1) for name, kind in zip(names, kinds, strict=True)
     )
     pixels = fn.decoders.image_slice(
-        data, start, shape, axis_names="HW", device=place, output_type=types.RGB, **_fancy(place)
+        data,
+        start,
+        shape,
+        axis_names="HW",
+        device=place,
+        output_type=types.RGB,
+        **_on_gpu(place, hw_decoder_load),
     )
     return fn.resize(pixels, size=size, interp_type=types.INTERP_LINEAR, antialias=True, device=device)
 
 
 @pipeline_def
-def _boxes(place: str, device: str):
+def _boxes(place: str, device: str, hw_decoder_load: float | None):
     """Whole image, then resize of a float box: taps reach outside it, as Pillow's do."""
     names = ("data", "start", "end", "size")
     kinds = (types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT)
     data, start, end, size = (
         fn.external_source(name=name, dtype=kind, ndim=1) for name, kind in zip(names, kinds, strict=True)
     )
-    pixels = fn.decoders.image(data, device=place, output_type=types.RGB, **_fancy(place))
+    pixels = fn.decoders.image(data, device=place, output_type=types.RGB, **_on_gpu(place, hw_decoder_load))
     return fn.resize(
         pixels, size=size, roi_start=start, roi_end=end, interp_type=types.INTERP_LINEAR, antialias=True, device=device
     )
@@ -76,9 +86,12 @@ def _boxes(place: str, device: str):
 class DaliDecoder:
     """Two pipelines (windows, boxes), built when first needed; rebuilt when a sample breaks one."""
 
-    def __init__(self, gpu: int | None, threads: int, batch: int, depth: int):
+    def __init__(
+        self, gpu: int | None, threads: int, batch: int, depth: int, hw_decoder_load: float | None = None
+    ):
         self.name = "dali on the CPU" if gpu is None else f"dali on GPU {gpu} (mixed)"
         self._gpu, self._threads, self._batch, self._depth = gpu, threads, batch, depth
+        self._hw_decoder_load = hw_decoder_load
         self._pipes: dict = {}
         self._alone: DaliDecoder | None = None
         self._flying: deque[_Batch] = deque()
@@ -132,6 +145,7 @@ class DaliDecoder:
             pipe = make_pipe(
                 "cpu" if self._gpu is None else "mixed",
                 "cpu" if self._gpu is None else "gpu",
+                self._hw_decoder_load,
                 batch_size=self._batch,
                 num_threads=self._threads,
                 device_id=self._gpu,
@@ -209,7 +223,7 @@ class DaliDecoder:
     def one(self, buffer, window, size):
         """By a pipeline of its own; what DALI refuses goes to Pillow, which has the last word."""
         if self._alone is None:
-            self._alone = DaliDecoder(self._gpu, self._threads, 1, 1)
+            self._alone = DaliDecoder(self._gpu, self._threads, 1, 1, self._hw_decoder_load)
         by_dali = [0] if _decodes(buffer) else []
         batch = _Batch([buffer], window, size, by_dali)
         try:

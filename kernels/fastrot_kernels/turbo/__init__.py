@@ -51,6 +51,7 @@ class Turbo:
     """
 
     def __init__(self, threads: int, fast: bool = False):
+        self._pool = None
         self._library, self._fast = _library(), fast
         self._pool = self._library.turbo_open(threads)
         if not self._pool:
@@ -97,3 +98,6 @@ class Turbo:
         if self._pool:
             self._library.turbo_close(self._pool)
             self._pool = None
+
+    def __del__(self):
+        self.close()  # before the memory that its threads write into goes

@@ -12,11 +12,12 @@
 /* How one axis is resampled: output i is the sum of weights[i * taps + j] * input[first[i] + j]. */
 struct axis {
     int outputs;
-    int taps;      /* a multiple of 4, the unused ones zero */
+    int taps;      /* even, the unused ones zero */
     int precision; /* weights are multiples of 2^-precision */
     int *first, *count;
     int16_t *weights;
-    int16_t *spread; /* weights laid out for the across pass */
+    int16_t *spread; /* for the across pass: each pair of weights four times */
+    double *exact;
     int room_outputs, room_weights;
 };
 

@@ -92,7 +92,9 @@ static bool begin(struct flow *flow, double height, double width, const double w
     if (!s->memory || !s->rows) return false;
     for (int k = 0; k < flow->ring; k++) s->rows[k] = s->memory + k * line;
     flow->input = s->memory + flow->ring * line + OFF_LINE;
-    flow->turned = s->memory + flow->ring * line + input;
+    /* the down pass writes blocks of 16 bytes */
+    bool straight = flow->orientation == 1 && size * 3 % 16 == 0;
+    flow->turned = straight ? r->out : s->memory + flow->ring * line + input;
     return true;
 }
 
@@ -112,7 +114,7 @@ static void finish(const struct flow *flow) {
     int size = flow->request->size, o = flow->orientation;
     uint8_t *out = flow->request->out;
     if (o == 1) {
-        memcpy(out, flow->turned, (int64_t)size * size * 3);
+        if (out != flow->turned) memcpy(out, flow->turned, (int64_t)size * size * 3);
         return;
     }
     bool from_below = o == 3 || o == 4 || o == 6 || o == 7, from_right = o == 2 || o == 3 || o == 7 || o == 8;

@@ -1,0 +1,145 @@
+"""Where does a training step's time go, and which switch of the config pays?"""
+
+import functools
+
+import harness
+import torch
+
+from fastrot import distributed, optim
+from fastrot.data.loader import MicroBatch
+from fastrot.engine import AUTOCAST, StepSettings
+from fastrot.engine.plain import PlainEngine
+from fastrot.model import synchronise_batchnorm
+from fastrot.profiling import roofline
+from fastrot.tasks.rotation import RotationTask
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+BASE = {"channels_last": True, "precision": "bf16", "compile": False, "sync_batchnorm": True, "optimizer": "fused"}
+# One switch turned at a time, from BASE.
+SWITCHES = {
+    "base": {},
+    "channels_last=false": {"channels_last": False},
+    "precision=fp32": {"precision": "fp32"},
+    "compile=true": {"compile": True},
+    "sync_batchnorm=false": {"sync_batchnorm": False},
+    "SGD unfused": {"optimizer": "unfused"},
+    "LARS": {"optimizer": "lars"},
+}
+STAGES = ("rotate", "forward", "backward", "update")
+
+
+class Step:
+    """One way to train on a resident batch, a stage at a time."""
+
+    def __init__(self, arch: str, images: int, side: int, ranks: distributed.Ranks, **switches):
+        device, precision = ranks.device, switches["precision"]
+        dtype = AUTOCAST.get(precision, torch.float32)
+        self._task = RotationTask(MEAN, STD, dtype, device)
+        model = self._task.build_model(arch, 0)
+        if switches["sync_batchnorm"]:
+            synchronise_batchnorm(model)
+        model.to(device)
+        kind = switches["optimizer"]
+        optimizer = optim.build_optimizer(
+            "lars" if kind == "lars" else "sgd", model, lr=0.01, momentum=0.9, nesterov=False, weight_decay=1e-4,
+            decay_norms=True, trust=0.001, fused=kind == "fused",
+        )  # fmt: skip
+        settings = StepSettings(precision, 0, None, 0.9, switches["channels_last"])
+        self._engine = PlainEngine(model, optimizer, settings, ranks)
+        if switches["compile"]:
+            model.compile(dynamic=False)
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (images, side, side, 3), dtype=torch.uint8, generator=generator)
+        flips = torch.zeros(images, dtype=torch.uint8)
+        turns = torch.arange(4, dtype=torch.uint8).repeat(images, 1)
+        self._batch = MicroBatch(pixels, flips, turns, None, None, 4 * images).to(device)
+        self._views = self._loss = None
+
+    def rotate(self) -> None:
+        self._views = self._task.views(self._batch)
+
+    def forward(self) -> None:
+        self._loss, _ = self._task.loss(self._engine.module, self._views, self._batch)
+
+    def backward(self) -> None:
+        self._engine.backward(self._loss, self._batch.views_of_step)
+
+    def update(self) -> None:
+        self._engine.step(measure=False)
+
+    def seconds(self, clock) -> dict[str, float]:
+        return {stage: clock(getattr(self, stage)) for stage in STAGES}
+
+
+def device_clock(work) -> float:
+    """Seconds of a stage on the GPU, by events."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def measure(steps: dict[str, Step], rounds: int, clock) -> dict[str, dict]:
+    """{switch: {stage: spread}}; each switch once a round, after a round that warms up and compiles."""
+    taken = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            times = step.seconds(clock)
+            if number:
+                taken[name].append(times | {"step": sum(times.values())})
+    return {
+        name: {stage: harness.spread((times[stage] for times in each), "_s") for stage in (*STAGES, "step")}
+        for name, each in taken.items()
+    }
+
+
+def main() -> None:
+    parser = harness.parser(__doc__)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--arch", default="resnet50" if cuda else "resnet18")
+    parser.add_argument("--images", type=int, default=128 if cuda else 8, help="a step, before rotation")
+    parser.add_argument("--side", type=int, default=224 if cuda else 64)
+    parser.add_argument("--only", nargs="+", choices=SWITCHES, default=list(SWITCHES), help="switches to measure")
+    arguments = parser.parse_args()
+    ranks = distributed.start()
+    try:
+        make = functools.partial(Step, arguments.arch, arguments.images, arguments.side, ranks)
+        steps = {name: make(**(BASE | SWITCHES[name])) for name in dict.fromkeys(["base", *arguments.only])}
+        stages = measure(steps, arguments.rounds, device_clock if ranks.device.type == "cuda" else harness.clock)
+        build = functools.partial(RotationTask.build_model, arguments.arch, 0)
+        dtype = AUTOCAST.get(BASE["precision"], torch.float32)
+        rows = roofline.step_rows(build, 4 * arguments.images, arguments.images, arguments.side, dtype)
+        rates = roofline.measure_rates(ranks.device, dtype)
+    finally:
+        distributed.end()
+    base_s, least_s = stages["base"]["step"]["median_s"], rates.seconds(rows)
+    result = {
+        "machine": harness.facts(),
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "ranks": ranks.world,
+        "base": BASE,
+        "roof": {
+            "step_flops": sum(row.flops for row in rows),
+            "step_bytes": sum(row.bytes for row in rows),
+            "device_flops_per_s": rates.flops,
+            "device_bytes_per_s": rates.bytes,
+            "least_s": least_s,
+            "fraction": least_s / base_s,
+        },
+        "switches": {
+            name: {
+                **each,
+                "views_per_s": 4 * arguments.images / each["step"]["median_s"],
+                "times_base": base_s / each["step"]["median_s"],
+            }
+            for name, each in stages.items()
+        },
+    }
+    if ranks.first:
+        harness.write(arguments.out, __doc__, result)
+
+
+if __name__ == "__main__":
+    main()

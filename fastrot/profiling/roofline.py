@@ -1,0 +1,114 @@
+"""What a training step must compute and move, and how fast this device could: the roof over its speed."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from torch.utils.module_tracker import ModuleTracker
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation of a step. flops: a multiplication and an addition are two; bytes: arguments and results,
+    each once, as torch runs it unfused."""
+
+    layer: str
+    operation: str
+    backward: bool
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does: FLOP/s of large matrix products, bytes/s that a large copy reads and writes."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, rows: list[Row]) -> float:
+        """Least time of these operations, one after the other: each bound by the slower of the two."""
+        return sum(max(row.flops / self.flops, row.bytes / self.bytes) for row in rows)
+
+
+class _Trace(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.rows: list[Row] = []
+        self._modules = ModuleTracker()
+
+    def __enter__(self):
+        self._modules.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._modules.__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        packet = function.overloadpacket
+        flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+        names = sorted(self._modules.parents - {"Global"}, key=len)
+        moved = 0 if function.is_view else _bytes((args, kwargs)) + _bytes(out)
+        if flops or moved:
+            # a module's name begins with its class: ResNet.layer1.0.conv1
+            layer = names[-1].partition(".")[2] if names else ""
+            operation = packet._qualified_op_name.removeprefix("aten::")
+            self.rows.append(Row(layer or "step", operation, self._modules.is_bw, flops, moved))
+        return out
+
+
+def _bytes(tree) -> int:
+    return sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, Tensor))
+
+
+def step_rows(build: Callable[[], nn.Module], views: int, images: int, side: int, dtype: torch.dtype) -> list[Row]:
+    """The operations of one training step on `views` views [3, side, side] of `images` crops.
+
+    Forward, loss, backward, SGD with momentum on float32 weights, and the making of the views. The model is
+    built and traced on the meta device: nothing is computed. Weights and maps are taken to be dtype.
+    """
+    with torch.device("meta"):
+        model = build().to(dtype).train()
+        x = torch.empty(views, 3, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+        target = torch.empty(views, dtype=torch.long)
+    with _Trace() as trace:
+        F.cross_entropy(model(x).float(), target).backward()
+    parameters = sum(p.numel() for p in model.parameters())
+    made = images * 3 * side * side + _bytes(x)
+    # the update reads weight, gradient and momentum and writes two of them back
+    return [
+        Row("views", "rotate_views", False, 0, made),
+        *trace.rows,
+        Row("update", "sgd", False, 4 * parameters, 5 * 4 * parameters),
+    ]
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """The best of a few runs of one matrix product and one copy; under a second, and 1 GiB of a GPU."""
+    cuda = device.type == "cuda"
+    n, numbers = (8192, 2**28) if cuda else (1024, 2**24)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    source, target = torch.zeros(2, numbers // 2, device=device)
+    product = _least_seconds(lambda: a @ b, device)
+    copy = _least_seconds(lambda: target.copy_(source), device)
+    return Rates(2 * n**3 / product, 2 * _bytes(source) / copy)
+
+
+def _least_seconds(work: Callable, device: torch.device, times: int = 8) -> float:
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

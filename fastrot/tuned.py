@@ -1,0 +1,109 @@
+"""What `fastrot tune` found for a machine: how it chooses, and the file that keeps it."""
+
+import hashlib
+import json
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from fastrot.checkpoint import write_text
+from fastrot.config import Data
+from fastrot.distributed import Ranks, cache_folder, cores
+from fastrot.errors import UserError
+
+PREFETCH = 3  # micro-batches ahead where neither config nor tune says
+_NEAR = 0.97  # a setting this close to the fastest is as fast
+_LOAD = 0.9  # of the loader's pace: a step that takes batches faster waits at any depth
+_WAIT = 0.01  # of its time that a step may wait for data
+_DEEPEST = 8
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """threads and prefetch a rank; hw_decoder_load None where DALI does not decode on a GPU."""
+
+    threads: int
+    prefetch: int
+    hw_decoder_load: float | None
+    found: str
+    """By whom and when, for a person."""
+
+
+def place(data: Data, ranks: Ranks) -> Path:
+    """The file for this machine, as many ranks on it, this decoder and crop."""
+    gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "no GPU"
+    where = (platform.machine(), _cpu(), cores(), gpu, ranks.local_world, data.decode, data.decode_on, data.crop)
+    key = hashlib.sha256(json.dumps(where).encode()).hexdigest()[:16]
+    return cache_folder() / "tune" / f"{data.decode}-{data.crop}-{key}.json"
+
+
+def read(path: Path) -> Tuned | None:
+    """What was found, or None where nothing was. Raises UserError where the file is damaged."""
+    try:
+        kept = json.loads(path.read_text())
+        tuned = Tuned(*(kept[name] for name in ("threads", "prefetch", "hw_decoder_load", "found")))
+        if min(tuned.threads, tuned.prefetch) < 1 or not 0 <= (tuned.hw_decoder_load or 0) <= 1:
+            raise ValueError("its numbers make no sense")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not what fastrot tune wrote ({error}); remove it, or run fastrot tune again"
+        ) from None
+    return tuned
+
+
+def write(path: Path, tuned: Tuned) -> None:
+    """Keep it. Raises UserError where the cache cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(asdict(tuned), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); set FASTROT_CACHE to a folder that can"
+        ) from None
+
+
+def thread_counts(share: int) -> list[int]:
+    """Worth a try where a rank's share of the cores is `share`: less leaves room for others, more hides reads."""
+    return sorted({max(1, round(share * part)) for part in (0.5, 0.75, 1, 1.5, 2)})
+
+
+def cheapest(images_per_s: dict[float, float]) -> float:
+    """The smallest setting that is as fast as any, within the noise of short runs. {setting: images/s}."""
+    return min(setting for setting, pace in images_per_s.items() if pace >= _NEAR * max(images_per_s.values()))
+
+
+def waiting(seconds: Sequence[float], depth: int) -> float:
+    """Share of its time that a steady step waits for data with `depth` batches ahead.
+
+    seconds  that the loader took for one batch after another. The step is as long as 0.9 of its pace allows.
+    """
+    step = statistics.fmean(seconds) / _LOAD
+    start = clock = sum(seconds[:depth])  # the queue is full when the first step begins
+    taken: list[float] = []  # when the step took each batch
+    ready = waited = 0.0
+    for at, took in enumerate(seconds):
+        ready = max(ready, taken[at - depth] if at >= depth else 0.0) + took  # a full queue holds the loader up
+        waited += max(0.0, ready - clock)
+        clock = max(clock, ready)
+        taken.append(clock)
+        clock += step
+    return waited / (clock - start)
+
+
+def depth_for(seconds: Sequence[float]) -> int:
+    """The fewest batches ahead with which a step waits under 1% of its time; at most 8."""
+    return next((depth for depth in range(2, _DEEPEST) if waiting(seconds, depth) < _WAIT), _DEEPEST)
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

@@ -1,0 +1,122 @@
+"""A step that does not log never makes the host wait for the device."""
+
+import threading
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastrot import pretrain
+from fastrot.profiling.clock import Clock
+from fastrot.runlog import RunLog
+
+STEPS = 4
+SMALL = [
+    "model.arch=resnet18", "data.crop=16", "optim.images_per_step=6", "optim.epochs=3", "optim.warmup_epochs=1",
+    f"run.max_steps={STEPS}", f"run.log_every={STEPS}", "run.tensorboard=false",
+]  # fmt: skip
+# What asks the device for a number: a value itself, or the size of a result.
+ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
+# On the CPU these are free and reach no operation, so they are counted where they are called.
+ASKING_METHODS = ("cpu", "numpy", "tolist", "item", "__array__")
+
+
+class Asked(TorchDispatchMode):
+    """What this thread asked tensors for, by step."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = [[]]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket._qualified_op_name.removeprefix("aten::")
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in ASKING or by_mask:
+            self.steps[-1].append(name)
+        return function(*args, **(kwargs or {}))
+
+    @contextmanager
+    def watch(self):
+        thread = threading.get_ident()
+
+        def watched(name, method):
+            def call(tensor, *arguments, **options):
+                if threading.get_ident() == thread:
+                    self.steps[-1].append(name)
+                return method(tensor, *arguments, **options)
+
+            return call
+
+        methods = {name: watched(name, getattr(torch.Tensor, name)) for name in ASKING_METHODS}
+        with self, mock.patch.multiple(torch.Tensor, **methods):
+            yield
+
+
+ASKS = {
+    "bool": bool,
+    "float": float,
+    "int": int,
+    "item": torch.Tensor.item,
+    "nonzero": torch.nonzero,
+    "mask": lambda t: t[t > 0],
+    "unique": torch.unique,
+    "equal": lambda t: torch.equal(t, t + 1),
+    "cpu": lambda t: t.cpu(),
+    "numpy": lambda t: t.numpy(),
+    "tolist": lambda t: t.tolist(),
+}
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_the_watch_sees_every_way_to_ask(ask):
+    asked, one = Asked(), torch.ones(1)
+    with asked.watch():
+        one * 2 + one.sum()
+        assert asked.steps == [[]]
+        ASKS[ask](one)
+    assert asked.steps != [[]]
+
+
+@pytest.mark.parametrize("engine", [
+    ["engine.kind=plain", "engine.precision=bf16", "optim.clip=1.0", "engine.images_per_micro_step=3"],
+    ["engine.kind=plain", "optim.name=lars", "rotation.views=one", "rotation.shuffle_labels=true"],
+    ["engine.kind=deepspeed", "optim.clip=1.0"],
+])  # fmt: skip
+def test_no_step_asks_a_tensor_for_its_value_before_a_line_is_due(fastrot, images, tmp_path, monkeypatch, engine):
+    asked = Asked()
+
+    def watched(*arguments):
+        with asked.watch():
+            return run(*arguments)
+
+    run, tick = pretrain.run, RunLog.tick
+    monkeypatch.setattr(pretrain, "run", watched)
+    monkeypatch.setattr(RunLog, "tick", lambda log: (asked.steps.append([]), tick(log)))
+    words = [*SMALL, *engine, f"data.train={images}", f"run.out={tmp_path / 'run'}", "--json"]
+    assert fastrot("train", *words).json["steps"] == STEPS
+    assert len(asked.steps) == STEPS + 1
+    assert asked.steps[:STEPS] == [[]] * STEPS
+    assert asked.steps[STEPS]  # the line itself must ask
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_no_step_waits_for_the_gpu_before_a_line_is_due(fastrot, images, tmp_path, monkeypatch):
+    """From the second step on: the first compiles, and measures backends."""
+
+    def strictly(method, mode):
+        def wrapped(*arguments):
+            torch.cuda.set_sync_debug_mode(mode)
+            return method(*arguments)
+
+        return wrapped
+
+    monkeypatch.setattr(RunLog, "tick", strictly(RunLog.tick, "error"))
+    monkeypatch.setattr(Clock, "read", strictly(Clock.read, "default"))
+    words = [*SMALL, "engine.kind=plain", f"data.train={images}", f"run.out={tmp_path / 'run'}", "--json"]
+    try:
+        assert fastrot("train", *words).json["steps"] == STEPS
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

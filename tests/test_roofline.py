@@ -1,0 +1,48 @@
+"""The roofline's counts against published ones and by hand, and its rule."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastrot.model import build_model
+from fastrot.profiling.roofline import Rates, Row, measure_rates, step_rows
+
+
+# Multiply-adds of one view at 224, as torchvision's model pages give them for 1,000 classes.
+@pytest.mark.parametrize(
+    "arch, giga, width", [("resnet18", 1.814, 512), ("resnet34", 3.664, 512), ("resnet50", 4.089, 2048)]
+)
+def test_the_forward_pass_counts_what_torchvision_publishes(arch, giga, width):
+    rows = step_rows(lambda: build_model(arch, 4, 0), 2, 1, 224, torch.bfloat16)
+    forward = sum(row.flops for row in rows if not row.backward and row.layer != "update")
+    backward = sum(row.flops for row in rows if row.backward)
+    stem = sum(row.flops for row in rows if row.layer == "conv1" and not row.backward)
+    assert forward / 2 / 2 == pytest.approx(giga * 1e9 - 996 * width, rel=1e-3)
+    assert backward == 2 * forward - stem  # nothing asks for the gradient of the views
+
+
+def test_bytes_are_each_operation_s_arguments_and_results():
+    class Tiny(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4))
+
+    rows = step_rows(Tiny, 5, 2, 4, torch.float32)
+    views, maps, filters, matrix = 5 * 3 * 16, 5 * 8 * 16, 8 * 27, 8 * 16 * 4
+    by = {(row.layer, row.operation): row for row in rows}
+    assert by["views", "rotate_views"].bytes == 2 * 3 * 16 + 4 * views
+    assert by["0", "convolution"].bytes == 4 * (views + filters + maps)
+    assert by["0", "convolution"].flops == 2 * 5 * 16 * filters
+    assert by["1", "relu"].bytes == 4 * 2 * maps
+    assert by["3", "addmm"].flops == 2 * 5 * matrix
+    assert by["update", "sgd"].bytes == 4 * 5 * (filters + matrix + 4)
+
+
+def test_each_operation_is_bound_by_the_slower_of_the_two():
+    rows = [Row("a", "mm", False, flops=100, bytes=10), Row("b", "relu", False, flops=0, bytes=50)]
+    assert Rates(flops=10, bytes=10).seconds(rows) == 10 + 5
+    assert Rates(flops=1000, bytes=10).seconds(rows) == 1 + 5
+
+
+def test_rates_are_measured_on_the_device_at_hand():
+    rates = measure_rates(torch.device("cpu"), torch.float32)
+    assert rates.flops > 1e8 and rates.bytes > 1e7
