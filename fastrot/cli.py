@@ -18,10 +18,13 @@ examples:
   python fastrot/train.py --config configs/photos10.yaml data.train=/data/train run.out=runs/small
   fastrot train --config configs/in1k.yaml data.train=/data/train --dry-run
   fastrot stream --config configs/in1k.yaml data.train=/data/train --first-step 0 --steps 50 --ranks 4
+  fastrot features --checkpoint runs/rotation --data /data/val --taps 1,2,3,4,5,avg --out features/val
   fastrot index '/data/shards/train-{000..146}.tar' --verify
   fastrot index 'voc:/data/VOCdevkit/VOC2007?split=trainval' --json
   fastrot tune --config configs/in1k.yaml data.train=/data/train
   fastrot pack /data/train train.beton --mode raw --max-side 256
+  fastrot page --checkpoint runs/rotation --suite configs/page.yaml --out page
+  fastrot export --checkpoint runs/rotation --to detectron2 --out rotation_r50_d2.pth
   fastrot svm --train features/voc07-train --test features/voc07-test --layers feature4,feature5 --out svm.json
 """
 
@@ -114,9 +117,43 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--max-side", type=int, metavar="N", help="shrink images whose longer side is above N pixels")
     pack.add_argument("--raw-share", type=float, default=0.5, metavar="P", help="--mode mix: share of raw rows")
     pack.add_argument("--workers", type=int, metavar="N", help="processes; default: this machine's cores")
-
+    _add_features(commands, common, page)
     _add_probes(commands)
+
+    report = commands.add_parser("page", help="run a suite of probes and write the report", parents=[common], **page)
+    report.add_argument("--checkpoint", required=True, metavar="C", help="as for fastrot features")
+    report.add_argument("--suite", required=True, metavar="FILE", help="which sets and probes, as in configs/page.yaml")
+    report.add_argument("--out", required=True, metavar="DIR", help="features, results and page.html, .md, .json")
+
+    export = commands.add_parser("export", help="write a backbone under another library's key names, with a card")
+    export.add_argument("--checkpoint", required=True, metavar="C", help="as for fastrot features")
+    export.add_argument("--to", required=True, choices=("torchvision", "timm", "detectron2", "mmpretrain"))
+    export.add_argument("--out", required=True, metavar="FILE", help="ends in .safetensors or .pth; the card in .md")
+    export.add_argument("--json", action="store_true", help="print the result as one line of JSON on standard output")
     return parser
+
+
+def _add_backbone(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", metavar="C", help="a run folder, a checkpoint, or any ResNet's .safetensors or .pth"
+    )
+    parser.add_argument("--random-init", type=int, metavar="SEED", help="the control: an untrained model.arch instead")
+
+
+def _add_features(commands, common, page) -> None:
+    features = commands.add_parser("features", help="a frozen backbone's taps over a source", parents=[common], **page)
+    _add_backbone(features)
+    features.add_argument("--data", required=True, metavar="SOURCE", help="a folder, list:FILE, shards, voc:ROOT?split=S")
+    features.add_argument("--taps", default="1,2,3,4,5", metavar="LIST", help="of 1,2,3,4,5,avg (default: 1,2,3,4,5)")
+    features.add_argument("--pool", choices=("specified", "gap", "adaptive"), default="specified")
+    features.add_argument(
+        "--transform",
+        choices=("test", "svm"),
+        default="test",
+        help="test: short side 256, centre 224; svm: short side 256, then squashed to 224",
+    )
+    features.add_argument("--dtype", choices=("float16", "float32"), default="float32")
+    features.add_argument("--out", required=True, metavar="DIR", help="the feature store; one that was begun goes on")
 
 
 def _add_probes(commands) -> None:
@@ -142,6 +179,12 @@ def _add_probes(commands) -> None:
     low.add_argument("--draws", metavar="DIR", help="published draws, train_targets_sample1_k1.npy and so on, instead")
     near = commands.add_parser("knn", help="weighted k-nearest-neighbour classification of features", parents=[stores])
     near.add_argument("--k", type=numbers, default=[10, 20, 100, 200], metavar="K,K", help="neighbours")
+    line = commands.add_parser(
+        "linear",
+        help="linear classifiers on features: a grid of rates and decays at once; not the protocol",
+        parents=[stores],
+    )
+    line.add_argument("--epochs", type=int, default=20, metavar="N")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -194,8 +237,10 @@ def _complain(error: UserError | Fault | str) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.command in ("svm", "lowshot", "knn"):
+    if args.command in ("svm", "lowshot", "knn", "linear"):
         return _run_probe(args)
+    if args.command == "export":
+        return _run_export(args)
     from fastrot import config as configs
 
     overrides = args.overrides + ([f"data.decode={args.decode}"] if getattr(args, "decode", None) else [])
@@ -230,6 +275,15 @@ def _pack(args, config) -> dict:
     return pack(args.source, args.out, encoding, args.workers, config.data)
 
 
+def _run_export(args: argparse.Namespace) -> int:
+    from fastrot.export import export
+
+    result = export(args.checkpoint, args.to, args.out)
+    if args.json:
+        print(json.dumps(result), flush=True)
+    return 0
+
+
 def _run_probe(args: argparse.Namespace) -> int:
     from fastrot import probe
 
@@ -237,7 +291,7 @@ def _run_probe(args: argparse.Namespace) -> int:
     command, as_json = options.pop("command"), options.pop("json")
     if "k" in options:
         options["ks"] = options.pop("k")
-    result = probe.run({"svm": probe.svm, "lowshot": probe.low_shot, "knn": probe.nearest}[command], **options)
+    result = probe.run(probe.PROBES[command], **options)
     if as_json:
         print(json.dumps(result), flush=True)
     return 0
@@ -257,6 +311,18 @@ def _hand_over(args, config, sources, ranks) -> dict:
         from fastrot.describe import describe_source
 
         return describe_source(args.source or config.data.train, config, ranks, args.verify)
+    if args.command == "features":
+        from fastrot.features import dump
+
+        taps = dump.parse_taps(args.taps)
+        request = dump.Request(
+            args.data, args.out, args.checkpoint, args.random_init, taps, args.pool, args.transform, args.dtype
+        )
+        return dump.dump(request, config, ranks)
+    if args.command == "page":
+        from fastrot.page.build import build
+
+        return build(args.checkpoint, args.suite, args.out, config, ranks)
     if args.command == "tune":
         from fastrot.tune import tune
 

@@ -1,8 +1,8 @@
 """A folder of features on disk: one memory-mapped array a tap, a row for each image.
 
-feature1.npy ... feature5.npy, avgpool.npy   float16 or float32 [N, D]
-labels.npy                                   int64 [N], or int8 [N, classes] of 1, 0 and -1 (difficult)
-manifest.json                                {"classes": [names], ...}
+feature1.npy ... feature5.npy, avg.npy   float16 or float32 [N, D]
+labels.npy                               int64 [N], or int8 [N, classes] of 1, 0 and -1 (difficult)
+manifest.json                            {"classes": [names], ...}
 """
 
 import json
@@ -30,6 +30,8 @@ class FeatureStore:
 def open_store(folder: str | Path) -> FeatureStore:
     """Open a store without reading its features. Raises UserError where it is missing or does not fit together."""
     folder = Path(folder)
+    if (folder / "plan.json").exists() and not (folder / "manifest.json").exists():
+        raise UserError(f"{folder}: its features are not all there; run the same fastrot features again")
     if not (folder / "labels.npy").is_file():
         raise UserError(f"{folder}: no feature store: expected labels.npy and one array a tap, such as feature1.npy")
     labels = _load(folder / "labels.npy")

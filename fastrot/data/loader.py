@@ -126,15 +126,19 @@ class Loader:
 
     def held_out(self, ranks: int, rank: int, images: int, short: int, crop: int) -> Iterator[MicroBatch]:
         """This rank's contiguous share of all rows, in order, at most `images` a batch."""
-        n = len(self.manifest)
-        first, last = slice_of(n, ranks, 1, 0, rank)
+        first, last = slice_of(len(self.manifest), ranks, 1, 0, rank)
+        parts = (np.arange(at, min(at + images, last)) for at in range(first, last, images))
+        return self.shown(parts, short, crop)
+
+    def shown(self, parts: Iterable[NDArray[np.int64]], short: int, crop: int) -> Iterator[MicroBatch]:
+        """Given rows as evaluation shows them, a batch for each of `parts`, in order."""
 
         def show(rows, _epochs=None):
             return self.plan.held_out(rows, short, crop)
 
-        requests = (_Request(show(np.arange(at, min(at + images, last))), crop) for at in range(first, last, images))
+        requests = (_Request(show(rows), crop) for rows in parts)
         for request, pixels in self._flow(requests, show):
-            yield self._batch(request, pixels, n)
+            yield self._batch(request, pixels, len(self.manifest))
 
     def close(self) -> None:
         self._storage.close()

@@ -2,6 +2,7 @@
 
 import io
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -60,15 +61,18 @@ def window_pixels(buffer: NDArray[np.uint8], window: NDArray, size: int) -> torc
 
 
 class TorchDecoder:
-    """A pool of threads, one image a task."""
+    """A pool of threads, one image a task.
 
-    def __init__(self, threads: int):
-        self.name = "torch on the CPU"
+    pixels_of(buffer, window, size) -> uint8 [size, size, 3]; raises BadImage.
+    """
+
+    def __init__(self, threads: int, pixels_of: Callable = window_pixels, name: str = "torch on the CPU"):
+        self.name, self._pixels_of = name, pixels_of
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._flying: deque[tuple[list[Future], int]] = deque()
 
     def submit(self, buffers, windows, size) -> None:
-        tasks = [self._pool.submit(window_pixels, b, w, size) for b, w in zip(buffers, windows, strict=True)]
+        tasks = [self._pool.submit(self._pixels_of, b, w, size) for b, w in zip(buffers, windows, strict=True)]
         self._flying.append((tasks, size))
 
     def result(self):
@@ -83,7 +87,7 @@ class TorchDecoder:
         return out, bad
 
     def one(self, buffer, window, size):
-        return window_pixels(buffer, window[0], size)
+        return self._pixels_of(buffer, window[0], size)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,138 @@
+"""`fastrot export`: a backbone under another library's names, and a model card beside it."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from fastrot import runlog
+from fastrot.backbone import Origin, load_backbone, pretraining
+from fastrot.checkpoint import write_text
+from fastrot.errors import UserError
+from fastrot.model import backbone_state
+from fastrot.names import to_library
+
+_SUFFIXES = (".safetensors", ".pth")
+
+# what torch.save holds for a library's own loader; safetensors always holds the tensors alone
+_PTH = {
+    "mmpretrain": lambda state: {"meta": {"author": "fastrot"}, "state_dict": state},
+    "detectron2": lambda state: {"model": state, "__author__": "fastrot", "matching_heuristics": True},
+}
+
+_LOADS = {
+    "torchvision": """\
+model = torchvision.models.{arch}()
+print(model.load_state_dict(state, strict=False))  # missing: fc.weight, fc.bias; unexpected: none""",
+    "timm": """\
+model = timm.create_model("{arch}", num_classes=0)
+print(model.load_state_dict(state))""",
+    "mmpretrain": """\
+# in a config: backbone = dict(type="ResNet", depth={depth}, style="pytorch",
+#   init_cfg=dict(type="Pretrained", checkpoint="{file}", prefix="backbone."))""",
+    "detectron2": """\
+# MODEL.WEIGHTS = "{file}" (.pth); RGB input, MODEL.RESNETS.STRIDE_IN_1X1 False, DEPTH {depth}
+# PIXEL_MEAN [123.675, 116.28, 103.53], PIXEL_STD [58.395, 57.12, 57.375]""",
+}
+
+
+def export(checkpoint: str, to: str, out: str) -> dict:
+    """Write the backbone of `checkpoint` to `out` (.safetensors or .pth) and a card to the same name, .md.
+
+    to  a key of names.EXPORTS. Returns what --json prints. Raises UserError.
+    """
+    path = Path(out)
+    if path.suffix not in _SUFFIXES:
+        raise UserError(f"--out {out}: expected a name ending in {' or '.join(_SUFFIXES)}")
+    model, origin = load_backbone(checkpoint)
+    state = {name: value.contiguous() for name, value in to_library(backbone_state(model), to).items()}
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        if path.suffix == ".safetensors":
+            save_file(state, scratch, metadata={"format": "pt", "names": to, "arch": origin.arch})
+        else:
+            torch.save(_PTH.get(to, lambda state: state)(state), scratch)
+        scratch.replace(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        write_text(path.with_suffix(".md"), card(origin, to, path.name, digest))
+    except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where the folder is missing
+        raise UserError(f"--out {out}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+    runlog.table(
+        "export",
+        [
+            ("from", origin.says()),
+            ("names", to),
+            ("outputs", f"{path} (sha256 {digest[:12]}), {path.with_suffix('.md')}"),
+        ],
+    )
+    return {"out": out, "card": str(path.with_suffix(".md")), "sha256": digest, "keys": len(state), "arch": origin.arch}
+
+
+def card(origin: Origin, to: str, file: str, digest: str) -> str:
+    """The model card: what, data, recipe, hashes, commands. Markdown."""
+    facts = pretraining(origin)
+    lines = [
+        f"# {origin.arch}, pretrained by predicting image rotations",
+        "",
+        f"A backbone without a head, under {to}'s key names. Input: RGB, 224 x 224, in [0, 1], minus "
+        "(0.485, 0.456, 0.406), over (0.229, 0.224, 0.225). The stride of a bottleneck is on its 3x3 convolution.",
+        "",
+        "```python",
+        *_loading(to, file, origin.arch).splitlines(),
+        "```",
+        "",
+        "## Files",
+        "| file | sha256 |",
+        "|---|---|",
+        f"| {file} | `{digest}` |",
+        f"| made from {Path(origin.path).name} | `{origin.sha256}` |",
+        "",
+        *_recipe(facts),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _loading(to: str, file: str, arch: str) -> str:
+    if file.endswith(".safetensors"):
+        read = f'state = safetensors.torch.load_file("{file}")\n'
+    else:
+        read = f'state = torch.load("{file}", weights_only=True)\n'
+    use = _LOADS[to].format(arch=arch, file=file, depth=arch.removeprefix("resnet"))
+    return use if use.startswith("#") else read + use
+
+
+def _recipe(facts: dict) -> list[str]:
+    """What the run of the checkpoint says of itself; for foreign weights, that nothing is known."""
+    if not facts:
+        return ["## Training", "", "The weights come from a file of another library; nothing is known of their training."]
+    config, environment, state = yaml.safe_load(facts["config"]), facts.get("environment", {}), facts.get("state", {})
+    data, optim = config["data"], config["optim"]
+    defining = state.get("defining", {})
+    seen = f"{state['step']:,} steps, {state['position']:,} images" if state else "a finished run"
+    rows = [
+        ("data", f"`{data['train']}`, content `{environment.get('data', {}).get('content') or defining.get('data')}`"),
+        ("seen", seen),
+        ("crop", f"{data['crop']} pixels, area {data['scale']}, flip {data['flip']}"),
+        ("views", f"{config['rotation']['views']} turns an image, {optim['images_per_step']} images a step"),
+        ("optimiser", f"{optim['name']}, lr {optim['lr']}, momentum {optim['momentum']}, decay {optim['weight_decay']}"),
+        ("schedule", f"{optim['schedule']} over {optim['epochs']} epochs, {optim['warmup_epochs']} of them warm-up"),
+        ("precision", config["engine"]["precision"]),
+        ("seed", config["run"]["seed"]),
+        ("versions", json.dumps(environment.get("versions", {}))),
+    ]
+    return [
+        "## Training",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows),
+        "",
+        "Started by `" + " ".join(environment.get("command", [])) + "`. The whole config:",
+        "",
+        "```yaml",
+        facts["config"].rstrip(),
+        "```",
+    ]

@@ -1,0 +1,233 @@
+"""`fastrot features`: one pass of a frozen backbone over a source, every tap into a store."""
+
+import json
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fastrot import distributed, job, runlog
+from fastrot.backbone import Origin, load_backbone, random_backbone
+from fastrot.config import Config
+from fastrot.data.decode import make_decoder, squash
+from fastrot.data.faults import BadImages
+from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
+from fastrot.data.manifest import Manifest
+from fastrot.data.plan import slice_of
+from fastrot.data.storage import FileStorage
+from fastrot.distributed import Ranks
+from fastrot.engine import AUTOCAST
+from fastrot.errors import UserError
+from fastrot.features import store
+from fastrot.features.taps import AVERAGE, TAPS, flat_features
+from fastrot_kernels import rotate_views
+
+BLOCK = 64  # rows computed together, whatever the ranks, so that the numbers do not depend on them
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compute.
+
+    checkpoint  a path, or None for the control drawn from `seed`.
+    taps        of TAPS or AVERAGE; pool: a name of POOLS; transform: test or svm; dtype: float16 or float32.
+    """
+
+    source: str
+    out: str
+    checkpoint: str | None = None
+    seed: int | None = None
+    taps: tuple[str, ...] = TAPS
+    pool: str = "specified"
+    transform: str = "test"
+    dtype: str = "float32"
+
+
+def parse_taps(text: str) -> tuple[str, ...]:
+    """ "1,4,avg" -> ("feature1", "feature4", "avg"). Raises UserError."""
+    names = {str(i): tap for i, tap in enumerate(TAPS, 1)} | {tap: tap for tap in (*TAPS, AVERAGE)}
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in names or words.count(word) > 1:
+            raise UserError(f"--taps {text}: {word!r} is none, or twice; expected some of 1,2,3,4,5,avg")
+    return tuple(names[word] for word in words)
+
+
+def backbone_of(checkpoint: str | None, seed: int | None, arch: str) -> tuple[torch.nn.Module, Origin]:
+    """The backbone asked for: a checkpoint's, or one drawn from a seed. Raises UserError."""
+    if (checkpoint is None) == (seed is None):
+        raise UserError("name either --checkpoint C or --random-init SEED")
+    return load_backbone(checkpoint) if checkpoint is not None else random_backbone(arch, seed)
+
+
+class Extractor:
+    """Upright crops in, taps out: normalise, forward in eval mode, pool."""
+
+    def __init__(self, model: torch.nn.Module, config: Config, device: torch.device, taps, pool: str):
+        precision = config.engine.precision
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        self._model, self._device, self._taps, self._pool = model.to(device), device, taps, pool
+        self._autocast = AUTOCAST.get(precision)
+        self._mean = torch.tensor(config.data.mean, dtype=torch.float32, device=device) * 255
+        self._std = torch.tensor(config.data.std, dtype=torch.float32, device=device) * 255
+
+    @torch.inference_mode()
+    def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """pixels uint8 [n, S, S, 3] -> {tap: float32 [n, D]} on the device."""
+        pixels = pixels.to(self._device, non_blocking=True)
+        none = torch.zeros(len(pixels), 1, dtype=torch.uint8, device=self._device)
+        images = rotate_views(pixels, none[:, 0], none, self._mean, self._std, torch.float32)
+        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+            taps = flat_features(self._model, images, self._taps, self._pool)
+        return {name: x.float() for name, x in taps.items()}
+
+
+def dump(request: Request, config: Config, ranks: Ranks) -> dict:
+    """Compute a store, or what a kill left of it. Returns what --json prints. Raises UserError, Fault."""
+    say = _sayer(ranks)
+    model, origin = backbone_of(request.checkpoint, request.seed, config.model.arch)
+    say(origin.says())
+    manifest = job.open_manifest(request.source, config, ranks, "--data")
+    job.describe(manifest, say)
+    extract = Extractor(model, config, ranks.device, request.taps, request.pool)
+    folder = Path(request.out)
+    block = config.engine.images_per_micro_step or BLOCK
+    loader, decoder = _loader(request, config, manifest, ranks, block)
+    say(decoder)
+    facts = _facts(request, config, manifest, origin, extract, block, decoder.partition(",")[0])
+    finished = distributed.on_first(ranks, lambda: store.prepare(folder, facts, manifest))
+    began, computed = time.monotonic(), 0
+    try:
+        if finished:
+            say(f"{folder}: all there already")
+        else:
+            computed = _compute(folder, request, config, ranks, loader, extract, block, say)
+            dist.barrier()
+            distributed.on_first(ranks, lambda: store.finish(folder, facts))
+    finally:
+        loader.close()
+    seconds = time.monotonic() - began
+    result = {
+        "out": str(folder),
+        "rows": len(manifest),
+        "taps": {name: tap["width"] for name, tap in facts["taps"].items()},
+        "computed": computed,
+        "seconds": seconds,
+        "images_per_s": computed * ranks.world / seconds,
+        "arch": origin.arch,
+        "skipped": list(origin.skipped),
+    }
+    if ranks.first:
+        _show(result)
+    return result
+
+
+def _sayer(ranks: Ranks):
+    out = runlog.console()
+    return (lambda line: out.print(line, soft_wrap=True, markup=False)) if ranks.first else (lambda line: None)
+
+
+def _compute(folder, request: Request, config: Config, ranks: Ranks, loader: Loader, extract, block: int, say) -> int:
+    """Compute this rank's contiguous share of the blocks that are not on disk; how many rows those were."""
+    n = len(loader.manifest)
+    done = distributed.on_first(ranks, lambda: store.finished_blocks(folder, block))
+    todo = [number for number in range(-(-n // block)) if number not in done]
+    if done:
+        say(f"{folder}: goes on after {len(done):,} of {-(-n // block):,} blocks")
+    first, last = slice_of(len(todo), ranks.world, 1, 0, ranks.rank)
+    mine = todo[first:last]
+    parts = [np.arange(number * block, min((number + 1) * block, n)) for number in mine]
+    writer = store.BlockWriter(folder, list(request.taps), block, ranks.rank)
+    batches = loader.shown(parts, _short(config), config.data.crop)
+    title = f"features of {request.source}, blocks of {block}"
+    try:
+        for number, batch in zip(mine, _tracked(batches, len(mine), title, ranks), strict=True):
+            writer.put(number, _on_host(extract(batch.pixels)))
+    finally:
+        batches.close()
+        writer.close()
+    return sum(map(len, parts))
+
+
+def _tracked(batches, total: int, title: str, ranks: Ranks):
+    return runlog.track(batches, total, title) if ranks.first else batches
+
+
+def _on_host(taps: dict[str, torch.Tensor]):
+    """A function that gives the taps as arrays; the copy from a GPU runs beside the next forward pass."""
+    if not next(iter(taps.values())).is_cuda:
+        return lambda: {name: x.numpy() for name, x in taps.items()}
+    copies = {name: torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for name, x in taps.items()}
+    for name, x in taps.items():
+        copies[name].copy_(x, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def arrays():
+        copied.synchronize()
+        return {name: x.numpy() for name, x in copies.items()}
+
+    return arrays
+
+
+def _short(config: Config) -> int:
+    return config.data.resize or round(config.data.crop * 256 / 224)
+
+
+def _loader(request: Request, config: Config, manifest: Manifest, ranks: Ranks, block: int) -> tuple[Loader, str]:
+    """The engine's loader under the transform asked for, and the line that says how it decodes."""
+    data = config.data
+    threads = data.threads or max(1, distributed.cores() // ranks.local_world)
+    if request.transform == "svm":
+        decoder = squash.make(threads, _short(config))
+        line = f"decoding with {decoder.name}, {threads} threads"
+    else:
+        decoder, line = make_decoder(data.decode, data.decode_on, ranks.device, threads, block, DECODES_IN_FLIGHT)
+    bad = BadImages(None, manifest.source, data.max_bad or 0)  # another image's features are no row's own
+    plan, storage = job.plan_of(config, manifest), FileStorage(manifest)
+    return Loader(manifest, plan, storage, decoder, bad, ranks.device, data.prefetch, data.timeout), line
+
+
+def _facts(request: Request, config: Config, manifest: Manifest, origin: Origin, extract, block, decoder) -> dict:
+    """What decides the numbers of a store, JSON values alone."""
+    side = config.data.crop
+    widths = {name: x.shape[1] for name, x in extract(torch.zeros(1, side, side, 3, dtype=torch.uint8)).items()}
+    facts = {
+        "format": _FORMAT,
+        "content": manifest.content,
+        "source": manifest.source,
+        "rows": len(manifest),
+        "classes": manifest.classes,
+        "checkpoint": origin.facts(),
+        "taps": {name: {"file": f"{name}.npy", "width": width} for name, width in widths.items()},
+        "pool": request.pool,
+        "transform": request.transform,
+        "side": side,
+        "short": _short(config),
+        "mean": config.data.mean,
+        "std": config.data.std,
+        "dtype": request.dtype,
+        "precision": config.engine.precision,
+        "block": block,
+        "decoder": decoder,
+        "versions": {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow")},
+    }
+    return json.loads(json.dumps(facts))
+
+
+def _show(result: dict) -> None:
+    taps = ", ".join(f"{name} {width:,}" for name, width in result["taps"].items())
+    rows = [("rows", f"{result['rows']:,}"), ("numbers a row", taps)]
+    if result["computed"]:
+        rows.append(
+            ("throughput", f"{result['images_per_s']:,.1f} images/s in {runlog.duration(result['seconds'])}")
+        )
+    runlog.table("features", [*rows, ("outputs", result["out"])])

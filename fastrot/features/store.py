@@ -1,0 +1,186 @@
+"""Writing a feature store (featurestore.py reads it): whole, or resumable.
+
+DIR/feature1.npy ..  [N, D] float16 or float32, C order, to be memory-mapped
+DIR/labels.npy       int64 [N], or int8 [N, classes] where an image has many
+DIR/rows/            the manifest of the images: paths, sizes, classes
+DIR/manifest.json    what was computed from what, and sha256 and bytes of every .npy; written last
+While it is made: plan.json in place of manifest.json, and progress-<rank>.txt with a line a finished block.
+"""
+
+import hashlib
+import json
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrot.checkpoint import write_text
+from fastrot.data.manifest import Manifest
+from fastrot.errors import Fault, UserError
+
+_DONE = re.compile(r"block (\d+) of (\d+) rows is on disk")
+_COMMIT_S = 1.0  # between two fsyncs: what a kill may cost
+_AHEAD = 3  # blocks that wait to be written
+
+
+def differences(folder: Path, facts: dict) -> list[str]:
+    """What a store in `folder`, finished or not, was made from that is not in `facts`: names of the facts."""
+    for name in ("manifest.json", "plan.json"):
+        if (folder / name).exists():
+            there = json.loads((folder / name).read_text())
+            return [key for key in facts if there.get(key) != facts[key]]
+    return []
+
+
+def prepare(folder: Path, facts: dict, manifest: Manifest) -> bool:
+    """Lay out a store for every row of `manifest`, or take up one that was begun; whether it is finished.
+
+    facts  "taps": {name: {"width": D, ...}}, "dtype", and whatever else a resume must find unchanged.
+    Raises UserError where the folder holds other features or has no space.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        other = differences(folder, facts)
+        if other:
+            raise UserError(f"--out {folder}: holds features of another {', '.join(other)}; name another folder")
+        if (folder / "manifest.json").exists():
+            _clear(folder)
+            return True
+        if not (folder / "plan.json").exists():
+            for stale in folder.glob("progress-*.txt"):
+                stale.unlink()
+            for name, tap in facts["taps"].items():
+                _allocate(folder / f"{name}.npy", (len(manifest), tap["width"]), np.dtype(facts["dtype"]))
+            np.save(folder / "labels.npy", np.asarray(manifest.label), allow_pickle=False)
+            manifest.save(folder / "rows")
+            write_text(folder / "plan.json", json.dumps(facts, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
+    return False
+
+
+def _allocate(path: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
+    """An .npy whose space is taken, so that a full disk is found before the work."""
+    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, os.fstat(file.fileno()).st_size))
+
+
+def finished_blocks(folder: Path, block: int) -> set[int]:
+    """Numbers of the blocks of `block` rows that any rank has put on disk."""
+    done = set()
+    for path in folder.glob("progress-*.txt"):
+        for line in path.read_text().splitlines():
+            match = _DONE.fullmatch(line)
+            if match and int(match[2]) == block:
+                done.add(int(match[1]))
+    return done
+
+
+class BlockWriter:
+    """Writes blocks of rows beside the computation: a thread, which records a block only once it is on disk.
+
+    block  rows of a block; block i begins at row i * block.
+    """
+
+    def __init__(self, folder: Path, taps: list[str], block: int, rank: int):
+        self._block = block
+        self._files = {}
+        for tap in taps:
+            array = np.load(folder / f"{tap}.npy", mmap_mode="r", allow_pickle=False)
+            handle = os.open(folder / f"{tap}.npy", os.O_WRONLY)
+            self._files[tap] = (handle, array.offset, array.dtype, array.shape[1] * array.dtype.itemsize)
+        self._progress = os.open(folder / f"progress-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.write(self._progress, b"\n")  # ends the half line that a kill may have left
+        self._folder, self._error = folder, None
+        self._queue: queue.Queue = queue.Queue(_AHEAD)
+        self._thread = threading.Thread(target=self._write_all, name="features", daemon=True)
+        self._thread.start()
+
+    def put(self, number: int, arrays: Callable[[], dict[str, NDArray]]) -> None:
+        """Hand over a block; `arrays()`, called by the thread, gives [n, D] of each tap once it is computed.
+
+        Raises what went wrong with an earlier block.
+        """
+        while self._error is None:
+            try:
+                return self._queue.put((number, arrays), timeout=0.1)
+            except queue.Full:
+                continue
+        raise self._error
+
+    def close(self) -> None:
+        """Wait until all is on disk. Raises what went wrong."""
+        if self._error is None:
+            self._queue.put(None)
+        self._thread.join()
+        for handle, *_ in self._files.values():
+            os.close(handle)
+        os.close(self._progress)
+        if self._error is not None:
+            raise self._error
+
+    def _write_all(self) -> None:
+        written, committed = [], time.monotonic()
+        try:
+            while (item := self._queue.get()) is not None:
+                number, arrays = item
+                for tap, array in arrays().items():
+                    self._write(tap, number, array)
+                written.append(number)
+                if time.monotonic() - committed > _COMMIT_S:
+                    written, committed = self._commit(written), time.monotonic()
+            self._commit(written)
+        except OSError as error:
+            self._error = Fault(f"{self._folder}: cannot be written ({error.strerror}); the same command goes on")
+        except BaseException as error:  # carried to the thread that computes, which raises it
+            self._error = error
+
+    def _write(self, tap: str, number: int, array: NDArray) -> None:
+        handle, offset, dtype, stride = self._files[tap]
+        with np.errstate(over="ignore"):
+            rows = np.ascontiguousarray(array.astype(dtype, copy=False))
+        if not np.isfinite(rows).all():
+            what = "overflow float16; use --dtype float32" if np.isfinite(array).all() else "are not finite"
+            raise UserError(f"{tap}: features of rows from {number * self._block} on {what}")
+        view, at = memoryview(rows).cast("B"), offset + number * self._block * stride
+        while view:
+            count = os.pwrite(handle, view, at)
+            view, at = view[count:], at + count
+
+    def _commit(self, numbers: list[int]) -> list[int]:
+        for handle, *_ in self._files.values():
+            os.fsync(handle)
+        lines = "".join(f"block {number} of {self._block} rows is on disk\n" for number in numbers)
+        os.write(self._progress, lines.encode())
+        os.fsync(self._progress)
+        return []
+
+
+def finish(folder: Path, facts: dict) -> None:
+    """Hash what was written and turn the plan into the manifest."""
+    paths = sorted(folder.glob("*.npy"))
+    with ThreadPoolExecutor(4) as pool:
+        hashes = list(pool.map(_sha256, paths))
+    files = {
+        path.name: {"sha256": sha, "bytes": path.stat().st_size} for path, sha in zip(paths, hashes, strict=True)
+    }
+    write_text(folder / "manifest.json", json.dumps(facts | {"files": files}, indent=1) + "\n")
+    _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    for left in (*folder.glob("progress-*.txt"), folder / "plan.json"):
+        left.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,199 @@
+"""Feature stores: the numbers of a plain loop, whatever was killed and however many ranks worked."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torchvision import transforms as T
+
+from conftest import ROOT, write_folder
+from fastrot import backbone, distributed
+from fastrot.data.decode.squash import squashed_pixels
+from fastrot.data.manifest import Manifest
+from fastrot.errors import UserError
+from fastrot.features import store
+from fastrot.features.taps import flat_features
+from fastrot.featurestore import open_store
+from fastrot.model import backbone_state, build_model
+
+SMALL = ("--pool", "adaptive", "data.crop=64", "engine.images_per_micro_step=2", "data.decode=torch")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
+    save_file(backbone_state(build_model("resnet18", 4, 5)), path)
+    return path
+
+
+def contents(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+def plain_loop(checkpoint, images, taps, transform, pool):
+    """The usual eval script: PIL, torchvision's transforms, one image at a time."""
+    model, _ = backbone.load_backbone(str(checkpoint))
+    normalise = T.Compose([T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    rows = []
+    with torch.no_grad():
+        for path in sorted(images.rglob("*.jpg")):
+            batch = normalise(transform(Image.open(path).convert("RGB")))[None]
+            rows.append(flat_features(model, batch, taps, pool))
+    return {tap: torch.cat([row[tap] for row in rows]).numpy() for tap in taps}
+
+
+def test_features_are_those_of_a_plain_loop(fastrot, images, checkpoint, tmp_path):
+    words = ("features", "--checkpoint", checkpoint, "--data", images, "--taps", "1,3,5,avg", "--out", tmp_path / "f")
+    done = fastrot(*words, *SMALL, "--json").json
+    assert done["rows"] == done["computed"] == 12 and done["taps"]["avg"] == 512
+    made = open_store(tmp_path / "f")
+    transform = T.Compose([T.Resize(73), T.CenterCrop(64)])
+    want = plain_loop(checkpoint, images, ("feature1", "feature3", "feature5", "avg"), transform, "adaptive")
+    for tap, values in want.items():
+        got = made.features[tap]
+        assert got.dtype == np.float32
+        # a level of rounding between one resize of a box and resize + crop
+        assert np.abs(got - values).mean() < 0.01 * np.abs(values).mean(), tap
+    assert made.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert Manifest.load(tmp_path / "f" / "rows").name(5).endswith("class1/1.jpg")
+    assert made.classes == ["class0", "class1", "class2"]
+
+
+def test_the_svms_pictures_are_torchvisions_to_the_bit(images):
+    transform = T.Compose([T.Resize(256), T.Resize((224, 224))])
+    for path in sorted(images.rglob("*.jpg")):
+        want = np.asarray(transform(Image.open(path).convert("RGB")))
+        got = squashed_pixels(np.frombuffer(path.read_bytes(), np.uint8), None, 224, 256).numpy()
+        assert np.array_equal(got, want)
+
+
+def test_the_svms_features_are_those_of_a_plain_loop(fastrot, images, checkpoint, tmp_path):
+    words = ("features", "--checkpoint", checkpoint, "--data", images, "--taps", "4", "--transform", "svm")
+    assert fastrot(*words, *SMALL, "--out", tmp_path / "f").code == 0
+    transform = T.Compose([T.Resize(73), T.Resize((64, 64))])
+    want = plain_loop(checkpoint, images, ("feature4",), transform, "adaptive")["feature4"]
+    np.testing.assert_allclose(open_store(tmp_path / "f").features["feature4"], want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_store_killed_twice_and_resumed_is_the_same_bytes(fastrot, images, checkpoint, tmp_path, monkeypatch):
+    words = ["features", "--checkpoint", checkpoint, "--data", images, *SMALL, "--out"]
+    assert fastrot(*words, tmp_path / "whole").code == 0
+    monkeypatch.setattr(store, "_COMMIT_S", -1.0)
+    write = os.pwrite
+    for fails_at in (7, 6):  # writes: 5 a block; the second death lies inside a block
+        left = iter(range(fails_at))
+
+        def dying(handle, view, at, left=left):
+            if next(left, None) is None:
+                write(handle, bytes(view)[: len(view) // 2], at)
+                raise OSError(28, "No space left on device")
+            return write(handle, view, at)
+
+        monkeypatch.setattr(store.os, "pwrite", dying)
+        died = fastrot(*words, tmp_path / "killed")
+        distributed.end()  # what the end of the process does after a fault
+        assert died.code == 3 and "cannot be written (No space left on device)" in died.err
+    monkeypatch.setattr(store.os, "pwrite", write)
+    done = fastrot(*words, tmp_path / "killed", "--json")
+    assert done.json["computed"] == 12 - 2 * 2 and "goes on after 2 of 6 blocks" in done.err
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert fastrot(*words, tmp_path / "killed", "--json").json["computed"] == 0
+
+
+def start(launcher, *words):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *launcher, "fastrot.cli", *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_real_kills_and_two_ranks_change_no_byte(fastrot, checkpoint, tmp_path):
+    images = write_folder(tmp_path / "images", classes=4, per_class=50)
+    words = ["features", "--checkpoint", checkpoint, "--data", images, *SMALL, "--out"]
+    assert fastrot(*words, tmp_path / "whole").code == 0
+    two = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+    for launcher in ((), two):
+        process = start(launcher, *words, tmp_path / "killed")
+        while process.poll() is None:
+            if len(store.finished_blocks(tmp_path / "killed", 2)) > (60 if launcher else 10):
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.05)
+        process.communicate()
+    assert not (tmp_path / "killed" / "manifest.json").exists(), "both runs were to be killed"
+    process = start(two, *words, tmp_path / "killed")
+    assert process.communicate() and process.returncode == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_the_manifest_names_what_was_computed_from_what(fastrot, images, checkpoint, tmp_path):
+    words = ("features", "--checkpoint", checkpoint, "--data", images, "--taps", "avg", *SMALL, "--out", tmp_path / "f")
+    assert fastrot(*words).code == 0
+    facts = json.loads((tmp_path / "f" / "manifest.json").read_text())
+    assert facts["content"] == Manifest.load(tmp_path / "f" / "rows").content
+    assert facts["checkpoint"]["sha256"] == store._sha256(checkpoint)
+    assert facts["files"]["avg.npy"]["sha256"] == store._sha256(tmp_path / "f" / "avg.npy")
+    assert facts["pool"] == "adaptive" and facts["transform"] == "test" and facts["side"] == 64
+
+
+def test_the_control_is_drawn_from_its_seed(fastrot, images, tmp_path):
+    words = ("features", "--data", images, "--taps", "avg", *SMALL, "model.arch=resnet18")
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert fastrot(*words, "--random-init", seed, "--out", tmp_path / out).code == 0
+    a, b, c = (open_store(tmp_path / out).features["avg"] for out in "abc")
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_half_precision_rounds_and_refuses_to_overflow(fastrot, images, checkpoint, tmp_path):
+    words = ["features", "--data", images, "--taps", "avg", *SMALL, "--dtype", "float16"]
+    assert fastrot(*words, "--checkpoint", checkpoint, "--out", tmp_path / "f").code == 0
+    assert open_store(tmp_path / "f").features["avg"].dtype == np.float16
+    state = backbone_state(build_model("resnet18", 4, 5))
+    state["layer4.1.bn2.weight"] *= 1e6
+    save_file(state, tmp_path / "large.safetensors")
+    done = fastrot(*words, "--checkpoint", tmp_path / "large.safetensors", "--out", tmp_path / "g")
+    assert done.code == 2 and "overflow float16; use --dtype float32" in done.err
+
+
+def test_what_a_user_may_get_wrong_is_one_line(fastrot, images, checkpoint, tmp_path):
+    words = ["features", "--data", images, *SMALL]
+    mine = [*words, "--checkpoint", checkpoint, "--taps", "avg", "--out", tmp_path / "f"]
+    assert fastrot(*mine).code == 0
+    cases = {
+        "--taps 1,9: '9' is none": [*words, "--checkpoint", checkpoint, "--taps", "1,9", "--out", tmp_path / "x"],
+        "--checkpoint C or --random-init": [*words, "--out", tmp_path / "x"],
+        "no such file or folder": [*words, "--checkpoint", tmp_path / "none", "--out", tmp_path / "x"],
+        "holds no backbone.safetensors": [*words, "--checkpoint", tmp_path, "--out", tmp_path / "x"],
+        "holds features of another pool": [*mine, "--pool", "gap"],
+        "pool specified is for images of 224": [*mine[:-1], tmp_path / "x", "--pool", "specified", "--taps", "5"],
+        "cannot be written": [*mine[:-1], checkpoint / "below"],
+    }
+    for line, command in cases.items():
+        done = fastrot(*command)
+        assert done.code == 2 and len(done.errors) == 1 and line in done.errors[0], (line, done.err)
+    (tmp_path / "f" / "manifest.json").rename(tmp_path / "f" / "plan.json")
+    with pytest.raises(UserError, match="not all there; run the same fastrot features again"):
+        open_store(tmp_path / "f")
+
+
+def test_an_image_that_broke_since_is_no_other_images_features(fastrot, checkpoint, tmp_path):
+    images = write_folder(tmp_path / "images")
+    words = ["features", "--checkpoint", checkpoint, "--data", f"list:{tmp_path / 'list'}", *SMALL, "--out", tmp_path / "f"]
+    (tmp_path / "list").write_text("".join(f"{p}\t0\n" for p in sorted(images.rglob("*.jpg"))))
+    broken = images / "class1" / "2.jpg"
+    data = bytearray(broken.read_bytes())
+    data[200:-2] = bytes(len(data) - 202)
+    broken.write_bytes(data)
+    done = fastrot(*words)
+    distributed.end()
+    assert done.code == 3 and "unreadable images, more than data.max_bad 0" in done.err
