@@ -153,7 +153,7 @@ def measure(side: int, mib: int, dtype: torch.dtype, device: torch.device, round
 
     moved = {}
     for name, work in works.items():
-        if "DALI" not in name and "compiled" not in name:
+        if not any(word in name for word in ("DALI", "compiled", "numpy")):  # what torch's dispatch does not see
             with Traffic() as traffic:
                 work()
             moved[name] = traffic.bytes / x.numel()

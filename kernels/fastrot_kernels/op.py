@@ -31,7 +31,8 @@ def rotate_views(
                   copied there at every call (a training loop should hold tensors).
     dtype         float32, float16 or bfloat16; computed in float32, then rounded.
     pad_channels  channels C' of the result, the last C' - C of them zero; 0 means C' = C.
-    backend       auto, or a name in `backends.BACKENDS`.
+    backend       auto, or a name in `backends.BACKENDS`. On a GPU auto measures at its first call,
+                  which no CUDA graph can capture: call once before.
     Returns       dtype [n*V, C', S, S], channels-last; view v of image i is row i*V + v. Backends
                   agree within 1 ulp of dtype.
     Raises        ValueError if a crop is not square (a quarter turn would reshape it) or an

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fastrot_kernels import backends, cpu_views, rotate_views
+from fastrot_kernels import backends, contest, cpu_views, rotate_views
 from fastrot_kernels.op import rotate_views_op
 
 MEAN = [123.675, 116.28, 103.53, 99.5]
@@ -284,6 +284,53 @@ def test_on_a_gpu_auto_takes_what_was_measured_to_be_faster(monkeypatch, fresh_c
     monkeypatch.setattr(backends, "obstacle", lambda name, device: "broken")
     backends.choose.cache_clear()
     assert backends.choose("auto", gpu) == ("reference", "cuda: broken; triton: broken")
+
+
+def test_a_contest_is_held_once_a_kind_of_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTROT_CACHE", str(tmp_path))
+    held = []
+    monkeypatch.setattr(contest, "_measured", lambda able, device: held.append(device) or dict.fromkeys(able, 0.5))
+    for name in ("one GPU", "one GPU", "another"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert contest.times({"cuda": None, "triton": None}, torch.device("cuda")) == {"cuda": 0.5, "triton": 0.5}
+    assert len(held) == 2
+
+
+ON_GPU = [pytest.param(name, marks=[pytest.mark.gpu, NO_CUDA]) for name in ("triton", "cuda")]
+
+
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_a_cuda_graph_replays_on_what_its_inputs_hold_by_then(backend):
+    case, other = make_case(3, 64, 4, 3, "cuda"), make_case(4, 64, 4, 3, "cuda")
+    rotate_views(*case, torch.bfloat16, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = rotate_views(*case, torch.bfloat16, backend=backend)
+    for captured, fresh in zip(case[:3], other[:3], strict=True):
+        captured.copy_(fresh[:3])
+    graph.replay()
+    assert ulps_apart(got, rotate_views(*case, torch.bfloat16, backend="reference")) <= 1
+
+
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_it_runs_on_the_current_stream(backend):
+    case = make_case(3, 64, 4, 3, "cuda")
+    want = rotate_views(*case, torch.bfloat16, backend="reference")
+    late, stream = torch.zeros_like(case[0]), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # the pixels arrive late on this stream: another would read zeros
+        late.copy_(case[0])
+        got = rotate_views(late, *case[1:], torch.bfloat16, backend=backend)
+    stream.synchronize()
+    assert ulps_apart(got, want) <= 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_it_is_one_operation_under_torch_compile(device):
+    case = make_case(2, 5, 4, 3, device)
+    compiled = torch.compile(lambda *a: rotate_views(*a, torch.float32).mul(2), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*case), rotate_views(*case, torch.float32).mul(2))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -94,9 +94,7 @@ def test_raw_pixels_are_resampled_as_decoded_ones(turbo, height, width, size, da
     assert np.array_equal(got, torch_resize(pixels[top : top + h, left : left + w], size))
 
 
-@given(
-    st.floats(0, 60), st.floats(0, 90), st.floats(0.5, 80), st.floats(0.5, 100), st.sampled_from([8, 33, 96])
-)
+@given(st.floats(0, 60), st.floats(0, 90), st.floats(0.5, 80), st.floats(0.5, 100), st.sampled_from([8, 33, 96]))
 @settings(max_examples=60, deadline=None)
 def test_a_float_box_is_pillows_resize_of_a_box_within_two_levels(turbo, encoded, top, left, height, width, size):
     buffer, pixels = encoded["444"]
@@ -189,7 +187,11 @@ def test_batches_come_back_in_order_whatever_their_sizes(turbo, encoded):
         assert all(np.array_equal(one(turbo, buffer, (n, n, 90, 90), size), image) for image in out)
 
 
-@given(st.sampled_from(sorted(WAYS)), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=12), st.floats(0, 1))
+@given(
+    st.sampled_from(sorted(WAYS)),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=12),
+    st.floats(0, 1),
+)
 @settings(max_examples=200, deadline=None)
 def test_damaged_bytes_give_pixels_or_a_reason(turbo, encoded, way, changes, cut):
     buffer = encoded[way][0].copy()
