@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--raw-share", type=float, default=0.5, metavar="P", help="--mode mix: share of raw rows")
     pack.add_argument("--workers", type=int, metavar="N", help="processes; default: this machine's cores")
     _add_features(commands, common, page)
+    _add_linear(commands, common, page)
     _add_probes(commands)
 
     report = commands.add_parser("page", help="run a suite of probes and write the report", parents=[common], **page)
@@ -138,6 +139,25 @@ def _add_backbone(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="C", help="a run folder, a checkpoint, or any ResNet's .safetensors or .pth"
     )
     parser.add_argument("--random-init", type=int, metavar="SEED", help="the control: an untrained model.arch instead")
+
+
+def _add_linear(commands, common, page) -> None:
+    linear = commands.add_parser(
+        "linear",
+        help="linear heads on a frozen backbone; or, fast, on stored features",
+        description="With --checkpoint: the protocol's heads on data.train, augmented, judged on data.val, in run.out. "
+        "With --features: a grid of rates and decays at once on stored features, which is not the protocol.",
+        parents=[common],
+        **page,
+    )
+    linear.add_argument("--checkpoint", metavar="C", help="as for fastrot features")
+    linear.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="as for fastrot train")
+    linear.add_argument("--features", metavar="DIR", help="feature store to fit")
+    linear.add_argument("--test", metavar="DIR", help="feature store to judge by")
+    linear.add_argument("--layers", metavar="A,B", help="taps, such as feature4,feature5; all by default")
+    linear.add_argument("--epochs", type=int, default=20, metavar="N", help="over the stored features")
+    linear.add_argument("--out", metavar="FILE", help="write every figure on stored features to this JSON file")
+    linear.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="where stored features are fitted")
 
 
 def _add_features(commands, common, page) -> None:
@@ -179,12 +199,6 @@ def _add_probes(commands) -> None:
     low.add_argument("--draws", metavar="DIR", help="published draws, train_targets_sample1_k1.npy and so on, instead")
     near = commands.add_parser("knn", help="weighted k-nearest-neighbour classification of features", parents=[stores])
     near.add_argument("--k", type=numbers, default=[10, 20, 100, 200], metavar="K,K", help="neighbours")
-    line = commands.add_parser(
-        "linear",
-        help="linear classifiers on features: a grid of rates and decays at once; not the protocol",
-        parents=[stores],
-    )
-    line.add_argument("--epochs", type=int, default=20, metavar="N")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -237,7 +251,11 @@ def _complain(error: UserError | Fault | str) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.command in ("svm", "lowshot", "knn", "linear"):
+    if args.command == "linear" and (args.features is None) == (args.checkpoint is None):
+        raise UserError("name either --checkpoint C, or --features TRAIN with --test TEST")
+    if args.command == "linear" and args.features is not None:
+        return _run_linear_on_features(args)
+    if args.command in ("svm", "lowshot", "knn"):
         return _run_probe(args)
     if args.command == "export":
         return _run_export(args)
@@ -284,6 +302,18 @@ def _run_export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_linear_on_features(args: argparse.Namespace) -> int:
+    from fastrot import probe
+
+    if args.test is None:
+        raise UserError("--features: name the store to judge by, --test TEST")
+    run = probe.PROBES["linear"]
+    result = probe.run(run, args.features, args.test, args.layers, args.out, args.device, epochs=args.epochs)
+    if args.json:
+        print(json.dumps(result), flush=True)
+    return 0
+
+
 def _run_probe(args: argparse.Namespace) -> int:
     from fastrot import probe
 
@@ -319,6 +349,10 @@ def _hand_over(args, config, sources, ranks) -> dict:
             args.data, args.out, args.checkpoint, args.random_init, taps, args.pool, args.transform, args.dtype
         )
         return dump.dump(request, config, ranks)
+    if args.command == "linear":
+        from fastrot.linear import train_heads
+
+        return train_heads(args.checkpoint, config, ranks, args.resume)
     if args.command == "page":
         from fastrot.page.build import build
 

@@ -153,9 +153,27 @@ class Run(Section):
     """Also write TensorBoard event files."""
 
 
+class Linear(Section):
+    taps: tuple[Literal["feature1", "feature2", "feature3", "feature4", "feature5", "avg"], ...] = (
+        "feature1",
+        "feature2",
+        "feature3",
+        "feature4",
+        "feature5",
+    )
+    """Where a head reads the frozen backbone; avg is stage 4's global average."""
+    pool: Literal["specified", "gap", "adaptive"] = "specified"
+    """How a head pools; specified is the protocol's, for crops of 224."""
+    jitter: Unit = 0.4
+    """Brightness, contrast and saturation are multiplied by up to 1 +- this; 0 leaves them."""
+    lighting: NonNegativeFloat = 0.1
+    """Standard deviation of the weights of the principal colours that are added; 0 adds none."""
+
+
 class Config(Section):
     data: Data = Data()
     rotation: Rotation = Rotation()
+    linear: Linear = Linear()
     model: Model = Model()
     optim: Optim = Optim()
     engine: Engine = Engine()

@@ -193,13 +193,7 @@ class Job:
         torch.backends.cudnn.benchmark = not e.deterministic
         torch.backends.cudnn.allow_tf32 = e.precision != "fp32"  # torch's own default is True
         torch.set_float32_matmul_precision("highest" if e.precision == "fp32" else "high")
-        self.task = RotationTask(
-            [255 * v for v in config.data.mean],
-            [255 * v for v in config.data.std],
-            AUTOCAST.get(e.precision, torch.float32),
-            ranks.device,
-            config.rotation.shuffle_labels,
-        )
+        self.task = self.make_task()
         model = self.task.build_model(config.model.arch, config.run.seed)
         if config.model.sync_batchnorm:
             synchronise_batchnorm(model)
@@ -231,6 +225,16 @@ class Job:
         if e.compile:
             model.compile(dynamic=False)  # few shapes: two slices, the crops, the last held-out batch
         self.parameters = sum(p.numel() for p in model.parameters())
+
+    def make_task(self):
+        """What is learnt; another job learns another thing."""
+        return RotationTask(
+            [255 * v for v in self.config.data.mean],
+            [255 * v for v in self.config.data.std],
+            AUTOCAST.get(self.config.engine.precision, torch.float32),
+            self.ranks.device,
+            self.config.rotation.shuffle_labels,
+        )
 
     def lr_of(self, epoch: float) -> float:
         o = self.config.optim

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from fastrot.distributed import Ranks
 from fastrot.errors import Fault, UserError
 from fastrot.job import Job, describe, open_manifest
 from fastrot.loop import run
-from fastrot.model import TURNS
 
 _FIXED = ("model.arch", "run.seed", "data")  # no resume can change these
 _DEFINING = (
@@ -91,14 +91,25 @@ def _frozen(folder: Path, name: str, source: str, resumed: bool, config: Config,
     return Manifest.load(home)
 
 
-def train(config: Config, ranks: Ranks, resume: str, resume_anyway: list[str], deepspeed_config: str | None) -> dict:
-    """Train, or go on training, in run.out. Returns what --json prints."""
+def train(
+    config: Config,
+    ranks: Ranks,
+    resume: str,
+    resume_anyway: list[str],
+    deepspeed_config: str | None,
+    make_job: Callable[..., Job] = Job,
+    more: dict | None = None,
+) -> dict:
+    """Train, or go on training, in run.out. Returns what --json prints.
+
+    make_job  Job, or one that learns another thing; more: what else a resume must find unchanged.
+    """
     with _folder(config.run.out, ranks) as folder:
         saved = distributed.on_first(ranks, lambda: _find(resume, folder))
         found = checkpoint.load(Path(saved)) if saved else None
         manifest = _frozen(folder, "train", config.data.train, bool(found), config, ranks)
         val = _frozen(folder, "val", config.data.val, bool(found), config, ranks) if config.data.val else None
-        now = defining(config, manifest.content)
+        now = defining(config, manifest.content) | (more or {})
         saved_state = found.state if found else {"step": 0, "position": 0, "defining": now}
         where = found.path if found else folder
         checkpoint.refuse_differences(saved_state["defining"], now, resume_anyway, _FIXED, where)
@@ -109,7 +120,7 @@ def train(config: Config, ranks: Ranks, resume: str, resume_anyway: list[str], d
         try:
             for one in filter(None, (manifest, val)):
                 describe(one, log.say)
-            job = Job(config, ranks, manifest, val, folder, deepspeed_config, log.say)
+            job = make_job(config, ranks, manifest, val, folder, deepspeed_config, log.say)
             if found:
                 job.engine.load_state(found.model, found.optimizer, found.state["scalars"])
                 log.say(f"resumed from {where.name}: step {step:,} of {last:,}, stream position {position:,}")
@@ -126,7 +137,7 @@ def train(config: Config, ranks: Ranks, resume: str, resume_anyway: list[str], d
         finally:
             log.close()
     if ranks.first:
-        _show(result)
+        _show(result, job.task)
     return result
 
 
@@ -170,17 +181,17 @@ def _run(job: Job, folder: Path, now: dict, steps: range, position: int, log) ->
     return result | {"steps": steps.stop, "seconds": time.monotonic() - began, "out": str(folder)}
 
 
-def _show(result: dict) -> None:
+def _show(result: dict, task) -> None:
     """The short table a run ends with."""
     rows = [("steps", f"{result['steps']:,} in {runlog.duration(result['seconds'])}")]
     if "held_out_accuracy" in result:
-        rows.append(("held-out rotation accuracy", f"{result['held_out_accuracy']:.1%} (chance {1 / TURNS:.0%})"))
+        rows.append((task.says, f"{result['held_out_accuracy']:.1%}"))
     if "views_per_s" in result:
         rows += [
             ("throughput", f"{result['images_per_s']:,.0f} images/s, {result['views_per_s']:,.0f} views/s"),
             ("time waiting for data", f"{result['wait_share']:.1%}"),
         ]
-    runlog.table("rotation pretraining", [*rows, ("outputs", result["out"])])
+    runlog.table(task.title, [*rows, ("outputs", result["out"])])
 
 
 def _write_facts(folder: Path, config: Config, ranks: Ranks, manifest: Manifest) -> None:

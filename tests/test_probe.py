@@ -1,4 +1,4 @@
-"""fastrot svm, lowshot and knn as a user runs them, on feature stores; every error's one line."""
+"""fastrot svm, lowshot, knn and linear as a user runs them, on feature stores; every error's one line."""
 
 import json
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fastrot.probes.knn import knn
+from fastrot.probes.linear import linear
 from fastrot.probes.svm import COSTS, voc_svm
 
 
@@ -94,6 +95,20 @@ def test_knn_gives_what_the_room_gives(fastrot, stores):
         str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in want.items()
     }
     assert "feature4, k = 20" in done.err
+
+
+def test_linear_gives_what_the_room_gives_and_says_that_it_is_not_the_protocol(fastrot, stores, tmp_path):
+    *_, bank, queries = stores
+    words = ("linear", "--features", bank, "--test", queries, "--epochs", "2", "--out", tmp_path / "linear.json")
+    done = fastrot(*words, "--json")
+    arrays = [np.load(folder / name) for folder in (bank, queries) for name in ("feature4.npy", "labels.npy")]
+    want = linear(*arrays, epochs=2)
+    got = done.json["layers"]["feature4"]
+    assert (got["top1"], got["rate"], got["decay"]) == pytest.approx((want.top1, want.rate, want.decay))
+    assert done.json["protocol"] is False and "the protocol's augmented heads" in done.err
+    assert json.loads((tmp_path / "linear.json").read_text()) == done.json
+    for wrong in (("linear",), ("linear", "--features", bank), ("linear", "--features", bank, "--checkpoint", "x")):
+        assert fastrot(*wrong).code == 2
 
 
 def test_what_cannot_be_probed_is_one_line(fastrot, stores, tmp_path):

@@ -23,7 +23,7 @@ from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST
 from fastrot.errors import UserError
 from fastrot.features import store
-from fastrot.features.taps import AVERAGE, TAPS, flat_features
+from fastrot.taps import AVERAGE, TAPS, flat_features
 from fastrot_kernels import rotate_views
 
 BLOCK = 64  # rows computed together, whatever the ranks, so that the numbers do not depend on them
@@ -184,16 +184,16 @@ def _short(config: Config) -> int:
 
 def _loader(request: Request, config: Config, manifest: Manifest, ranks: Ranks, block: int) -> tuple[Loader, str]:
     """The engine's loader under the transform asked for, and the line that says how it decodes."""
-    data = config.data
-    threads = data.threads or max(1, distributed.cores() // ranks.local_world)
+    data, settings = config.data, job.settings_of(config, ranks)
     if request.transform == "svm":
-        decoder = squash.make(threads, _short(config))
-        line = f"decoding with {decoder.name}, {threads} threads"
+        decoder = squash.make(settings.threads, _short(config))
+        line = f"decoding with {decoder.name}, {settings.threads} threads"
     else:
-        decoder, line = make_decoder(data.decode, data.decode_on, ranks.device, threads, block, DECODES_IN_FLIGHT)
+        where = (data.decode, data.decode_on, ranks.device, settings.threads)
+        decoder, line = make_decoder(*where, block, DECODES_IN_FLIGHT, settings.hw_decoder_load)
     bad = BadImages(None, manifest.source, data.max_bad or 0)  # another image's features are no row's own
     plan, storage = job.plan_of(config, manifest), FileStorage(manifest)
-    return Loader(manifest, plan, storage, decoder, bad, ranks.device, data.prefetch, data.timeout), line
+    return Loader(manifest, plan, storage, decoder, bad, ranks.device, settings.prefetch, data.timeout), line
 
 
 def _facts(request: Request, config: Config, manifest: Manifest, origin: Origin, extract, block, decoder) -> dict:

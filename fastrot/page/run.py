@@ -97,8 +97,9 @@ def _probed(name: str, outcome: Outcome, backbone: str, out: Path, commands: lis
     folder = out / "results" / backbone
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{outcome.set.name}-{name}-{key.hexdigest()[:12]}.json"
+    fit = "--features" if name == "linear" else "--train"
     commands.append(
-        shlex.join(["fastrot", name, "--train", str(stores[0]), "--test", str(stores[1]), "--out", str(path)])
+        shlex.join(["fastrot", name, fit, str(stores[0]), "--test", str(stores[1]), "--out", str(path)])
     )
     if not path.exists():
         train, test = map(str, stores)

@@ -61,6 +61,8 @@ def linear(
     train_y, test_y  int64 [n], 0 .. classes - 1.
     Rows, batches and the held-out tenth are drawn from `seed`. Raises UserError for rows without a label.
     """
+    if epochs < 1:
+        raise UserError(f"--epochs {epochs}: must be 1 or more")
     for labels in (train_y, test_y):
         if np.min(labels) < 0:
             raise UserError(f"{int((np.asarray(labels) < 0).sum())} rows have no label; a classifier needs them all")
@@ -72,7 +74,8 @@ def linear(
     def batch(x: NDArray, rows: NDArray) -> Tensor:
         return (torch.from_numpy(np.asarray(x[rows], np.float32)).to(device) - mean) * scale
 
-    y = torch.from_numpy(np.asarray(train_y, np.int64)).to(device)
+    train_y, test_y = np.array(train_y, np.int64), np.array(test_y, np.int64)  # torch takes no mapped array
+    y = torch.from_numpy(train_y).to(device)
     rate = torch.tensor(rates, device=device).repeat_interleave(len(decays))
     decay = torch.tensor(decays, device=device).repeat(len(rates))
     heads = _Heads(train_x.shape[1], classes, rate, decay, device)
@@ -89,7 +92,7 @@ def linear(
         sums = torch.zeros(2, len(rate), dtype=torch.float64)
         for at in range(0, len(rows), BATCH):
             part = rows[at : at + BATCH]
-            target = torch.from_numpy(np.asarray(labels[part], np.int64)).to(device)[:, None, None]
+            target = torch.from_numpy(labels[part]).to(device)[:, None, None]
             best = heads.logits(batch(x, part)).topk(min(5, classes), dim=2).indices
             right = (best == target).double().cumsum(2).sum(0).cpu()
             sums += torch.stack([right[:, 0], right[:, -1]])

@@ -20,6 +20,8 @@ class RotationTask:
     Source          Gidaris et al., arXiv:1803.07728.
     """
 
+    title = "rotation pretraining"
+    says = f"held-out rotation accuracy (chance {1 / TURNS:.0%})"
     # sums a step adds up, in this order; `count` and `right` are by true turn
     metrics = ("loss", *(f"count_{t}" for t in range(TURNS)), *(f"right_{t}" for t in range(TURNS)))
 

@@ -20,9 +20,9 @@ from fastrot.data.decode.squash import squashed_pixels
 from fastrot.data.manifest import Manifest
 from fastrot.errors import UserError
 from fastrot.features import store
-from fastrot.features.taps import flat_features
 from fastrot.featurestore import open_store
 from fastrot.model import backbone_state, build_model
+from fastrot.taps import flat_features
 
 SMALL = ("--pool", "adaptive", "data.crop=64", "engine.images_per_micro_step=2", "data.decode=torch")
 

@@ -61,3 +61,9 @@ def test_rows_without_a_label_are_refused():
     x, y = clusters(50)
     with pytest.raises(UserError, match="3 rows have no label"):
         linear(x, np.where(np.arange(50) < 3, -1, y), x, y)
+
+
+def test_no_epoch_is_refused():
+    x, y = clusters(50)
+    with pytest.raises(UserError, match="--epochs 0"):
+        linear(x, y, x, y, epochs=0)

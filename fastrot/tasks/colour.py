@@ -1,0 +1,35 @@
+"""Colour jitter and lighting on the device; their parameters are part of the plan (data/augment.py)."""
+
+import torch
+from torch import Tensor
+
+_BRIGHTNESS, _CONTRAST, _SATURATION = 0, 1, 2
+_GRAY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
+# eigenvalues and eigenvectors (rows R, G, B) of ImageNet's colours; Krizhevsky et al. 2012, protocol "Linear heads"
+_VALUES = (0.2175, 0.0188, 0.0045)
+_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+
+def jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+    """Brightness, contrast and saturation of each image in its own order, as torchvision's adjust_* on floats.
+
+    images  fp32 [n, 3, H, W] in [0, 1].
+    order   int64 [n, 4]: which of 0 brightness, 1 contrast, 2 saturation, 3 hue comes first to last.
+    factors [n, 4] of those four, by number; the hue's is not used: the protocol's is 0.
+    """
+    factors = factors.to(images).gather(1, order)
+    gray_of = images.new_tensor(_GRAY).view(1, 3, 1, 1)
+    for place in range(order.shape[1]):
+        which = order[:, place, None, None, None]
+        factor = torch.where(which <= _SATURATION, factors[:, place, None, None, None], 1.0)
+        gray = (images * gray_of).sum(1, keepdim=True)
+        other = torch.where(which == _CONTRAST, gray.mean((2, 3), keepdim=True), gray)
+        other = torch.where(which == _BRIGHTNESS, 0.0, other)
+        images = (factor * images + (1 - factor) * other).clamp(0, 1)
+    return images
+
+
+def lighting(images: Tensor, alpha: Tensor) -> Tensor:
+    """Each image plus its sum of principal colours; images [n, 3, H, W] in [0, 1], alpha [n, 3]."""
+    shift = (alpha.to(images) * images.new_tensor(_VALUES)) @ images.new_tensor(_VECTORS).T
+    return images + shift[:, :, None, None]

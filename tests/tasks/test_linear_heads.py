@@ -1,0 +1,96 @@
+"""Linear heads: the colours of torchvision, a backbone that never moves, and a run that learns."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as T
+from safetensors.torch import load_file, save_file
+
+from fastrot.data.augment import colour_jitter, lighting
+from fastrot.model import backbone_state, build_model
+from fastrot.tasks import colour
+from fastrot.tasks.linear import Heads
+
+TAPS = ("feature1", "feature3", "avg")
+
+
+def test_jitter_is_torchvisions_adjustments_in_each_images_own_order():
+    n = 24
+    order, factors = colour_jitter(3, np.arange(n), np.zeros(n, np.int64), 0.4, 0.0)
+    images = torch.rand(n, 3, 9, 7, generator=torch.Generator().manual_seed(0))
+    got = colour.jitter(images, torch.from_numpy(order), torch.from_numpy(factors))
+    adjust = (T.adjust_brightness, T.adjust_contrast, T.adjust_saturation, lambda x, _: x)
+    for i in range(n):
+        want = images[i]
+        for which in order[i]:
+            want = adjust[which](want, float(factors[i, which]))
+        torch.testing.assert_close(got[i], want, rtol=1e-5, atol=1e-6)
+
+
+def test_lighting_adds_the_principal_colours():
+    alpha = lighting(3, np.arange(5), np.zeros(5, np.int64), 0.1)
+    images = torch.rand(5, 3, 4, 4)
+    got = colour.lighting(images, torch.from_numpy(alpha)) - images
+    for i in range(5):
+        red = -0.5675 * alpha[i, 0] * 0.2175 + 0.7192 * alpha[i, 1] * 0.0188 + 0.4009 * alpha[i, 2] * 0.0045
+        blue = -0.5836 * alpha[i, 0] * 0.2175 - 0.6948 * alpha[i, 1] * 0.0188 + 0.4203 * alpha[i, 2] * 0.0045
+        np.testing.assert_allclose(got[i, [0, 2], 1, 1], [red, blue], atol=1e-6)
+
+
+def test_the_backbone_stays_in_eval_mode_and_only_heads_learn():
+    backbone = build_model("resnet18", 1, 0).eval()
+    backbone.fc = torch.nn.Identity()
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    heads = Heads(backbone, TAPS, "adaptive", 32, 5, 0).train()
+    sgd = torch.optim.SGD([p for p in heads.parameters() if p.requires_grad], lr=0.1)
+    sum(logits.square().sum() for logits in heads(torch.randn(4, 3, 32, 32))).backward()
+    sgd.step()
+    assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
+    assert {name for name, p in heads.named_parameters() if p.requires_grad} == {
+        f"heads.{tap}.{kind}" for tap in TAPS for kind in ("weight", "bias")
+    }
+    assert set(heads.norms["feature1"].state_dict()) >= {"running_mean"} and not heads.norms["avg"].state_dict()
+    assert heads.norms["feature1"].running_mean.abs().sum() > 0, "a head's own norm follows the images"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
+    save_file(backbone_state(build_model("resnet18", 4, 5)), path)
+    return path
+
+
+SMALL = (
+    "--config", "configs/linear_in1k.yaml", "data.crop=32", "linear.pool=adaptive", "linear.taps=[feature1,feature3,avg]",
+    "data.decode=torch", "optim.images_per_step=6", "optim.epochs=6", "optim.milestones=[4]", "run.tensorboard=false",
+    "run.log_every=1", "run.checkpoint_every=5", "run.evaluate_every=2",
+)  # fmt: skip
+
+
+def test_heads_train_resume_and_leave_the_backbone_as_it_was(fastrot, images, checkpoint, tmp_path, monkeypatch):
+    words = ["linear", "--checkpoint", checkpoint, *SMALL, f"data.train={images}", f"data.val={images}", "--json"]
+    whole = fastrot(*words, f"run.out={tmp_path / 'whole'}")
+    assert whole.json["held_out_accuracy"] > 0.6 and "accuracy_feature3" in whole.json
+    assert "linear heads" in whole.err and "best head" in whole.err
+    assert fastrot(*words, f"run.out={tmp_path / 'cut'}", "run.max_steps=5").code == 0
+    rest = fastrot(*words, f"run.out={tmp_path / 'cut'}")
+    assert rest.json["held_out_accuracy"] == whole.json["held_out_accuracy"]
+    a, b = (load_file(tmp_path / out / "checkpoints" / "step-00000012" / "model.safetensors") for out in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    start = load_file(checkpoint)
+    assert all(torch.equal(a[f"backbone.{k}"], v) for k, v in start.items())
+    other = tmp_path / "other.safetensors"
+    save_file(backbone_state(build_model("resnet18", 4, 6)), other)
+    words[2] = other
+    refused = fastrot(*words, f"run.out={tmp_path / 'cut'}")
+    assert refused.code == 2 and "backbone was" in refused.err
+
+
+@pytest.mark.parametrize(
+    "override, line",
+    [("rotation.views=all", "rotation.views must be one"), ("engine.kind=deepspeed", "engine.kind must be plain")],
+)
+def test_what_heads_cannot_do_is_refused(fastrot, images, checkpoint, tmp_path, override, line):
+    words = ("linear", "--checkpoint", checkpoint, *SMALL, f"data.train={images}", f"run.out={tmp_path / 'x'}", override)
+    done = fastrot(*words)
+    assert done.code == 2 and line in done.errors[0]
