@@ -16,9 +16,9 @@ class Gram:
         """K v, [G, n, P], in the precision of v: float64 or float32."""
         return (self.matrix if v.dtype == torch.float64 else self._single) @ v
 
-    def block(self, group: int, rows: Tensor) -> Tensor:
-        """K of some rows of a group with themselves, float64 [m, m]; rows int64 [m]."""
-        return self.matrix[group, rows[:, None], rows]
+    def block(self, group: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """K of some rows of a group with themselves, [m, m] of dtype; rows int64 [m]."""
+        return (self.matrix if dtype == torch.float64 else self._single)[group, rows[:, None], rows]
 
 
 class Features:

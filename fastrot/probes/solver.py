@@ -27,6 +27,7 @@ _NEWTON_STEPS = 200
 _CG_STEPS = 1000
 # of the gradient left after a step; steps less exact put rows on the wrong side of their margin at high costs
 _FORCING = 1e-3
+_SINGLE = torch.float32
 _SINGLE_STEPS = 8  # Newton steps whose conjugate gradients may be float32; a problem that needs more gets float64
 _SEARCH_STEPS = 30
 _TINY, _TINY_SINGLE = 1e-300, 1e-30  # keep what is nought from being divided by
@@ -83,20 +84,20 @@ def solve(
         )
         curve = torch.where(labels * scores < 1, bounds, 0)
         goal = torch.where(done, torch.inf, torch.maximum(_FORCING * error, 0.5 * target))
-        way, steps = torch.empty_like(beta), 0
+        way, dtype = torch.empty_like(beta), _SINGLE if kernel.dense and newton_step < _SINGLE_STEPS else torch.float64
         direct = _factor_is_cheaper(kernel, curve, rounds[columns])
         if direct.any():
-            way[..., direct] = _active_set(kernel, curve[..., direct], labels[..., direct]) - beta[..., direct]
+            way[..., direct] = _factored(kernel, dtype, curve[..., direct], residual[..., direct])
+            products += 1
         if not direct.all():
             parts = (a[..., ~direct] for a in (curve, residual, pull, goal, torch.maximum(error, target)))
-            dtype = torch.float32 if kernel.dense and newton_step < _SINGLE_STEPS else torch.float64
             way[..., ~direct], taken = _conjugate_gradients(kernel, dtype, *parts)
             rounds[columns[~direct]] = torch.maximum(rounds[columns[~direct]], taken)
-            steps = int(taken.max())
+            products += int(taken.max())
         moved = kernel.product(way)
         length = _search(labels, bounds, beta, scores, way, moved, torch.ones_like(error))
         beta, scores = beta + length * way, scores + length * moved
-        products += steps + 2
+        products += 2
     raise Fault(f"SVM: {int((~done).sum())} problems did not converge in {_NEWTON_STEPS} Newton steps")
 
 
@@ -118,16 +119,25 @@ def _factor_is_cheaper(kernel: Gram | Features, curve: Tensor, rounds: Tensor) -
     return (active**3).mean(0) / 3 < 2 * curve.shape[1] ** 2 * rounds
 
 
-def _active_set(kernel: Gram, curve: Tensor, labels: Tensor) -> Tensor:
-    """β of the Newton system: on a problem's active rows A, by a Cholesky factor, (K_AA + 1 / D) β_A = y_A; else 0."""
-    solution = torch.zeros_like(curve)
+def _factored(kernel: Gram, dtype: torch.dtype, curve: Tensor, residual: Tensor) -> Tensor:
+    """δ of (I + D K) δ = residual, D = diag(curve), by a Cholesky factor of each problem's active rows A, where D > 0.
+
+    Elsewhere δ is the residual, -β, and so (K_AA + 1 / D) δ_A = residual_A / D + (K β)_A of the other rows' β.
+    """
+    delta = torch.where(curve > 0, 0, residual)
+    right = residual / curve - kernel.product(delta)
     for group, column in np.ndindex(curve.shape[0], curve.shape[2]):
         rows = curve[group, :, column].nonzero()[:, 0]
-        matrix = kernel.block(group, rows)
-        matrix.diagonal().add_(1 / curve[group, rows, column])
-        factor = torch.linalg.cholesky(matrix)
-        solution[group, rows, column] = torch.cholesky_solve(labels[group, rows, column, None], factor)[:, 0]
-    return solution
+        matrix, ridge = kernel.block(group, rows, dtype), 1 / curve[group, rows, column]
+        matrix.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if failed:  # not positive definite to float32
+            matrix = kernel.block(group, rows, torch.float64)
+            matrix.diagonal().add_(ridge)
+            factor = torch.linalg.cholesky(matrix)
+        known = right[group, rows, column, None].to(factor.dtype)
+        delta[group, rows, column] = torch.cholesky_solve(known, factor)[:, 0].double()
+    return delta
 
 
 def _conjugate_gradients(
