@@ -7,16 +7,24 @@ from torch import Tensor
 class Gram:
     """K held whole, float64 [G, n, n] for G groups of n rows: for fewer rows than features."""
 
+    dense = True  # has blocks, and products in float32
+
     def __init__(self, matrix: Tensor):
-        self.matrix = matrix
+        self.matrix, self._single = matrix, matrix.float()
 
     def product(self, v: Tensor) -> Tensor:
-        """K v, float64 [G, n, P]."""
-        return self.matrix @ v
+        """K v, [G, n, P], in the precision of v: float64 or float32."""
+        return (self.matrix if v.dtype == torch.float64 else self._single) @ v
+
+    def block(self, group: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """K of some rows of a group with themselves, [m, m] of dtype; rows int64 [m]."""
+        return (self.matrix if dtype == torch.float64 else self._single)[group, rows[:, None], rows]
 
 
 class Features:
     """K never formed, X (Xᵀ v) + 1 (1ᵀ v), x float64 [G, n, D]: for more rows than features. Used as Gram is."""
+
+    dense = False
 
     def __init__(self, x: Tensor):
         self._x = x

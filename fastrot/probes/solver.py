@@ -15,6 +15,7 @@ SVMs", JMLR 2005; Chapelle, "Training a support vector machine in the primal", N
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,8 +27,10 @@ _NEWTON_STEPS = 200
 _CG_STEPS = 1000
 # of the gradient left after a step; steps less exact put rows on the wrong side of their margin at high costs
 _FORCING = 1e-3
+_SINGLE = torch.float32
+_SINGLE_STEPS = 8  # Newton steps whose conjugate gradients may be float32; a problem that needs more gets float64
 _SEARCH_STEPS = 30
-_TINY = 1e-300  # keeps what is nought from being divided by
+_TINY, _TINY_SINGLE = 1e-300, 1e-30  # keep what is nought from being divided by
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,14 @@ class Solution:
 
     beta, scores  float64 [G, n, P]: w = Xᵀβ, b = 1ᵀβ, and f on every row, those left out too.
     error         float64 [G, P]: the gradient's norm; at most this far from the optimum is (w, b).
+    rounds        float64 [P]: the most conjugate-gradient steps that a Newton step has needed, this path over.
     products      how often K was multiplied by a block of vectors.
     """
 
     beta: Tensor
     scores: Tensor
     error: Tensor
+    rounds: Tensor
     products: int
 
 
@@ -52,7 +57,7 @@ def solve(
 
     labels     float64 ±1, [G, n, P] or broadcast to it.
     bounds     float64 [G, n, P]: D = 2 · cost · weight of each row in each problem; 0 leaves a row out.
-    start      a solution of neighbouring problems; its best multiple is where Newton begins.
+    start      a solution of neighbouring problems, where Newton begins.
     tolerance  of (w, b), times ‖(w, b)‖ where that is below 1.
     Raises Fault where a problem does not get there.
     """
@@ -60,12 +65,11 @@ def solve(
     if start is None:
         beta = scores = torch.zeros_like(bounds)
     else:
-        zero = torch.zeros_like(start.error[:, None])
-        length = _search(labels, bounds, start.beta, start.scores, start.beta, start.scores, zero)
-        beta, scores = start.beta * (1 + length), start.scores * (1 + length)
-    final = Solution(torch.empty_like(bounds), torch.empty_like(bounds), torch.empty_like(bounds[:, 0]), 0)
+        beta, scores = start.beta, start.scores
+    rounds = torch.zeros_like(bounds[0, 0]) if start is None else start.rounds.clone()
+    final = Solution(torch.empty_like(bounds), torch.empty_like(bounds), torch.empty_like(bounds[:, 0]), rounds, 0)
     columns, products = torch.arange(bounds.shape[-1], device=bounds.device), 0
-    for _ in range(_NEWTON_STEPS):
+    for newton_step in range(_NEWTON_STEPS):
         residual = bounds * _shortfall(labels, scores) - beta
         pull = kernel.product(residual)
         error = _inner(residual, pull).clamp(min=_TINY).sqrt()
@@ -80,11 +84,20 @@ def solve(
         )
         curve = torch.where(labels * scores < 1, bounds, 0)
         goal = torch.where(done, torch.inf, torch.maximum(_FORCING * error, 0.5 * target))
-        way, steps = _conjugate_gradients(kernel, curve, residual, pull, goal)
+        way, dtype = torch.empty_like(beta), _SINGLE if kernel.dense and newton_step < _SINGLE_STEPS else torch.float64
+        direct = _factor_is_cheaper(kernel, curve, rounds[columns])
+        if direct.any():
+            way[..., direct] = _factored(kernel, dtype, curve[..., direct], residual[..., direct])
+            products += 1
+        if not direct.all():
+            parts = (a[..., ~direct] for a in (curve, residual, pull, goal, torch.maximum(error, target)))
+            way[..., ~direct], taken = _conjugate_gradients(kernel, dtype, *parts)
+            rounds[columns[~direct]] = torch.maximum(rounds[columns[~direct]], taken)
+            products += int(taken.max())
         moved = kernel.product(way)
         length = _search(labels, bounds, beta, scores, way, moved, torch.ones_like(error))
         beta, scores = beta + length * way, scores + length * moved
-        products += steps + 2
+        products += 2
     raise Fault(f"SVM: {int((~done).sum())} problems did not converge in {_NEWTON_STEPS} Newton steps")
 
 
@@ -98,41 +111,76 @@ def _shortfall(labels: Tensor, scores: Tensor) -> Tensor:
     return labels * (1 - labels * scores).clamp(min=0)
 
 
-def _conjugate_gradients(
-    kernel: Gram | Features, curve: Tensor, residual: Tensor, pull: Tensor, goal: Tensor
-) -> tuple[Tensor, int]:
-    """δ of (I + D K) δ = residual, D = diag(curve), until the gradient left is below goal; and the products taken.
+def _factor_is_cheaper(kernel: Gram | Features, curve: Tensor, rounds: Tensor) -> Tensor:
+    """Bool [P]: are |A|³ / 3 operations of a Cholesky factor fewer than 2 n² a round of conjugate gradients?"""
+    if not kernel.dense:
+        return torch.zeros_like(rounds, dtype=torch.bool)
+    active = (curve > 0).sum(1).double()
+    return (active**3).mean(0) / 3 < 2 * curve.shape[1] ** 2 * rounds
 
-    pull = K residual. I + D K is self-adjoint in the inner product aᵀ K b, which is that of the weights
-    Xᵀa and Xᵀb: these are the conjugate gradients of the primal Newton system.
+
+def _factored(kernel: Gram, dtype: torch.dtype, curve: Tensor, residual: Tensor) -> Tensor:
+    """δ of (I + D K) δ = residual, D = diag(curve), by a Cholesky factor of each problem's active rows A, where D > 0.
+
+    Elsewhere δ is the residual, -β, and so (K_AA + 1 / D) δ_A = residual_A / D + (K β)_A of the other rows' β.
     """
-    solution = torch.zeros_like(residual)
-    step, rest, way, moved = torch.zeros_like(residual), residual, residual, pull
-    square, goal = _inner(rest, pull), goal**2
-    columns = torch.arange(residual.shape[-1], device=residual.device)
-    steps = 0
-    while steps < _CG_STEPS:
+    delta = torch.where(curve > 0, 0, residual)
+    right = residual / curve - kernel.product(delta)
+    for group, column in np.ndindex(curve.shape[0], curve.shape[2]):
+        rows = curve[group, :, column].nonzero()[:, 0]
+        matrix, ridge = kernel.block(group, rows, dtype), 1 / curve[group, rows, column]
+        matrix.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if failed:  # not positive definite to float32
+            matrix = kernel.block(group, rows, torch.float64)
+            matrix.diagonal().add_(ridge)
+            factor = torch.linalg.cholesky(matrix)
+        known = right[group, rows, column, None].to(factor.dtype)
+        delta[group, rows, column] = torch.cholesky_solve(known, factor)[:, 0].double()
+    return delta
+
+
+def _conjugate_gradients(
+    kernel: Gram | Features,
+    dtype: torch.dtype,
+    curve: Tensor,
+    residual: Tensor,
+    pull: Tensor,
+    goal: Tensor,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """δ of (I + D K) δ = residual, D = diag(curve), until the gradient left is below goal; and the steps of each [P].
+
+    pull = K residual; scale is the gradient's size. I + D K is self-adjoint in the inner product aᵀ K b, which is
+    that of the weights Xᵀa and Xᵀb: these are the conjugate gradients of the primal Newton system. In float32
+    they run at twice the rate, and the next Newton step, whose gradient is float64, mends what they left.
+    """
+    solution, taken = torch.zeros_like(residual), torch.zeros_like(residual[0, 0])
+    curve, rest, pull, goal = (a.to(dtype) for a in (curve, residual / scale, pull / scale, (goal / scale) ** 2))
+    step, way, moved, square = torch.zeros_like(rest), rest, pull, _inner(rest, pull)
+    columns = torch.arange(rest.shape[-1], device=rest.device)
+    for _ in range(_CG_STEPS):
         alive = (square > goal).any(0).flatten()
         if not alive.any():
             break
+        taken[columns[alive]] += 1
         if int(alive.sum()) <= 0.8 * len(columns):
-            solution[..., columns] = step
+            solution[..., columns] = step.double()
             columns = columns[alive]
             step, rest, way, moved, curve, square, goal = (
                 a[..., alive] for a in (step, rest, way, moved, curve, square, goal)
             )
-        bent = curve * moved
-        length = square / (_inner(way, moved) + _inner(bent, moved)).clamp(min=_TINY)
+        bent = torch.addcmul(way, curve, moved)
+        length = square / _inner(bent, moved).clamp(min=_TINY_SINGLE)
         length = torch.where(square > goal, length, 0)
         step = torch.addcmul(step, length, way)
-        rest = rest - length * (way + bent)
+        rest = torch.addcmul(rest, length, bent, value=-1)
         pull = kernel.product(rest)
         last, square = square, _inner(rest, pull).clamp(min=0)
-        ratio = square / last.clamp(min=_TINY)
+        ratio = square / last.clamp(min=_TINY_SINGLE)
         way, moved = torch.addcmul(rest, ratio, way), torch.addcmul(pull, ratio, moved)
-        steps += 1
-    solution[..., columns] = step
-    return solution, steps
+    solution[..., columns] = step.double()
+    return solution * scale, taken
 
 
 def _search(
