@@ -13,6 +13,7 @@ from fastrot.errors import UserError
 Pair = tuple[float, float]
 Triple = tuple[float, float, float]
 Unit = Annotated[float, Field(ge=0, le=1)]
+Tap = Literal["feature1", "feature2", "feature3", "feature4", "feature5", "avg"]
 
 
 class Section(BaseModel):
@@ -154,13 +155,7 @@ class Run(Section):
 
 
 class Linear(Section):
-    taps: tuple[Literal["feature1", "feature2", "feature3", "feature4", "feature5", "avg"], ...] = (
-        "feature1",
-        "feature2",
-        "feature3",
-        "feature4",
-        "feature5",
-    )
+    taps: tuple[Tap, ...] = ("feature1", "feature2", "feature3", "feature4", "feature5")
     """Where a head reads the frozen backbone; avg is stage 4's global average."""
     pool: Literal["specified", "gap", "adaptive"] = "specified"
     """How a head pools; specified is the protocol's, for crops of 224."""

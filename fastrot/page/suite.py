@@ -6,10 +6,8 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from fastrot.config import Section
+from fastrot.config import Section, Tap
 from fastrot.errors import UserError
-
-Tap = Literal["feature1", "feature2", "feature3", "feature4", "feature5", "avg"]
 
 
 class Set(Section):
