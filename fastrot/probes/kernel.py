@@ -24,7 +24,7 @@ class Gram:
 class Features:
     """K never formed, X (Xᵀ v) + 1 (1ᵀ v), x float64 [G, n, D]: for more rows than features. Used as Gram is."""
 
-    dense = False
+    dense = False  # float32 would drown the gradient in the part of v that K takes to nought
 
     def __init__(self, x: Tensor):
         self._x = x

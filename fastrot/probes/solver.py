@@ -1,9 +1,15 @@
-"""Squared-hinge SVMs by the hundred: Newton steps by conjugate gradients, every product shared by all problems.
+"""Squared-hinge SVMs by the hundred: Newton steps by conjugate gradients or a Cholesky factor, whichever is cheaper.
 
 A problem is LIBLINEAR's L2-regularised L2-loss SVM with the intercept b among the weights:
     min  ½‖w‖² + ½b² + Σᵢ Cᵢ max(0, 1 - yᵢ fᵢ)²,    fᵢ = w·xᵢ + b,    Cᵢ = cost · weightᵢ.
 Its solution is w = Xᵀβ, b = 1ᵀβ, so f = Kβ with K = X Xᵀ + 1, and problems on the same rows share K.
 In β the optimum is the fixed point of β*(f)ᵢ = 2 Cᵢ yᵢ max(0, 1 - yᵢ fᵢ).
+
+A Newton step takes the rows short of their margin as given, A, and solves (I + D K) δ = β* - β, D = 2 C on A and 0
+elsewhere. At small costs A is every row and conjugate gradients need a few rounds, each one product shared by all
+problems. At large costs they need dozens, while A shrinks to the support vectors: there each problem is solved by a
+factor of K_AA. Either runs in float32: gradient, line search and scores are float64, so a step's rounding is the
+next step's residual, as in iterative refinement. The objective falls with every step, whatever the step's precision.
 
 Error: β* is dual feasible, and the duality gap is ½ (β* - β)ᵀ K (β* - β) = ½ ‖gradient‖². The objective
 is 1-strongly convex, so (w, b) lies within ‖gradient‖ of the optimum, and the decision value of a row x
@@ -15,7 +21,6 @@ SVMs", JMLR 2005; Chapelle, "Training a support vector machine in the primal", N
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +32,7 @@ _NEWTON_STEPS = 200
 _CG_STEPS = 1000
 # of the gradient left after a step; steps less exact put rows on the wrong side of their margin at high costs
 _FORCING = 1e-3
-_SINGLE = torch.float32
-_SINGLE_STEPS = 8  # Newton steps whose conjugate gradients may be float32; a problem that needs more gets float64
+_SINGLE_STEPS = 8  # Newton steps that may be float32; a problem that needs more gets float64
 _SEARCH_STEPS = 30
 _TINY, _TINY_SINGLE = 1e-300, 1e-30  # keep what is nought from being divided by
 
@@ -72,7 +76,7 @@ def solve(
     for newton_step in range(_NEWTON_STEPS):
         residual = bounds * _shortfall(labels, scores) - beta
         pull = kernel.product(residual)
-        error = _inner(residual, pull).clamp(min=_TINY).sqrt()
+        error = _inner(residual, pull).clamp(min=0).sqrt()
         target = tolerance * _inner(beta, scores).clamp(_TINY, 1).sqrt()
         done = error <= target
         final.beta[..., columns], final.scores[..., columns], final.error[:, columns] = beta, scores, error[:, 0]
@@ -84,10 +88,12 @@ def solve(
         )
         curve = torch.where(labels * scores < 1, bounds, 0)
         goal = torch.where(done, torch.inf, torch.maximum(_FORCING * error, 0.5 * target))
-        way, dtype = torch.empty_like(beta), _SINGLE if kernel.dense and newton_step < _SINGLE_STEPS else torch.float64
+        way = torch.empty_like(beta)
+        dtype = torch.float32 if kernel.dense and newton_step < _SINGLE_STEPS else torch.float64
         direct = _factor_is_cheaper(kernel, curve, rounds[columns])
         if direct.any():
-            way[..., direct] = _factored(kernel, dtype, curve[..., direct], residual[..., direct])
+            parts = (torch.where(done, 0, a)[..., direct] for a in (curve, residual))
+            way[..., direct] = _factored(kernel, dtype, *parts)
             products += 1
         if not direct.all():
             parts = (a[..., ~direct] for a in (curve, residual, pull, goal, torch.maximum(error, target)))
@@ -126,7 +132,7 @@ def _factored(kernel: Gram, dtype: torch.dtype, curve: Tensor, residual: Tensor)
     """
     delta = torch.where(curve > 0, 0, residual)
     right = residual / curve - kernel.product(delta)
-    for group, column in np.ndindex(curve.shape[0], curve.shape[2]):
+    for group, column in (curve > 0).any(1).nonzero().tolist():
         rows = curve[group, :, column].nonzero()[:, 0]
         matrix, ridge = kernel.block(group, rows, dtype), 1 / curve[group, rows, column]
         matrix.diagonal().add_(ridge)

@@ -145,6 +145,67 @@ def test_groups_of_rows_are_solved_as_if_alone():
         np.testing.assert_allclose(both.scores[group], alone.scores[0], atol=3e-4)
 
 
+def always(answer: bool):
+    return lambda kernel, curve, rounds: torch.full_like(rounds, answer, dtype=torch.bool)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 999), st.floats(-6, 2), st.booleans())
+def test_factors_and_conjugate_gradients_reach_the_same_optimum(rows, features, seed, exponent, twins):
+    rng = np.random.default_rng(seed)
+    x = normalised(rng.standard_normal((rows, features)))
+    x = torch.cat([x, x]) if twins else x  # K is singular
+    y = torch.from_numpy(rng.choice([-1.0, 1.0], (1, len(x), 3)))
+    bounds = torch.from_numpy(10.0**exponent * rng.integers(0, 3, (1, len(x), 3)))  # some rows are left out
+    kernel, results = Gram(gram(x[None])), []
+    for answer in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(solver, "_factor_is_cheaper", always(answer))
+            results.append(solve(kernel, y, bounds))
+    a, b = results
+    assert float((a.scores - b.scores).abs().max()) <= 2**0.5 * float((a.error + b.error).max()) + 1e-9
+
+
+@pytest.mark.parametrize("dtype, far", [(torch.float64, 1e-8), (torch.float32, 1e-3)])
+def test_a_newton_step_is_the_same_by_a_factor_as_by_conjugate_gradients(dtype, far):
+    x, y = problem(*WIDE)
+    kernel, rng = Gram(gram(x[None])), np.random.default_rng(3)
+    curve = as_problem(np.where(rng.random(y.shape) < 0.5, bounds_of(y, 10.0), 0))
+    residual = as_problem(rng.standard_normal(y.shape))
+    pull = kernel.product(residual)
+    scale = (residual * pull).sum(1, keepdim=True).sqrt()
+    by_factor = solver._factored(kernel, dtype, curve, residual)
+    by_rounds, _ = solver._conjugate_gradients(kernel, dtype, curve, residual, pull, 1e-10 * scale, scale)
+    want = torch.linalg.solve(torch.eye(len(y)) + curve[0].T[:, :, None] * kernel.matrix, residual[0].T[..., None])[
+        ..., 0
+    ].T[None]
+    for got in (by_factor, by_rounds):
+        assert float((got - want).norm() / want.norm()) <= far
+
+
+def test_a_path_takes_both_branches(monkeypatch):
+    choices, choose = [], solver._factor_is_cheaper
+
+    def watched(*args):
+        choices.append(choose(*args))
+        return choices[-1]
+
+    monkeypatch.setattr(solver, "_factor_is_cheaper", watched)
+    x, y = problem(*WIDE)
+    for _ in path(kernel_of(x[None]), as_problem(y), as_problem(bounds_of(y, 0.5)), COSTS):
+        pass
+    assert not choices[0].any() and choices[-1].all()
+
+
+def test_a_block_that_is_singular_to_float32_is_factored_in_float64():
+    x = normalised(np.random.default_rng(4).standard_normal((20, 5)))
+    kernel = Gram(gram(torch.cat([x, x])[None]))
+    curve, residual = torch.full((1, 40, 1), 1e10, dtype=torch.float64), torch.ones(1, 40, 1, dtype=torch.float64)
+    got = solver._factored(kernel, torch.float32, curve, residual)
+    left = residual - got - curve * kernel.product(got)
+    assert float(kernel.product(left).norm()) <= 1e-3 * float(kernel.product(residual).norm())
+
+
 def test_a_solver_that_does_not_get_there_says_so(monkeypatch):
     monkeypatch.setattr(solver, "_NEWTON_STEPS", 1)
     x, y = problem(*WIDE)
