@@ -148,9 +148,7 @@ def _one_draw(whole, cross, targets, test_y, costs, folds):
     step = max(1, _BLOCK_BYTES // (8 * count**2))
     for first in range(0, len(kinds), step):
         block = slice(first, first + step)
-        rows = torch.from_numpy(drawn[block].copy()).to(
-            device
-        )  # in rows: the Gram matrices take the layout of their index
+        rows = torch.from_numpy(drawn[block].copy()).to(device)  # row by row: so will the Gram matrices lie
         labels = torch.from_numpy(np.where(kinds[block] == 1, 1.0, -1.0)).to(device)[..., None]
         kernel = Gram(whole[rows[:, :, None], rows[:, None, :]])
         for i, solution in path(kernel, labels, torch.from_numpy(inside[block]).to(device), costs):

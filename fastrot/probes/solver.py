@@ -33,7 +33,9 @@ _CG_STEPS = 1000
 # of the gradient left after a step; steps less exact put rows on the wrong side of their margin at high costs
 _FORCING = 1e-3
 _SINGLE_STEPS = 8  # Newton steps that may be float32; a problem that needs more gets float64
+_DROWNED = 100  # times the gradient: a residual whose gradient float32 products would lose in rounding
 _SEARCH_STEPS = 30
+_ROUNDING = 1e-6  # of ‖β‖; a shorter (w, b) has cancelled out, and nothing can be relative to it
 _TINY, _TINY_SINGLE = 1e-300, 1e-30  # keep what is nought from being divided by
 
 
@@ -62,7 +64,7 @@ def solve(
     labels     float64 ±1, [G, n, P] or broadcast to it.
     bounds     float64 [G, n, P]: D = 2 · cost · weight of each row in each problem; 0 leaves a row out.
     start      a solution of neighbouring problems, where Newton begins.
-    tolerance  of (w, b), times ‖(w, b)‖ where that is below 1.
+    tolerance  of (w, b), times ‖(w, b)‖, or 1e-6 ‖β‖ where that is more, where this is below 1.
     Raises Fault where a problem does not get there.
     """
     labels = labels.expand(bounds.shape)
@@ -77,7 +79,8 @@ def solve(
         residual = bounds * _shortfall(labels, scores) - beta
         pull = kernel.product(residual)
         error = _inner(residual, pull).clamp(min=0).sqrt()
-        target = tolerance * _inner(beta, scores).clamp(_TINY, 1).sqrt()
+        square = torch.maximum(_inner(beta, scores), _ROUNDING**2 * _inner(beta, beta))  # of ‖(w, b)‖
+        target = tolerance * square.clamp(_TINY, 1).sqrt()
         done = error <= target
         final.beta[..., columns], final.scores[..., columns], final.error[:, columns] = beta, scores, error[:, 0]
         alive = ~done.all(0).flatten()
@@ -89,7 +92,9 @@ def solve(
         curve = torch.where(labels * scores < 1, bounds, 0)
         goal = torch.where(done, torch.inf, torch.maximum(_FORCING * error, 0.5 * target))
         way = torch.empty_like(beta)
-        dtype = torch.float32 if kernel.dense and newton_step < _SINGLE_STEPS else torch.float64
+        drowned = (residual.norm(dim=1, keepdim=True) > _DROWNED * error) & ~done  # K takes nearly all of it to nought
+        single = kernel.dense and newton_step < _SINGLE_STEPS and not drowned.any()
+        dtype = torch.float32 if single else torch.float64
         direct = _factor_is_cheaper(kernel, curve, rounds[columns])
         if direct.any():
             parts = (torch.where(done, 0, a)[..., direct] for a in (curve, residual))
@@ -177,8 +182,9 @@ def _conjugate_gradients(
                 a[..., alive] for a in (step, rest, way, moved, curve, square, goal)
             )
         bent = torch.addcmul(way, curve, moved)
-        length = square / _inner(bent, moved).clamp(min=_TINY_SINGLE)
-        length = torch.where(square > goal, length, 0)
+        bend = _inner(bent, moved)
+        goal = torch.where(bend > 0, goal, torch.inf)  # rounding is all that is left
+        length = torch.where(square > goal, square / bend.clamp(min=_TINY_SINGLE), 0)
         step = torch.addcmul(step, length, way)
         rest = torch.addcmul(rest, length, bent, value=-1)
         pull = kernel.product(rest)
@@ -209,5 +215,5 @@ def _search(
         bend = own + _inner(torch.where(labels * there < 1, bounds, 0) * moved, moved)
         new = length - slope / bend.clamp(min=_TINY)
         new = torch.where((new > low) & (new < high), new, (low + high) / 2)
-        length = torch.where(wrong, new, length)
+        length = torch.where(wrong & (bend > 0) & new.isfinite(), new, length)
     return length

@@ -183,6 +183,17 @@ def test_a_newton_step_is_the_same_by_a_factor_as_by_conjugate_gradients(dtype, 
         assert float((got - want).norm() / want.norm()) <= far
 
 
+@pytest.mark.parametrize("rows, seed", [(3, 429), (34, 0), (1, 0)])
+@pytest.mark.parametrize("by_factor", [False, True])
+def test_problems_whose_weights_cancel_are_solved(rows, seed, by_factor, monkeypatch):
+    monkeypatch.setattr(solver, "_factor_is_cheaper", always(by_factor))
+    x = normalised(np.random.default_rng(seed).standard_normal((rows, 1)))
+    x, y = torch.cat([x, x]), torch.ones(1, 2 * rows, 1, dtype=torch.float64)
+    y[:, rows:] = -1  # every row is also there with the other label: w = b = 0
+    got = solve(Gram(gram(x[None])), y, torch.ones_like(y))
+    assert float(got.scores.abs().max()) <= 1e-6
+
+
 def test_a_path_takes_both_branches(monkeypatch):
     choices, choose = [], solver._factor_is_cheaper
 
