@@ -284,12 +284,17 @@ def main() -> None:
     result["took_s"] = time.monotonic() - began
     harness.write(args.out, __doc__.splitlines()[0], result)
     if args.out:
-        rows = sorted(result["rows"], key=lambda row: -row["images_per_s"]["median"])
-        groups: dict[str, dict] = {"ours": {}, "peers": {}}
-        for row in rows:
-            group = groups["ours" if row["arm"].startswith("ours") else "peers"]
-            group[f"{row['arm']} ({row['version']})"] = tuple(row["images_per_s"][k] for k in ("median", "least", "most"))
-        plot.bars(args.out.with_suffix(".svg"), "Bytes on disk to crops in memory: median, least and most", "images/s", groups)
+        picture(args.out.with_suffix(".svg"), result["rows"])
+
+
+def picture(out: Path, rows: list[dict]) -> None:
+    """Images a second of every arm, ours and the peers', the fastest first."""
+    groups: dict[str, dict] = {"ours": {}, "peers": {}}
+    for entry in sorted(rows, key=lambda entry: -entry["images_per_s"]["median"]):
+        group = groups["ours" if entry["arm"].startswith("ours") else "peers"]
+        spread = entry["images_per_s"]
+        group[f"{entry['arm']} ({entry['version']})"] = (spread["median"], spread["least"], spread["most"])
+    plot.bars(out, "Bytes on disk to crops in memory: median, least and most", "images/s", groups)
 
 
 def copies(paths: list[str], home: Path, count: int = 4096) -> list[str]:
