@@ -188,11 +188,16 @@ def race(started: dict[str, arena.Contestant], args, cold: list[str] | None) -> 
 
 
 def best_of(name: str, cold: bool, files: Files, settings: list[int], seconds: float) -> tuple[arena.Contestant, int]:
-    """The arm at its fastest thread count, started. Raises Lost."""
+    """The arm at its fastest thread count, started; one that it refuses is passed over. Raises Lost."""
     best, kept = (0.0, 0), None
     for threads in settings:
-        one = arena.Contestant(loader_arms.make, name, cold, files, threads)
-        pace = (lap := one.lap(seconds)).images / lap.wall_s if len(settings) > 1 else 1.0
+        try:
+            one = arena.Contestant(loader_arms.make, name, cold, files, threads)
+            pace = (lap := one.lap(seconds)).images / lap.wall_s if len(settings) > 1 else 1.0
+        except (arena.Lost, ValueError):
+            if kept is None:
+                raise
+            continue
         if pace > best[0]:
             best, kept, one = (pace, threads), one, kept
         if one:
