@@ -36,7 +36,8 @@ class Checkpoint:
     state: dict
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """A file, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -48,7 +49,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace a small file at once: a reader sees the old text or the new, never half."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     scratch.write_text(text, encoding="utf-8")
-    _fsync(scratch)
+    fsync(scratch)
     scratch.replace(path)
 
 
@@ -199,14 +200,14 @@ class Saver:
             (scratch / "state.json").write_text(json.dumps(state, indent=1))
             files = {}
             for name in sorted(p.name for p in scratch.iterdir()):
-                _fsync(scratch / name)
+                fsync(scratch / name)
                 files[name] = {"sha256": _sha256(scratch / name), "bytes": (scratch / name).stat().st_size}
             (scratch / "manifest.json").write_text(json.dumps({"files": files}, indent=1))
-            _fsync(scratch / "manifest.json")
-            _fsync(scratch)
+            fsync(scratch / "manifest.json")
+            fsync(scratch)
             shutil.rmtree(folder, ignore_errors=True)
             scratch.rename(folder)
-            _fsync(self._root)
+            fsync(self._root)
             write_text(self._root / "latest", folder.name + "\n")
             if accuracy is not None and (self.best is None or accuracy > self.best):
                 self.best = accuracy

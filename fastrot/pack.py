@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastrot import distributed, runlog
+from fastrot.checkpoint import fsync
 from fastrot.config import Data
 from fastrot.data import beton
 from fastrot.data.encode import Encoding, Sample, encode_rows, start_worker
@@ -52,7 +53,7 @@ def pack(source: str, out: str, encoding: Encoding, workers: int | None, data: D
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back from the disk, not from memory
         _read_back(scratch)
         scratch.rename(path)
-        _sync_folder(path.parent)
+        fsync(path.parent)
     except PermissionError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); name a folder of yours") from None
     except OSError as error:
@@ -124,14 +125,6 @@ def _read_back(path: Path) -> None:
             file.seek(int(table.offset[at]))
             if zlib.crc32(file.read(int(table.length[at]))) != table.checksum[at]:
                 raise Fault(f"{path.name}: sample {at} is not read back as it was written; is the disk sound?")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _show(r: dict) -> None:

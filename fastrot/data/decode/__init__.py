@@ -33,9 +33,9 @@ class Decoder(Protocol):
     """What it is and where it decodes, for a person."""
 
     def submit(self, buffers: list[NDArray[np.uint8]], windows: NDArray, size: int) -> None:
-        """Start on a batch of files, uint8 [length], and of pixels, uint8 [H, W, 3]. Windows int32 [n, 4] (top, left, height, width of the upright image) are
-        cropped, then resized; float64 boxes [n, 4] are resized with taps outside them (evaluation).
-        Buffers are [bytes]; those that are pixels, [H, W, 3], are taken by WithPixels around a decoder."""
+        """Start on a batch of files, uint8 [length], and of pixels, uint8 [H, W, 3] (which some decoders
+        leave to the WithPixels around them). Windows int32 [n, 4] (top, left, height, width of the upright
+        image) are cropped, then resized; float64 boxes [n, 4] are resized with taps outside them (evaluation)."""
 
     def result(self) -> tuple[torch.Tensor, dict[int, str]]:
         """The oldest batch: uint8 [n, size, size, 3], RGB, where the decoder works; and the

@@ -4,7 +4,6 @@ The pixels' stated error against Pillow: mean 0.2 levels for windows (antialiase
 """
 
 import io
-import logging
 from collections import deque
 from dataclasses import dataclass
 
@@ -14,12 +13,10 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from fastrot.data.decode.torch import window_pixels
+from fastrot.data.decode.torch import LeftToPillow, window_pixels
 from fastrot.data.faults import kind_of
 from fastrot.data.jpeg import frame_of
 from fastrot.errors import BadImage
-
-log = logging.getLogger(__name__)
 
 _encoded = io.BytesIO()
 Image.new("RGB", (8, 8)).save(_encoded, "JPEG")
@@ -96,7 +93,7 @@ class DaliDecoder:
         self._alone: DaliDecoder | None = None
         self._flying: deque[_Batch] = deque()
         self._broken = False
-        self._to_pillow: set[str] = set()
+        self._left = LeftToPillow("dali")
         self._stream = None if gpu is None else torch.cuda.Stream(gpu)
 
     def submit(self, buffers, windows, size) -> None:
@@ -127,9 +124,7 @@ class DaliDecoder:
         for at in sorted(set(range(len(batch.buffers))) - set(batch.by_dali)):
             kind = kind_of(batch.buffers[at])
             kind = "JPEG of four colours" if kind == "JPEG" else kind
-            if kind not in self._to_pillow:
-                self._to_pillow.add(kind)
-                log.warning("dali does not decode images of kind %s here; they go through Pillow", kind)
+            self._left.say(kind)
             try:
                 pixels[at] = window_pixels(batch.buffers[at], batch.windows[at], batch.size)
             except BadImage as error:

@@ -10,7 +10,6 @@ import ctypes
 import importlib.machinery
 import importlib.util
 import io
-import logging
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,12 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastrot.data.decode.torch import window_pixels
+from fastrot.data.decode.torch import LeftToPillow, window_pixels
 from fastrot.data.faults import kind_of, open_image, orientation_of
 from fastrot.data.jpeg import Frame, frame_of
 from fastrot.errors import BadImage
-
-log = logging.getLogger(__name__)
 
 
 def _library() -> ctypes.CDLL:
@@ -61,7 +58,7 @@ class FfcvDecoder:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._flying: deque[tuple[torch.Tensor, dict[int, str], list[Future]]] = deque()
-        self._to_pillow: set[str] = set()
+        self._left = LeftToPillow("ffcv")
 
     def submit(self, buffers, windows, size) -> None:
         out = torch.empty(len(buffers), size, size, 3, dtype=torch.uint8)
@@ -94,9 +91,7 @@ class FfcvDecoder:
         """One crop into out, uint8 [size, size, 3]. Raises BadImage."""
         frame, kind = _frame(buffer)
         if kind:
-            if kind not in self._to_pillow:
-                self._to_pillow.add(kind)
-                log.warning("ffcv does not decode images of kind %s here; they go through Pillow", kind)
+            self._left.say(kind)
         elif window.dtype != np.float64 and _decoded(buffer, frame, window, out):
             return
         out.copy_(window_pixels(buffer, window, len(out)))  # which has the last word on what is sound

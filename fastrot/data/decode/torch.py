@@ -1,6 +1,7 @@
 """torchvision on the CPU: the oracle of the pixels."""
 
 import io
+import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,8 @@ from torchvision.transforms.v2 import functional as F
 
 from fastrot.data.faults import decode_upright, kind_of, open_image
 from fastrot.errors import BadImage
+
+log = logging.getLogger(__name__)
 
 
 def make(device: torch.device, threads: int, batch: int, depth: int) -> "TorchDecoder":
@@ -58,6 +61,18 @@ def window_pixels(buffer: NDArray[np.uint8], window: NDArray, size: int) -> torc
         raise BadImage(f"is {pixels.shape[2]}x{pixels.shape[1]}, not as indexed")
     crop = F.resized_crop(pixels, top, left, height, width, [size, size], antialias=True)
     return crop.permute(1, 2, 0)
+
+
+class LeftToPillow:
+    """The kinds of image that a decoder leaves to `window_pixels`: each is said once."""
+
+    def __init__(self, decoder: str):
+        self._decoder, self._said = decoder, set()
+
+    def say(self, kind: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            log.warning("%s does not decode images of kind %s here; they go through Pillow", self._decoder, kind)
 
 
 class TorchDecoder:

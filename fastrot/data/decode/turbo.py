@@ -6,17 +6,15 @@ on a libjpeg-turbo that filters chroma alike); a level of rounding where EXIF la
 mean 1.2 levels, the worst image 4.
 """
 
-import logging
+from collections import deque
 
 import torch
 
-from fastrot.data.decode.torch import window_pixels
+from fastrot.data.decode.torch import LeftToPillow, window_pixels
 from fastrot.data.faults import kind_of
 from fastrot.errors import BadImage, UserError
 from fastrot_kernels.build import BuildError
 from fastrot_kernels.turbo import NOT_OURS, Turbo
-
-log = logging.getLogger(__name__)
 
 
 def make(device: torch.device, threads: int, batch: int, depth: int) -> "TurboDecoder":
@@ -36,20 +34,21 @@ class TurboDecoder:
             self._turbo, self._alone = Turbo(threads, fast), Turbo(1, fast)
         except BuildError as error:
             raise UserError(f"data.decode turbo: cannot be built ({error})") from None
-        self._flying: list = []
-        self._to_pillow: set[str] = set()
+        self._flying: deque = deque()
+        self._left = LeftToPillow("turbo")
 
     def submit(self, buffers, windows, size) -> None:
         self._turbo.submit(buffers, windows, size)
         self._flying.append((buffers, windows, size))
 
     def result(self):
-        buffers, windows, size = self._flying.pop(0)
+        buffers, windows, size = self._flying.popleft()
         out, failed = self._turbo.result()
         pixels, bad = torch.from_numpy(out), {}
         for at, (outcome, _) in failed.items():
             if outcome == NOT_OURS:
-                self._say_once(buffers[at])
+                kind = kind_of(buffers[at])
+                self._left.say("JPEG of four colours" if kind == "JPEG" else kind)
             try:
                 pixels[at] = window_pixels(buffers[at], windows[at], size)
             except BadImage as error:
@@ -64,10 +63,3 @@ class TurboDecoder:
     def close(self) -> None:
         self._turbo.close()
         self._alone.close()
-
-    def _say_once(self, buffer) -> None:
-        kind = kind_of(buffer)
-        kind = "JPEG of four colours" if kind == "JPEG" else kind
-        if kind not in self._to_pillow:
-            self._to_pillow.add(kind)
-            log.warning("turbo does not decode images of kind %s; they go through Pillow", kind)
