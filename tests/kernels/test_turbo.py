@@ -214,13 +214,55 @@ def test_a_build_that_fails_says_what_is_missing(tmp_path, monkeypatch):
         build.library(tmp_path / "source", "a")
 
 
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    """Files whose Huffman codes, block layouts and densities differ; none is progressive."""
+    folder = tmp_path_factory.mktemp("baseline")
+    for quality in (3, 60, 100):
+        for way, options in WAYS.items():
+            image = grain(147, 203, quality)
+            if "progressive" not in way:
+                image = image.convert("L") if way == "gray" else image
+                image.save(folder / f"{way} {quality}.jpg", quality=quality, optimize=quality == 60, **options)
+    return sorted(map(str, folder.iterdir()))
+
+
+def check_entropy(folder: Path, rounds: int, files: list[str], *flags: str) -> tuple[int, int]:
+    """(windows equal, damaged files given up) by check_entropy.c, which exits with an error where one differs."""
+    built = str(folder / "check")
+    sources = [str(Path(__file__).with_name("check_entropy.c")), str(SOURCES / "entropy.c")]
+    subprocess.run(["cc", "-O1", "-std=c11", *flags, f"-I{SOURCES}", *sources, "-o", built, "-ljpeg"], check=True)
+    done = subprocess.run([built, str(rounds), *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    equal, given_up = map(int, done.stdout.split())
+    return equal, given_up
+
+
+def test_huffman_decoding_of_our_own_equals_libjpegs_and_gives_up_no_sound_file(tmp_path, baseline):
+    equal, given_up = check_entropy(tmp_path, 40, baseline)
+    assert equal >= 40 * len(baseline) and given_up > 40
+
+
+def test_huffman_decoding_of_our_own_equals_libjpegs_on_photographs(tmp_path, shared_data):
+    files = sorted(map(str, shared_data("imagenet_sample").glob("*/*.J*")))
+    equal, _ = check_entropy(tmp_path, 3, files)
+    assert equal > 3 * 0.9 * len(files)  # a few are progressive
+
+
+@pytest.mark.slow
+def test_damaged_huffman_data_reach_no_memory_that_is_not_ours(tmp_path, baseline):
+    checks = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    equal, given_up = check_entropy(tmp_path, 2000, baseline, *checks)
+    assert equal > 2000 * len(baseline) and given_up > 1000
+
+
 @pytest.mark.slow
 def test_no_damage_reaches_memory_that_is_not_ours(tmp_path, encoded):
     """A build with the compiler's address and undefined-behaviour checks, over many damaged files."""
     for way, (buffer, _) in encoded.items():
         buffer.tofile(tmp_path / f"{way}.jpg")
     checks = ["-O1", "-g", "-std=c11", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = [str(SOURCES / f"{name}.c") for name in ("window", "resample", "exif")]
+    sources = [str(SOURCES / f"{name}.c") for name in ("window", "entropy", "resample", "exif")]
     driver = str(Path(__file__).with_name("fuzz_turbo.c"))
     built = str(tmp_path / "fuzz")
     subprocess.run(["cc", *checks, f"-I{SOURCES}", driver, *sources, "-o", built, "-ljpeg", "-lm"], check=True)

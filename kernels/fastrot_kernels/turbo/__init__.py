@@ -1,7 +1,7 @@
 """turbo: windows of JPEGs, decoded and resampled on the CPU, a batch a call, without the GIL.
 
-libjpeg-turbo decodes the window's columns and rows alone; a pass of SIMD code resamples the rows as
-they come. Pixels equal torchvision's decode, crop and antialiased bilinear resize bit for bit; with
+Our own Huffman decoder passes over what lies outside the window, libjpeg-turbo makes pixels of the
+window's columns and rows alone, and a pass of SIMD code resamples the rows as they come. Pixels equal torchvision's decode, crop and antialiased bilinear resize bit for bit; with
 `fast`, large windows are first scaled in the DCT.
 """
 

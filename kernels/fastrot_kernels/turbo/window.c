@@ -10,6 +10,7 @@
 #include <jpeglib.h>
 #include <jerror.h>
 
+#include "entropy.h"
 #include "exif.h"
 
 /* A JPEG of more pixels, or of more scans, is an attack: libjpeg holds a progressive one's coefficients. */
@@ -127,6 +128,9 @@ static void finish(const struct flow *flow) {
         }
 }
 
+/* Ways back from within libjpeg. */
+enum { FAILED = 1, LOST = 2 };
+
 struct fault {
     struct jpeg_error_mgr manager; /* first: libjpeg hands out its address */
     jmp_buf back;
@@ -138,15 +142,17 @@ static void on_error(j_common_ptr info) {
     char said[JMSG_LENGTH_MAX];
     fault->manager.format_message(info, said);
     snprintf(fault->reason, REASON, "cannot be decoded (%.70s)", said);
-    longjmp(fault->back, 1);
+    longjmp(fault->back, FAILED);
 }
+
+static void on_lost(j_decompress_ptr info) { longjmp(((struct fault *)info->err)->back, LOST); }
 
 /* Damage that libjpeg shrugs off is no fault, as for Pillow; an end before the window's end is. */
 static void on_message(j_common_ptr info, int level) {
     struct fault *fault = (struct fault *)info->err;
     if (level < 0 && fault->manager.msg_code == JWRN_JPEG_EOF) {
         snprintf(fault->reason, REASON, "is truncated");
-        longjmp(fault->back, 1);
+        longjmp(fault->back, FAILED);
     }
 }
 
@@ -154,7 +160,7 @@ static void on_progress(j_common_ptr info) {
     struct fault *fault = (struct fault *)info->err;
     if (((j_decompress_ptr)info)->input_scan_number > MOST_SCANS) {
         snprintf(fault->reason, REASON, "has more than %d scans", MOST_SCANS);
-        longjmp(fault->back, 1);
+        longjmp(fault->back, FAILED);
     }
 }
 
@@ -172,12 +178,16 @@ static int orientation_in(j_decompress_ptr info) {
 }
 
 /* Rows [low, high) of a started decompression, all taps' columns among them. */
-static void read_rows(j_decompress_ptr info, struct flow *flow) {
+static void read_rows(j_decompress_ptr info, struct flow *flow, struct entropy *entropy) {
     /* libjpeg-turbo crops at whole blocks; two pixels more on a side give chroma's filter its neighbours. */
     JDIMENSION from = flow->left > 2 ? flow->left - 2 : 0;
     JDIMENSION to = flow->right + 2 < (int)info->output_width ? flow->right + 2 : (int)info->output_width;
     JDIMENSION width = to - from;
     if (width < info->output_width) jpeg_crop_scanline(info, &from, &width);
+    if (entropy && entropy_takes(info)) {
+        int mcu = (int)info->scale_num * (info->num_components == 1 ? 1 : info->max_h_samp_factor);
+        entropy_begin(entropy, info, from / mcu, (from + width - 1) / mcu, on_lost);
+    }
     if (flow->low > 0) jpeg_skip_scanlines(info, flow->low);
     JSAMPROW row = flow->input;
     for (int y = flow->low; y < flow->high; y++) {
@@ -195,7 +205,9 @@ static bool inside(const struct request *r, double height, double width, char re
     return sound && within;
 }
 
-static enum outcome jpeg_pixels(const struct request *r, struct scratch *scratch, char reason[REASON]) {
+/* By our Huffman decoder, or where `entropy` is NULL by libjpeg's, which has the last word on damaged data. */
+static enum outcome jpeg_pixels(const struct request *r, struct scratch *scratch, struct entropy *entropy,
+                                char reason[REASON]) {
     struct jpeg_decompress_struct info;
     struct jpeg_progress_mgr progress = {.progress_monitor = on_progress};
     struct fault fault = {.reason = reason};
@@ -203,7 +215,13 @@ static enum outcome jpeg_pixels(const struct request *r, struct scratch *scratch
     info.err = jpeg_std_error(&fault.manager);
     fault.manager.error_exit = on_error;
     fault.manager.emit_message = on_message;
-    if (setjmp(fault.back)) {
+    switch (setjmp(fault.back)) {
+    case 0:
+        break;
+    case LOST:
+        jpeg_destroy_decompress(&info);
+        return jpeg_pixels(r, scratch, NULL, reason);
+    default:
         jpeg_destroy_decompress(&info);
         return outcome;
     }
@@ -231,7 +249,7 @@ static enum outcome jpeg_pixels(const struct request *r, struct scratch *scratch
         jpeg_start_decompress(&info);
         for (int k = 0; k < 4; k++) window[k] *= info.scale_num / 8.0;
         if (begin(&flow, info.output_height, info.output_width, window)) {
-            read_rows(&info, &flow);
+            read_rows(&info, &flow, entropy);
             finish(&flow);
             outcome = DONE;
         } else {
@@ -270,12 +288,17 @@ enum outcome window_pixels(const struct request *r, struct scratch *scratch, cha
     if (r->raw_height > 0) return raw_pixels(r, scratch, reason);
     static const uint8_t jpeg[3] = {0xFF, 0xD8, 0xFF};
     if (r->length < 3 || memcmp(r->data, jpeg, 3)) return NOT_OURS;
-    return jpeg_pixels(r, scratch, reason);
+    if (!scratch->entropy && !(scratch->entropy = entropy_new())) {
+        snprintf(reason, REASON, "leaves no memory for its decoder");
+        return BROKEN;
+    }
+    return jpeg_pixels(r, scratch, scratch->entropy, reason);
 }
 
 void scratch_free(struct scratch *scratch) {
     axis_free(&scratch->across);
     axis_free(&scratch->down);
+    entropy_free(scratch->entropy);
     free(scratch->memory);
     free(scratch->rows);
 }

@@ -25,9 +25,12 @@ struct request {
     uint8_t *out; /* size * size * 3 */
 };
 
+struct entropy;
+
 /* What a thread keeps from image to image. Zeroed before first use. */
 struct scratch {
     struct axis across, down;
+    struct entropy *entropy;
     uint8_t *memory;
     int64_t room;
     uint8_t **rows;
