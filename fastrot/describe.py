@@ -27,7 +27,7 @@ def describe_source(source: str | None, config: Config, ranks: Ranks, decode: bo
     folder = manifest_folder(source, config, ranks, "data.train")
     broken = None
     if decode:
-        broken = distributed.on_first(ranks, lambda: verify(folder, distributed.cores(), runlog.track))
+        broken = distributed.on_first(ranks, lambda: verify(folder, runlog.track))
     manifest = Manifest.load(folder)
     result = {
         "source": manifest.source,

@@ -51,7 +51,7 @@ def look_at(n: int, words_of: Callable, look: Callable, folder: Path, track: Cal
     workers = len(os.sched_getaffinity(0))
     rows = ROWS if n > _MANY else max(1, min(256, n // (workers * 4)))
     folder.mkdir(parents=True, exist_ok=True)
-    with _pool(n, workers) as pool:
+    with workers_pool(n > _MANY) as pool:
         parts = _parts(pool, n, rows, words_of, look, folder, 2 * workers)
         try:
             for first, part in track(parts, -(-n // rows), f"{title}, {n:,} images in parts of {rows:,}"):
@@ -67,10 +67,12 @@ def look_at(n: int, words_of: Callable, look: Callable, folder: Path, track: Cal
     return Found(*(table[name] for name in ("height", "width", "kind", "head")), sound, reason)
 
 
-def _pool(n: int, workers: int) -> Executor:
-    if n <= _MANY:
-        return ThreadPoolExecutor(workers)
-    return ProcessPoolExecutor(workers, get_context("forkserver"), initializer=_die_with_parent)
+def workers_pool(processes: bool) -> Executor:
+    """As many workers as this process has cores: processes, which end with this one, or threads."""
+    workers = len(os.sched_getaffinity(0))
+    if processes:
+        return ProcessPoolExecutor(workers, get_context("forkserver"), initializer=_die_with_parent)
+    return ThreadPoolExecutor(workers)
 
 
 def _die_with_parent() -> None:

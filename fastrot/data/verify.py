@@ -1,22 +1,22 @@
 """Decoding every image of a manifest in full, and quarantining what is damaged."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from fastrot.data import beton
+from fastrot.data import beton, parts
 from fastrot.data.faults import decode_upright, kind_of
 from fastrot.data.manifest import COLUMNS, HEAD, Manifest, content_hash
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage, UserError
 
-_BLOCK = 1024  # images between two signs of progress
 # libjpeg's warnings of damaged data (jerror.h); others speak of odd headers, or of an ICC profile
 _DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file")
 _HARMLESS = "bad ICC marker"
@@ -39,51 +39,56 @@ def damage_of(jpeg: NDArray[np.uint8] | bytes) -> str:
     return ""
 
 
-def verify(folder: Path, threads: int, track: Callable) -> list[list[str]]:
+def verify(folder: Path, track: Callable) -> list[list[str]]:
     """[place, reason] of every row that cannot be read, decoded in full, and found free of damage.
 
     Where there are such rows the manifest in `folder` is rewritten without them: they are quarantined,
-    and its content hash is that of the rows left. Raises UserError where none is left.
+    and its content hash is that of the rows left. What a killed call looked at is not looked at again.
+    Raises UserError where none is left, Fault where a worker dies.
     """
     manifest = Manifest.load(folder)
     n = len(manifest)
-    broken: list[list[str]] = []
-    sound, heads = np.ones(n, bool), np.zeros((n, 32), np.uint8)
-    storage = FileStorage(manifest)
-    blocks = [range(at, min(at + _BLOCK, n)) for at in range(0, n, _BLOCK)]
-    with ThreadPoolExecutor(threads) as pool:
-        for rows in track(blocks, len(blocks), f"decoding {manifest.source}, {n:,} images in blocks of {_BLOCK:,}"):
-            for row, found in zip(rows, pool.map(lambda row: _look(manifest, storage, row), rows), strict=True):
-                if isinstance(found, str):
-                    broken.append([manifest.name(row), found])
-                    sound[row] = False
-                else:
-                    heads[row] = np.frombuffer(found, np.uint8)
-    storage.close()
+    unfinished = folder / f"verify-{manifest.content}"
+
+    def words_of(first: int, last: int):
+        return ((folder, manifest.content, row) for row in range(first, last))
+
+    found = parts.look_at(n, words_of, _look, unfinished, track, f"decoding {manifest.source}")
+    shutil.rmtree(unfinished)
+    broken = [[manifest.name(row), reason] for row, reason in found.reason.items()]
     if len(broken) == n:
         raise UserError(f"{manifest.source}: none of its {n} images is sound; the first: {': '.join(broken[0])}")
     if broken:
-        _without(manifest, sound, heads[sound], broken).save(folder)
+        _without(manifest, found.sound, found.head[found.sound], broken).save(folder)
     return broken
 
 
-def _look(manifest: Manifest, storage: FileStorage, row: int) -> bytes | str:
-    """sha256 of the first bytes of a row's image where it is sound and of the size indexed, or why it is not."""
+@lru_cache(1)
+def _opened(folder: Path, _content: str) -> tuple[Manifest, FileStorage]:
+    """A worker's own manifest and storage, kept from row to row of one content."""
+    manifest = Manifest.load(folder)
+    return manifest, FileStorage(manifest)
+
+
+def _look(folder: Path, content: str, row: int) -> tuple[int, int, int, bytes] | str:
+    """Height, width, kind and the sha256 of the first bytes of a sound image of the size indexed, or why it is not."""
+    manifest, storage = _opened(folder, content)
     (buffer,) = storage.read(np.array([row]))
+    indexed = int(manifest.height[row]), int(manifest.width[row]), int(manifest.kind[row])
     try:
         if isinstance(buffer, BadImage):
             raise buffer
         if not beton.unchanged(manifest.path(row), int(manifest.offset[row]), buffer):
             raise BadImage("its bytes are not those that were packed (CRC-32)")
         if buffer.ndim == 3:  # pixels
-            return hashlib.sha256(buffer.reshape(-1)[:HEAD]).digest()
+            return *indexed, hashlib.sha256(buffer.reshape(-1)[:HEAD]).digest()
         width, height = decode_upright(buffer).size
     except BadImage as error:
         return str(error)
-    if (width, height) != (manifest.width[row], manifest.height[row]):
-        return f"is {width}x{height}, indexed as {manifest.width[row]}x{manifest.height[row]}"
+    if (height, width) != indexed[:2]:
+        return f"is {width}x{height}, indexed as {indexed[1]}x{indexed[0]}"
     damage = damage_of(buffer) if kind_of(buffer) == "JPEG" else ""
-    return damage or hashlib.sha256(buffer[:HEAD]).digest()
+    return damage or (*indexed, hashlib.sha256(buffer[:HEAD]).digest())
 
 
 def _without(manifest: Manifest, sound: NDArray[np.bool_], heads: NDArray[np.uint8], broken: list) -> Manifest:

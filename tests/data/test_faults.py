@@ -116,7 +116,7 @@ def test_silent_damage_is_found_by_verify_and_breaks_no_decoder(fault, indexed, 
     errors = [np.abs(pixels[at] - pillow(manifest, w)).mean() for at, w in enumerate(windows) if at not in bad]
     assert not errors or max(errors) < MOST.get(decoder.key, 2.0)
     matrix[fault, decoder.key] = "found by index --verify"
-    assert [reason for place, reason in verify(folder, 1, plain) + manifest.quarantined if "fault.jpg" in place]
+    assert [reason for place, reason in verify(folder, plain) + manifest.quarantined if "fault.jpg" in place]
 
 
 def test_no_cell_of_the_matrix_is_empty(matrix):

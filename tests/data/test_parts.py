@@ -82,7 +82,7 @@ def test_killed_and_started_again_only_what_was_not_done_is_looked_at(tmp_path, 
 
     monkeypatch.setattr(parts, "ROWS", 4)
     monkeypatch.setattr(parts, "_MANY", 0)
-    monkeypatch.setattr(parts, "_pool", lambda n, workers: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(parts, "workers_pool", lambda processes: ThreadPoolExecutor(2))
     monkeypatch.setattr(manifests, "scan_file", spy)
     source = f"list:{root / 'files.txt'}"
     resumed = Manifest.load(index(source, cache, 10**8, plain))

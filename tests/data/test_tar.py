@@ -9,6 +9,7 @@ import pytest
 
 from conftest import draw, write_folder
 from fastrot.data.manifest import Manifest, index
+from fastrot.data.sources import tar as tar_source
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage, UserError
 
@@ -52,6 +53,21 @@ def test_shards_hold_the_rows_of_their_folder(tmp_path, spec, form):
     for ours, theirs in zip(FileStorage(shards).read(rows), FileStorage(folder).read(rows), strict=True):
         assert ours.tobytes() == theirs.tobytes()
     assert " at byte " in shards.name(1)
+
+
+def test_processes_list_shards_as_threads_do(tmp_path, monkeypatch):
+    shard_folder(build(write_folder(tmp_path / "d"), tmp_path / "cache"), tmp_path)
+    with tarfile.open(tmp_path / "s-003.tar", "w") as tar:
+        for name in ("a.jpg", "a.png", "a.cls", "a.txt"):
+            add(tar, name, b"?" if name == "a.cls" else jpeg())
+    found = []
+    for large in (0, 1 << 30):
+        monkeypatch.setattr(tar_source, "_LARGE", large)
+        found.append(tar_source.open_source(str(tmp_path / "s-*.tar"), lambda items, total, title: items))
+    for name in ("file", "offset", "length", "labels"):
+        np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
+    assert found[0].skipped == found[1].skipped == {"member of another kind": 1}
+    assert found[0].faults == found[1].faults and len(found[0].faults) == 2
 
 
 def test_labels_come_from_cls_json_or_not_at_all(tmp_path):

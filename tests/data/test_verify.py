@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import draw, write_folder
+from fastrot.data import verify as verifying
 from fastrot.data.faults import decode_upright
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.verify import damage_of, verify
@@ -108,15 +109,42 @@ def test_verifying_quarantines_and_remakes_the_content(tmp_path):
     folder = index(str(root), tmp_path / "cache", 10**8, plain)
     before = Manifest.load(folder)
     assert len(before) == 12
-    ((place, reason),) = verify(folder, 2, plain)
+    ((place, reason),) = verify(folder, plain)
     assert place == str(path) and "premature end of data" in reason
     after = Manifest.load(index(str(root), tmp_path / "cache", 10**8, plain))  # from the cache
     assert after.quarantined == [[place, reason]]
-    assert verify(folder, 2, plain) == []
+    assert verify(folder, plain) == []
     path.unlink()
     without = Manifest.load(index(str(root), tmp_path / "cache", 10**8, plain))
     assert after.content == without.content != before.content
     assert [after.name(r) for r in range(11)] == [without.name(r) for r in range(11)]
+
+
+def test_a_verification_that_ended_early_goes_on_where_it_was(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "d")
+    path = root / "class0/1.jpg"
+    path.write_bytes(path.read_bytes()[:-200] + b"\xff\xd9")
+    folder = index(str(root), tmp_path / "cache", 10**8, plain)
+
+    def until_a_part_is_there(items, total, title):
+        for item in items:
+            yield item
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify(folder, until_a_part_is_there)
+    done = len(list(folder.glob("verify-*/*.npz")))
+    looked, look = [], verifying._look
+
+    def spy(*words):
+        looked.append(words[-1])
+        return look(*words)
+
+    monkeypatch.setattr(verifying, "_look", spy)
+    ((place, _),) = verify(folder, plain)
+    assert place == str(path)
+    assert done and len(looked) == 12 - done  # a row a part, of so few
+    assert not list(folder.glob("verify-*"))
 
 
 def test_a_source_of_damage_alone_is_one_line_and_stays_as_it_was(tmp_path):
@@ -126,5 +154,5 @@ def test_a_source_of_damage_alone_is_one_line_and_stays_as_it_was(tmp_path):
     folder = index(str(root), tmp_path / "cache", 10**8, plain)
     meta = json.loads((folder / "meta.json").read_text())
     with pytest.raises(UserError, match="^[^\n]*none of its 2 images is sound; the first: [^\n]*0.jpg: Corrupt"):
-        verify(folder, 1, plain)
+        verify(folder, plain)
     assert json.loads((folder / "meta.json").read_text()) == meta

@@ -7,30 +7,41 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrot.data.parts import workers_pool
 from fastrot.data.sources.folder import EXTENSIONS
 from fastrot.data.sources.listing import Listing
-from fastrot.errors import UserError
+from fastrot.errors import Fault, UserError
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_LARGE = 1 << 30  # bytes above which processes beat threads
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"(\xb5": "unzstd"}
 
 
 def open_source(spec: str, track: Callable) -> Listing:
     """Shards in the order given, members in theirs; a sample is a run of members of one key.
 
-    Raises UserError where a shard is missing, compressed, or no tar file, or where none holds an image.
+    Raises UserError where a shard is missing, compressed, or no tar file, or where none holds an image;
+    Fault where a worker dies.
     """
     files = shards_of(spec)
+    large = len(files) > 1 and sum(os.path.getsize(path) for path in files) > _LARGE
     images: list[NDArray[np.int64]] = []  # [n, 4] a shard: file, offset, length, label
     skipped: Counter = Counter()
     faults: list[list[str]] = []
-    for number, path in enumerate(track(files, len(files), f"listing {spec}, {len(files):,} shards")):
-        found = np.array(_samples(path, skipped, faults), np.int64).reshape(-1, 3)
-        images.append(np.insert(found, 0, number, axis=1))
+    with workers_pool(processes=large) as pool:
+        listed = pool.map(_samples, files)
+        try:
+            for found, others, wrong in track(listed, len(files), f"listing {spec}, {len(files):,} shards"):
+                images.append(np.insert(found, 0, len(images), axis=1))
+                skipped += others
+                faults += wrong
+        except BrokenProcessPool:
+            raise Fault(f"listing {spec}: a worker process died (out of memory, or killed); start again") from None
     file, offset, length, labels = np.concatenate(images).T
     if not len(file):
         raise UserError(f"{spec}: {len(files)} shards hold no image; expected members KEY.jpg, and KEY.cls for labels")
@@ -58,10 +69,12 @@ def _expand(spec: str) -> list[str]:
     return names
 
 
-def _samples(path: bytes, skipped: Counter, faults: list[list[str]]) -> list[tuple[int, int, int]]:
-    """(offset, length, label) of each sample's image in one shard."""
+def _samples(path: bytes) -> tuple[NDArray[np.int64], Counter, list[list[str]]]:
+    """[n, 3] (offset, length, label) of each sample's image in one shard, members skipped, and faults."""
     shard = os.fsdecode(path)
     found: list[tuple[int, int, int]] = []
+    skipped: Counter = Counter()
+    faults: list[list[str]] = []
     key, image, label = None, None, -1
 
     def finish() -> None:
@@ -85,7 +98,7 @@ def _samples(path: bytes, skipped: Counter, faults: list[list[str]]) -> list[tup
         else:
             skipped["member of another kind"] += 1
     finish()
-    return found
+    return np.array(found, np.int64).reshape(-1, 3), skipped, faults
 
 
 def _members(path: bytes, shard: str, faults: list[list[str]]):
