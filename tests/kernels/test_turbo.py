@@ -224,6 +224,9 @@ def baseline(tmp_path_factory):
             if "progressive" not in way:
                 image = image.convert("L") if way == "gray" else image
                 image.save(folder / f"{way} {quality}.jpg", quality=quality, optimize=quality == 60, **options)
+    odd = bytearray((folder / "gray 60.jpg").read_bytes())
+    odd[odd.index(b"\xff\xc0") + 11] = 0x22  # sampling factors say nothing where there is one component
+    (folder / "gray, two by two.jpg").write_bytes(odd)
     return sorted(map(str, folder.iterdir()))
 
 
