@@ -5,9 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
+_FRAMES = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))
 _SCAN, _APP1 = 0xDA, 0xE1
-_ALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length
+_ALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # markers without a length
 _USUAL = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive; Huffman
 
 
@@ -24,22 +24,23 @@ class Frame(NamedTuple):
 
 def frame_of(data: bytes | NDArray[np.uint8]) -> Frame | None:
     """The frame of a JPEG by the markers before its first scan; None where they lead to none."""
-    view, at, frame, exif = memoryview(data), 2, None, False
+    view, at, found, exif = memoryview(data), 2, None, False
     if bytes(view[:2]) != b"\xff\xd8":
         return None
     while at + 4 <= len(view) and view[at] == 0xFF:
         marker = view[at + 1]
         if marker == _SCAN:
-            return frame and frame._replace(exif=exif)
+            return found and Frame(*found, exif)
         if marker == 0xFF or marker in _ALONE:  # 0xFF fills
             at += 1 if marker == 0xFF else 2
             continue
         if marker in _FRAMES:
-            if frame or at + 10 > len(view):
+            if found or at + 10 > len(view):
                 return None
             height, width = view[at + 5] << 8 | view[at + 6], view[at + 7] << 8 | view[at + 8]
             usual = marker in _USUAL and view[at + 4] == 8 and view[at + 9] in (1, 3)
-            frame = Frame(height, width, view[at + 9], usual, False)
-        exif = exif or (marker == _APP1 and bytes(view[at + 4 : at + 10]) == b"Exif\0\0")
+            found = height, width, view[at + 9], usual
+        elif marker == _APP1:
+            exif = exif or bytes(view[at + 4 : at + 10]) == b"Exif\0\0"
         at += 2 + (view[at + 2] << 8 | view[at + 3])
     return None

@@ -186,7 +186,7 @@ class DaliDecoder:
             return self._empty(batch)
         pipe = self._pipe(batch.windows.dtype)
         (out,) = pipe.share_outputs()
-        good = self._cloned(out.as_tensor())
+        good = self._kept(out.as_tensor())
         pipe.release_outputs()
         if len(good) == len(batch.buffers):
             return good
@@ -194,11 +194,12 @@ class DaliDecoder:
         pixels[batch.by_dali] = good
         return pixels
 
-    def _cloned(self, shared) -> torch.Tensor:
-        """A copy that DALI may not write over: on a GPU it is done before the buffer goes back,
-        on a stream of its own, since torch's default one is busy with training."""
+    def _kept(self, shared) -> torch.Tensor:
+        """Pixels that DALI does not write over. On a CPU its dynamic executor takes new memory for each
+        batch, and frees it with the tensor; on a GPU a copy, done before the buffer goes back, on a
+        stream of its own, since torch's default one is busy with training."""
         if self._gpu is None:
-            return torch.from_dlpack(shared).clone()
+            return torch.from_dlpack(shared)
         with torch.cuda.stream(self._stream):
             copy = torch.from_dlpack(shared).clone()
         self._stream.synchronize()
