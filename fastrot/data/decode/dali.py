@@ -35,7 +35,18 @@ _DECODES = ("JPEG", "PNG", "BMP", "WEBP")
 def make(
     device: torch.device, threads: int, batch: int, depth: int, hw_decoder_load: float | None = None
 ) -> "DaliDecoder":
-    return DaliDecoder(device.index if device.type == "cuda" else None, threads, batch, depth, hw_decoder_load)
+    if device.type == "cuda":
+        return DaliDecoder(device.index, threads, batch, depth, hw_decoder_load)
+    return DaliDecoder(None, threads, batch, depth, resampler=_resampler(threads))
+
+
+def _resampler(threads: int) -> Turbo | None:
+    """None where turbo cannot be compiled."""
+    try:
+        return Turbo(threads)
+    except BuildError as error:
+        log.warning("dali: turbo cannot be built (%s): DALI resizes", error)
+        return None
 
 
 @dataclass
@@ -99,26 +110,25 @@ def _arguments(windows: NDArray, size: int, resized: bool) -> dict[str, NDArray]
     return {"start": first.astype(np.float32), "end": (first + second).astype(np.float32)} | sizes
 
 
-def _resampler(threads: int) -> Turbo | None:
-    """None where turbo cannot be compiled."""
-    try:
-        return Turbo(threads)
-    except BuildError as error:
-        log.warning("dali: turbo cannot be built (%s): DALI resizes", error)
-        return None
-
-
 class DaliDecoder:
-    """Two pipelines (windows, boxes), built when first needed; rebuilt when a sample breaks one."""
+    """Two pipelines (windows, boxes), built when first needed; rebuilt when a sample breaks one.
+
+    resampler  takes the decoded windows, on a CPU; None: DALI resizes them.
+    """
 
     def __init__(
-        self, gpu: int | None, threads: int, batch: int, depth: int, hw_decoder_load: float | None = None
+        self,
+        gpu: int | None,
+        threads: int,
+        batch: int,
+        depth: int,
+        hw_decoder_load: float | None = None,
+        resampler: Turbo | None = None,
     ):
-        self._resampler = _resampler(threads) if gpu is None else None
         self.name = "dali on the CPU" if gpu is None else f"dali on GPU {gpu} (mixed)"
-        self.name += ", resampled by turbo" if self._resampler else ""
+        self.name += ", resampled by turbo" if resampler else ""
         self._gpu, self._threads, self._batch, self._depth = gpu, threads, batch, depth
-        self._hw_decoder_load = hw_decoder_load
+        self._hw_decoder_load, self._resampler = hw_decoder_load, resampler
         self._pipes: dict = {}
         self._alone: DaliDecoder | None = None
         self._flying: deque[_Batch] = deque()
@@ -165,8 +175,6 @@ class DaliDecoder:
         self._pipes.clear()
         if self._resampler:
             self._resampler.close()
-        if self._alone:
-            self._alone.close()
 
     def _pipe(self, kind):
         if kind not in self._pipes:
@@ -258,7 +266,7 @@ class DaliDecoder:
     def one(self, buffer, window, size):
         """By a pipeline of its own; what DALI refuses goes to Pillow, which has the last word."""
         if self._alone is None:
-            self._alone = DaliDecoder(self._gpu, self._threads, 1, 1, self._hw_decoder_load)
+            self._alone = DaliDecoder(self._gpu, self._threads, 1, 1, self._hw_decoder_load, self._resampler)
         by_dali = [0] if _decodes(buffer) else []
         batch = _Batch([buffer], window, size, by_dali)
         try:
