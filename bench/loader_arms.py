@@ -41,7 +41,7 @@ class Arm:
     cropped: bool = True
 
 
-def loader(files: Files, form: str, decoder: str, threads: int, advise: bool = True):
+def loader(files: Files, form: str, decoder: str, threads: int):
     """Our Loader over a form of the files, as training makes it."""
     from fastrot.data.decode import make_decoder
     from fastrot.data.faults import BadImages
@@ -54,14 +54,15 @@ def loader(files: Files, form: str, decoder: str, threads: int, advise: bool = T
     manifest = Manifest.load(index(files.forms[form], Path(files.cache), 10**9, lambda items, total, title: items))
     plan = Plan(0, manifest.height, manifest.width, FullOrder(len(manifest), 0), "all", SCALE, RATIO)
     storage = FileStorage(manifest)
-    if not advise:
-        storage.advise = lambda rows: None
     made, _ = make_decoder(decoder, "cpu", torch.device("cpu"), threads, BATCH, DECODES_IN_FLIGHT)
     return Loader(manifest, plan, storage, made, BadImages(None, "bench", 10), torch.device("cpu"), 3, 60.0)
 
 
-def _ours(form: str, decoder: str, files: Files, threads: int, advise: bool = True) -> Iterator:
-    steps = loader(files, form, decoder, threads, advise).train(range(10**6), 0, BATCH, 1, 0, 1, lambda epoch: SIDE)
+def _ours(form: str, decoder: str, files: Files, threads: int, ahead: bool = True) -> Iterator:
+    made = loader(files, form, decoder, threads)
+    if not ahead:  # each batch is read when the decoder wants it
+        start, made._storage.start = made._storage.start, lambda rows: lambda: start(rows)()
+    steps = made.train(range(10**6), 0, BATCH, 1, 0, 1, lambda epoch: SIDE)
     for step in steps:
         for micro in step.micro_steps:
             yield micro.pixels
@@ -233,8 +234,8 @@ def _all() -> dict[str, Arm]:
 ARMS = _all()
 COLD = {
     "ours: turbo, folder": ARMS["ours: turbo, folder"],
-    "ours: turbo, folder, no advice": Arm(
-        partial(_ours, "folder", "turbo", advise=False), "folder", "fastrot", "turbo"
+    "ours: turbo, folder, no reading ahead": Arm(
+        partial(_ours, "folder", "turbo", ahead=False), "folder", "fastrot", "turbo"
     ),
     "DALI reader": ARMS["DALI reader"],
     "DataLoader, decode_jpeg": ARMS["DataLoader, decode_jpeg"],

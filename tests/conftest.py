@@ -54,6 +54,22 @@ def runnable_decoders() -> list[str]:
     return names
 
 
+DALI_RESIZES = "dali, which resizes"  # as on a GPU; on a CPU with a compiler turbo does
+
+
+def cpu_decoder(name: str):
+    """A decoder of runnable_decoders(), or DALI_RESIZES, on the CPU: two threads, two batches of 64 in flight."""
+    import torch
+
+    from fastrot.data.decode import make_decoder
+
+    if name == DALI_RESIZES:
+        from fastrot.data.decode.dali import DaliDecoder
+
+        return DaliDecoder(None, 2, 64, 2)
+    return make_decoder(name, "cpu", torch.device("cpu"), 2, 64, 2)[0]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """Manifests of tests go to a folder of their own; compiled operators stay in the user's cache."""

@@ -21,7 +21,7 @@ from fastrot.errors import BadImage, Fault
 DECODES_IN_FLIGHT = 2  # one that decodes, one that waits for it: a decoder's threads never idle
 _PRODUCER_ENDS_S = 1.0  # a producer stuck in a read is a daemon; the exit does not wait for it
 _PLANNED_TOGETHER = 1024  # images, about: numpy's calls cost more than their work on a batch alone
-_ADVISED_AHEAD = 4  # batches whose bytes the kernel is told to fetch before they are read
+_READ_AHEAD = 4  # batches whose bytes are being read before the decoder wants them
 
 
 @dataclass(frozen=True)
@@ -200,22 +200,20 @@ class Loader:
             producer.join(timeout=_PRODUCER_ENDS_S)
 
     def _decoded(self, requests, remake) -> Iterator[tuple[_Request, torch.Tensor]]:
-        ahead: deque[_Request] = deque()
+        ahead: deque[tuple[_Request, Callable]] = deque()
         flying: deque[tuple[_Request, dict[int, str]]] = deque()
         for request in requests:
-            ahead.append(request)
-            self._storage.advise(request.sample.rows)
-            if len(ahead) > _ADVISED_AHEAD:
-                yield from self._submit(ahead.popleft(), flying, remake)
+            ahead.append((request, self._storage.start(request.sample.rows)))
+            if len(ahead) > _READ_AHEAD:
+                yield from self._submit(*ahead.popleft(), flying, remake)
         while ahead:
-            yield from self._submit(ahead.popleft(), flying, remake)
+            yield from self._submit(*ahead.popleft(), flying, remake)
         while flying:
             yield self._collect(flying, remake)
 
-    def _submit(self, request, flying, remake):
-        rows = request.sample.rows
-        self._stage = f"reading rows {rows[:3].tolist()}... of {self.manifest.source}"
-        read = self._storage.read(rows)
+    def _submit(self, request, finish_reading, flying, remake):
+        self._stage = f"reading rows {request.sample.rows[:3].tolist()}... of {self.manifest.source}"
+        read = finish_reading()
         unread = {at: str(b) for at, b in enumerate(read) if isinstance(b, BadImage)}
         good = [at for at in range(len(read)) if at not in unread]
         self._decoder.submit([read[at] for at in good], request.sample.windows[good], request.size)

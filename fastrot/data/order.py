@@ -6,27 +6,28 @@ from numpy.typing import NDArray
 from fastrot.data.randomness import ORDER, philox
 
 _ROUNDS = 8
-_LOW = np.uint64(0xFFFFFFFF)
 
 
-def _round_keys(seed: int, epoch: int, first: int) -> NDArray[np.uint64]:
-    """The eight round keys, uint64 [8]; `first` is the key row of round 0."""
-    return philox(seed, first + np.arange(_ROUNDS), epoch, ORDER)[:, 0].astype(np.uint64)
+def _round_keys(seed: int, epoch: int, first: int) -> NDArray[np.uint32]:
+    """The eight round keys, uint32 [8]; `first` is the key row of round 0."""
+    return philox(seed, first + np.arange(_ROUNDS), epoch, ORDER)[:, 0]
 
 
-def _mix(half: NDArray[np.uint64], key: np.uint64, mask: np.uint64) -> NDArray[np.uint64]:
-    """Round function: MurmurHash3's 32-bit finaliser of half * golden ratio + key."""
-    h = (half * np.uint64(0x9E3779B1) + key) & _LOW
-    h ^= h >> np.uint64(16)
-    h = (h * np.uint64(0x85EBCA6B)) & _LOW
-    h ^= h >> np.uint64(13)
-    h = (h * np.uint64(0xC2B2AE35)) & _LOW
-    h ^= h >> np.uint64(16)
-    return h & mask
+def _mix(half: NDArray[np.uint32], key: np.uint32, mask: np.uint32) -> NDArray[np.uint32]:
+    """Round function: MurmurHash3's 32-bit finaliser of half * golden ratio + key, modulo 2**32."""
+    h = half * np.uint32(0x9E3779B1)
+    h += key
+    h ^= h >> np.uint32(16)
+    h *= np.uint32(0x85EBCA6B)
+    h ^= h >> np.uint32(13)
+    h *= np.uint32(0xC2B2AE35)
+    h ^= h >> np.uint32(16)
+    h &= mask
+    return h
 
 
 def _permute(
-    positions: NDArray[np.int64], n: int, keys: NDArray[np.uint64], *, inverse: bool = False
+    positions: NDArray[np.int64], n: int, keys: NDArray[np.uint32], *, inverse: bool = False
 ) -> NDArray[np.int64]:
     """A permutation of range(n) at `positions` (or its inverse), in O(1) memory.
 
@@ -34,17 +35,18 @@ def _permute(
     along their cycle, which keeps it a permutation (Black and Rogaway, CT-RSA 2002).
     """
     half = max(1, -(-(n - 1).bit_length() // 2))
-    bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    bits, mask = np.uint64(half), np.uint32((1 << half) - 1)
     out = positions.astype(np.uint64)
     todo = np.ones(out.shape, bool)
     while todo.any():
-        left, right = out[todo] >> bits, out[todo] & mask
+        here = out[todo]
+        left, right = (here >> bits).astype(np.uint32), here.astype(np.uint32) & mask
         for key in keys[::-1] if inverse else keys:
             if inverse:
                 left, right = right ^ _mix(left, key, mask), left
             else:
                 left, right = right, left ^ _mix(right, key, mask)
-        out[todo] = left << bits | right
+        out[todo] = left.astype(np.uint64) << bits | right
         todo = out >= np.uint64(n)
     return out.astype(np.int64)
 

@@ -1,8 +1,8 @@
 """Reading image bytes: positioned reads, many at once, never mapped."""
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from fastrot.errors import BadImage
 
 _RAW = KINDS.index("RAW")
 _READERS = 8  # concurrent reads a rank: enough to keep an SSD's queue filled
+_PARTS = 2  # of a batch, a reader each: batches ahead fill the others, and few threads want the interpreter at once
 
 
 class FileStorage:
@@ -24,27 +25,32 @@ class FileStorage:
 
     def read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8] | BadImage]:
         """The bytes of these rows, in order: uint8 [length] each, or [height, width, 3] where they are pixels."""
-        found: list = [None] * len(rows)
-        for task in self._dealt(rows, partial(self._read_some, found=found)):
-            task.result()
-        return found
+        return self.start(rows)()
 
-    def advise(self, rows: NDArray[np.int64]) -> None:
-        """Tell the kernel that these rows are wanted soon; returns at once."""
-        self._dealt(rows, self._advise_some)
+    def start(self, rows: NDArray[np.int64]) -> Callable[[], list[NDArray[np.uint8] | BadImage]]:
+        """Begin to read these rows; what it returns waits for them, and gives what `read` does."""
+        found: list = [None] * len(rows)
+        parts = [self._pool.submit(self._read_some, wanted, found) for wanted in self._dealt(rows)]
+
+        def finish() -> list[NDArray[np.uint8] | BadImage]:
+            for part in parts:
+                part.result()
+            return found
+
+        return finish
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _dealt(self, rows: NDArray[np.int64], work) -> list[Future]:
-        """work([(place in rows, row, file, offset, length)]) in every reader, neighbours of a file together."""
+    def _dealt(self, rows: NDArray[np.int64]) -> list[list[tuple[int, ...]]]:
+        """[(place in rows, row, file, offset, length)] for every reader, neighbours of a file together."""
         m = self._manifest
         file = m.file[rows]
         order = np.argsort(file, kind="stable")
         columns = (order, rows[order], file[order], m.offset[rows][order], m.length[rows][order])
         wanted = list(zip(*(column.tolist() for column in columns), strict=True))
-        share = -(-len(wanted) // _READERS)
-        return [self._pool.submit(work, wanted[at : at + share]) for at in range(0, len(wanted), share or 1)]
+        share = -(-len(wanted) // _PARTS)
+        return [wanted[at : at + share] for at in range(0, len(wanted), share or 1)]
 
     def _read_some(self, wanted: list[tuple[int, ...]], found: list) -> None:
         with _OpenFile(self._manifest) as file:
@@ -68,14 +74,6 @@ class FileStorage:
         if self._manifest.kind[row] == _RAW:
             return buffer.reshape(int(self._manifest.height[row]), int(self._manifest.width[row]), 3)
         return buffer
-
-    def _advise_some(self, wanted: list[tuple[int, ...]]) -> None:
-        with _OpenFile(self._manifest) as file:
-            for _, row, number, offset, length in wanted:
-                try:
-                    os.posix_fadvise(file.of(number, row)[0], offset, length, os.POSIX_FADV_WILLNEED)
-                except OSError:
-                    continue  # the read to come will say so
 
 
 class _OpenFile:

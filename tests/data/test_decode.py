@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import draw, runnable_decoders
+from conftest import DALI_RESIZES, cpu_decoder, draw, runnable_decoders
 from fastrot.data.augment import central_boxes, crop_windows
 from fastrot.data.decode import make_decoder
 from fastrot.data.faults import decode_upright
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage
+from fastrot_kernels.build import BuildError
 
-DECODERS = runnable_decoders()
-CPU = torch.device("cpu")
+DECODERS = [*runnable_decoders(), DALI_RESIZES]
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options) -> np.ndarray:
@@ -41,8 +41,7 @@ KINDS = {
 def made(name):
     if name == "ffcv":
         pytest.importorskip("fastrot.data.decode.ffcv", reason="FFCV is not installed", exc_type=ImportError)
-    decoder, _ = make_decoder(name, "cpu", CPU, 2, 64, 2)
-    return decoder
+    return cpu_decoder(name)
 
 
 @pytest.fixture(scope="module", params=DECODERS)
@@ -94,7 +93,13 @@ def test_an_image_of_another_size_than_indexed_is_bad_not_shifted(decoder):
 
 
 # Levels of 255 from the torch decoder: (mean over the worst image, mean over all, share of images equal bit for bit).
-AGREEMENT = {"dali": (2, 0.25, 0), "ffcv": (8, 1.9, 0), "turbo": (0.5, 0.5, 0.95), "turbo_fast": (5, 5, 0.9)}
+AGREEMENT = {
+    "dali": (0.5, 0.01, 0.95),
+    DALI_RESIZES: (2, 0.25, 0),
+    "ffcv": (8, 1.9, 0),
+    "turbo": (0.5, 0.5, 0.95),
+    "turbo_fast": (5, 5, 0.9),
+}
 
 
 @pytest.mark.parametrize("name", AGREEMENT)
@@ -140,6 +145,32 @@ def test_a_damaged_jpeg_is_bad_and_the_next_one_good(decoder, spoil):
     _, bad = run(decoder, [spoil[1](good)], window, 32)
     assert list(bad) == [0] and bad[0]
     assert not run(decoder, [good], window, 32)[1]
+
+
+def test_dali_resizes_where_turbo_cannot_be_compiled_and_says_so(monkeypatch, caplog):
+    def fails(threads):
+        raise BuildError("no compiler")
+
+    monkeypatch.setattr("fastrot.data.decode.dali.Turbo", fails)
+    decoder, line = make_decoder("dali", "cpu", torch.device("cpu"), 2, 64, 2)
+    pixels, bad = run(decoder, [KINDS["baseline"]], np.array([(0, 0, 61, 83)], np.int32), 40)
+    decoder.close()
+    assert line == "decoding with dali on the CPU, 2 threads"
+    assert "turbo cannot be built (no compiler): DALI resizes" in caplog.text
+    assert not bad and pixels.shape == (1, 40, 40, 3)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_pixels_stay_when_later_batches_come_and_the_decoder_goes(name):
+    decoder = made(name)
+    window = np.array([(0, 0, 61, 83)], np.int32)
+    first, _ = run(decoder, [KINDS["baseline"]], window, 40)
+    kept = first.clone()
+    for _ in range(6):
+        run(decoder, [KINDS["444"]], window, 40)
+    decoder.close()
+    del decoder
+    assert torch.equal(first, kept)
 
 
 @settings(max_examples=150, deadline=None)

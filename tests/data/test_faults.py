@@ -2,18 +2,16 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from conftest import draw, runnable_decoders
+from conftest import DALI_RESIZES, cpu_decoder, draw, runnable_decoders
 from corpus import BROKEN, FAULTS, SILENT, SOUND, encode
-from fastrot.data.decode import make_decoder
 from fastrot.data.faults import decode_upright
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.storage import FileStorage
 from fastrot.data.verify import verify
 
-DECODERS = runnable_decoders()
+DECODERS = [*runnable_decoders(), DALI_RESIZES]
 SIZE = 32
 # Mean levels of 255 from Pillow's crop and resize, of smooth pictures. ffcv averages areas, and picks
 # samples where one side shrinks and the other grows.
@@ -42,7 +40,7 @@ def indexed(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=DECODERS)
 def decoder(request):
-    made, _ = make_decoder(request.param, "cpu", torch.device("cpu"), 2, 8, 2)
+    made = cpu_decoder(request.param)
     made.key = request.param
     yield made
     made.close()

@@ -150,9 +150,8 @@ def test_storage_that_never_answers_ends_the_run_with_what_it_waited_for(source)
     answer = threading.Event()
 
     class Stuck(FileStorage):
-        def read(self, rows):
-            answer.wait()
-            return [BadImage("late")] * len(rows)
+        def start(self, rows):
+            return lambda: [BadImage("late")] * len(rows) if answer.wait() else []
 
     made = loader(source, storage=Stuck(source), timeout=0.3)
     with pytest.raises(Fault, match="no batch for data.timeout 0.3 s: the loader was reading rows"):
