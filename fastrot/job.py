@@ -22,6 +22,7 @@ from fastrot.engine import AUTOCAST, StepSettings, make_engine
 from fastrot.errors import UserError
 from fastrot.loop import Course
 from fastrot.model import synchronise_batchnorm
+from fastrot.profiling import roofline
 from fastrot.profiling.clock import Clock
 from fastrot.tasks.rotation import RotationTask
 from fastrot.tuned import Tuned
@@ -161,6 +162,11 @@ def crop_at(config: Config, epoch: float) -> int:
     return config.data.crop_by_epoch[max(reached)] if reached else config.data.crop
 
 
+def sides(config: Config) -> set[int]:
+    """Every side that training crops have."""
+    return {config.data.crop, *config.data.crop_by_epoch.values()}
+
+
 class Job:
     """The parts of one run, built once for training and for --dry-run alike."""
 
@@ -183,6 +189,8 @@ class Job:
         self.val_loader = make_loader(config, val, ranks, self.numbers.largest, bad)[0] if val else None
         self.clock = Clock(ranks.device)
         self._build_step(deepspeed_config)
+        self.rates = roofline.measure_rates(ranks.device, self._dtype)
+        self._work = {side: self.rates.work(self.step_rows(side)) for side in sides(config)}
 
     def _build_step(self, deepspeed_config: str | None) -> None:
         config, ranks = self.config, self.ranks
@@ -231,10 +239,26 @@ class Job:
         return RotationTask(
             [255 * v for v in self.config.data.mean],
             [255 * v for v in self.config.data.std],
-            AUTOCAST.get(self.config.engine.precision, torch.float32),
+            self._dtype,
             self.ranks.device,
             self.config.rotation.shuffle_labels,
         )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the views and of the network's maps."""
+        return AUTOCAST.get(self.config.engine.precision, torch.float32)
+
+    def step_rows(self, side: int) -> list[roofline.Row]:
+        """The operations of this rank's share of a step on crops of `side`; another job counts none."""
+        n = self.numbers
+        images = math.ceil(n.images / n.ranks)
+        build = partial(self.task.build_model, self.config.model.arch, 0)
+        return roofline.step_rows(build, images * n.views_per_image, images, side, self._dtype)
+
+    def work_of(self, epoch: float) -> roofline.Work:
+        """What a step at `epoch` asks of this rank's device."""
+        return self._work[crop_at(self.config, epoch)]
 
     def lr_of(self, epoch: float) -> float:
         o = self.config.optim

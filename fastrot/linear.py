@@ -8,6 +8,7 @@ from fastrot.config import Config, flat
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.job import Job, open_manifest
+from fastrot.profiling.roofline import Row
 from fastrot.tasks.linear import LinearTask
 
 
@@ -35,6 +36,10 @@ class LinearJob(Job):
             config.linear.jitter,
             config.linear.lighting,
         )
+
+    def step_rows(self, side: int) -> list[Row]:
+        """None: the roof is that of pretraining, whose network learns as a whole."""
+        return []
 
 
 def train_heads(checkpoint: str, config: Config, ranks: Ranks, resume: str) -> dict:

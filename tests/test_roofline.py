@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastrot.model import build_model
-from fastrot.profiling.roofline import Rates, Row, measure_rates, step_rows
+from fastrot.profiling.roofline import Rates, Row, Work, measure_rates, step_rows
 
 
 # Multiply-adds of one view at 224, as torchvision's model pages give them for 1,000 classes.
@@ -41,6 +41,10 @@ def test_each_operation_is_bound_by_the_slower_of_the_two():
     rows = [Row("a", "mm", False, flops=100, bytes=10), Row("b", "relu", False, flops=0, bytes=50)]
     assert Rates(flops=10, bytes=10).seconds(rows) == 10 + 5
     assert Rates(flops=1000, bytes=10).seconds(rows) == 1 + 5
+    work = Rates(flops=10, bytes=10).work(rows)
+    assert work + work == Work(flops=200, bytes=120, matmul_s=20, least_s=30)
+    assert work.reached(30) == {"mfu": 1 / 3, "roof_fraction": 1 / 2}
+    assert Work().reached(30) == {}, "nothing counted"
 
 
 def test_rates_are_measured_on_the_device_at_hand():

@@ -21,7 +21,7 @@ SMALL = [
 PLAIN = [*SMALL, "engine.kind=plain"]
 TIMES = {
     "images_per_s", "views_per_s", "step_s", "wait_share", "copy_share", "rotate_share", "compute_share", "update_share",
-    "memory_gib", "eta_s",
+    "memory_gib", "eta_s", "mfu", "roof_fraction",
 }  # fmt: skip
 
 
@@ -274,6 +274,21 @@ def test_dry_run_tells_what_a_run_would_be_and_writes_nothing(images, tmp_path, 
     for words in ("over 24 views (recipe 512)", "TFLOP and ", "views/s; these steps reached", "optim.lr ", "(command line)", "(default)"):
         assert words in done.err
     assert not (tmp_path / "r").exists()
+
+
+def test_a_line_holds_mfu_and_the_share_of_the_measured_roof(images, tmp_path, fastrot):
+    """By hand from the FLOPs of a step, which grow with the crop's area; the run's own are over all its steps."""
+    out = tmp_path / "r"
+    words = [*PLAIN, *over(images, out), "data.crop_by_epoch={0: 32, 2: 16}"]
+    result = fastrot("train", *words, "--json").json
+    rate = json.loads((out / "environment.json").read_text())["device_per_s"]["flops"]
+    lines = [line for line in metrics(out) if "loss" in line]
+    flops = [line["mfu"] * line["step_s"] * rate for line in lines]
+    assert len(lines) == 6 and all(0 < line["mfu"] < line["roof_fraction"] for line in lines)
+    step = fastrot("train", *words, "--dry-run", "--json").json["step_flops"]
+    assert flops[:4] == pytest.approx([step] * 4, rel=1e-6)
+    assert flops[4:] == pytest.approx([flops[4]] * 2, rel=1e-6) and flops[4] < 0.5 * step
+    assert result["mfu"] * result["step_s"] * 6 * rate == pytest.approx(sum(flops), rel=1e-6)
 
 
 def test_two_ranks_under_deepspeed_learn_what_one_does(whole, two):

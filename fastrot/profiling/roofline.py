@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,28 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What steps ask of one rank, and the time it takes its device at best.
+
+    matmul_s  the FLOPs alone, at the rate of matrix products; least_s  each operation bound by the slower of
+    FLOPs and bytes.
+    """
+
+    flops: int = 0
+    bytes: int = 0
+    matmul_s: float = 0.0
+    least_s: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def reached(self, seconds: float) -> dict[str, float]:
+        """How near steps that took `seconds` came to the rate of matrix products (MFU) and to the roof over
+        their operations; empty where nothing was counted."""
+        return {"mfu": self.matmul_s / seconds, "roof_fraction": self.least_s / seconds} if self.flops else {}
+
+
+@dataclass(frozen=True)
 class Rates:
     """What a device does: FLOP/s of large matrix products, bytes/s that a large copy reads and writes."""
 
@@ -35,6 +57,11 @@ class Rates:
     def seconds(self, rows: list[Row]) -> float:
         """Least time of these operations, one after the other: each bound by the slower of the two."""
         return sum(max(row.flops / self.flops, row.bytes / self.bytes) for row in rows)
+
+    def work(self, rows: list[Row]) -> Work:
+        """These operations, summed up."""
+        flops = sum(row.flops for row in rows)
+        return Work(flops, sum(row.bytes for row in rows), flops / self.flops, self.seconds(rows))
 
 
 class _Trace(TorchDispatchMode):
@@ -100,6 +127,8 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     source, target = torch.zeros(2, numbers // 2, device=device)
     product = _least_seconds(lambda: a @ b, device)
     copy = _least_seconds(lambda: target.copy_(source), device)
+    if cuda:  # its own memory is not the run's peak
+        torch.cuda.reset_peak_memory_stats(device)
     return Rates(2 * n**3 / product, 2 * _bytes(source) / copy)
 
 
