@@ -131,6 +131,10 @@ class Engine(Section):
     """torch.compile the network."""
     channels_last: bool = True
     """Keep the network's weights and maps channels-last."""
+    norm: Literal["torch", "fused"] = "torch"
+    """Batch norm, addition and ReLU as torch's modules, or as one function of fewer passes (Triton on a GPU)."""
+    stem_channels: Literal[3, 4] = 3
+    """Channels of the views; the fourth is zero, and so is its filter: memory and tensor cores like fours."""
     deterministic: bool = False
     """Only deterministic CUDA algorithms, so that a resume is equal bit for bit on a GPU; slower."""
 

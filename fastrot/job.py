@@ -20,8 +20,9 @@ from fastrot.data.storage import FileStorage
 from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST, StepSettings, make_engine
 from fastrot.errors import UserError
+from fastrot.fused import fuse_norms
 from fastrot.loop import Course
-from fastrot.model import synchronise_batchnorm
+from fastrot.model import pad_stem, synchronise_batchnorm
 from fastrot.profiling import roofline
 from fastrot.profiling.clock import Clock
 from fastrot.tasks.rotation import RotationTask
@@ -202,10 +203,8 @@ class Job:
         torch.backends.cudnn.allow_tf32 = e.precision != "fp32"  # torch's own default is True
         torch.set_float32_matmul_precision("highest" if e.precision == "fp32" else "high")
         self.task = self.make_task()
-        model = self.task.build_model(config.model.arch, config.run.seed)
-        if config.model.sync_batchnorm:
-            synchronise_batchnorm(model)
-        elif ranks.world > 1:
+        model = self.network(config.model.sync_batchnorm)
+        if ranks.world > 1 and not config.model.sync_batchnorm:
             self.say(
                 f"model.sync_batchnorm is off: batch norm over each rank's views alone, not the recipe's {RECIPE_VIEWS}"
             )
@@ -234,6 +233,15 @@ class Job:
             model.compile(dynamic=False)  # few shapes: two slices, the crops, the last held-out batch
         self.parameters = sum(p.numel() for p in model.parameters())
 
+    def network(self, over_ranks: bool) -> torch.nn.Module:
+        """What the config trains, on the CPU; over_ranks: batch norm over all ranks' views."""
+        model = self.task.build_model(self.config.model.arch, self.config.run.seed)
+        if self.config.engine.norm == "fused":
+            fuse_norms(model, over_ranks)
+        if self.config.engine.stem_channels > 3:
+            pad_stem(model)
+        return synchronise_batchnorm(model) if over_ranks else model
+
     def make_task(self):
         """What is learnt; another job learns another thing."""
         return RotationTask(
@@ -242,6 +250,7 @@ class Job:
             self._dtype,
             self.ranks.device,
             self.config.rotation.shuffle_labels,
+            self.config.engine.stem_channels,
         )
 
     @property
@@ -253,7 +262,7 @@ class Job:
         """The operations of this rank's share of a step on crops of `side`; another job counts none."""
         n = self.numbers
         images = math.ceil(n.images / n.ranks)
-        build = partial(self.task.build_model, self.config.model.arch, 0)
+        build = partial(self.network, over_ranks=False)  # nothing is communicated where nothing is computed
         return roofline.step_rows(build, images * n.views_per_image, images, side, self._dtype)
 
     def work_of(self, epoch: float) -> roofline.Work:

@@ -11,6 +11,8 @@ from fastrot.job import Job, open_manifest
 from fastrot.profiling.roofline import Row
 from fastrot.tasks.linear import LinearTask
 
+_PRETRAINING = {"compile": False, "norm": "torch", "stem_channels": 3}  # and what leaves them out
+
 
 class LinearJob(Job):
     """A job that learns heads. checkpoint: of the backbone; classes: of the training images."""
@@ -47,7 +49,7 @@ def train_heads(checkpoint: str, config: Config, ranks: Ranks, resume: str) -> d
     for wrong, line in (
         (config.rotation.views != "one", "rotation.views must be one: an image is one view, and is not turned"),
         (config.engine.kind != "plain", "engine.kind must be plain: DeepSpeed keeps no state for frozen weights"),
-        (config.engine.compile, "engine.compile is for pretraining"),
+        *((getattr(config.engine, key) != off, f"engine.{key} is for pretraining") for key, off in _PRETRAINING.items()),
     ):
         if wrong:
             raise UserError(f"fastrot linear: {line}; configs/linear_in1k.yaml has it")

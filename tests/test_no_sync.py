@@ -83,6 +83,7 @@ def test_the_watch_sees_every_way_to_ask(ask):
     ["engine.kind=plain", "engine.precision=bf16", "optim.clip=1.0", "engine.images_per_micro_step=3"],
     ["engine.kind=plain", "optim.name=lars", "rotation.views=one", "rotation.shuffle_labels=true"],
     ["engine.kind=deepspeed", "optim.clip=1.0"],
+    ["engine.kind=plain", "engine.norm=fused", "engine.stem_channels=4"],
 ])  # fmt: skip
 def test_no_step_asks_a_tensor_for_its_value_before_a_line_is_due(fastrot, images, tmp_path, monkeypatch, engine):
     asked = Asked()

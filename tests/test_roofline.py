@@ -1,9 +1,12 @@
 """The roofline's counts against published ones and by hand, and its rule."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
 
+from fastrot.fused import fuse_norms
 from fastrot.model import build_model
 from fastrot.profiling.roofline import Rates, Row, Work, measure_rates, step_rows
 
@@ -35,6 +38,30 @@ def test_bytes_are_each_operation_s_arguments_and_results():
     assert by["1", "relu"].bytes == 4 * 2 * maps
     assert by["3", "addmm"].flops == 2 * 5 * matrix
     assert by["update", "sgd"].bytes == 4 * 5 * (filters + matrix + 4)
+
+
+def test_fused_norms_move_fewer_bytes_and_compute_the_same():
+    plain, fused = (
+        step_rows(build, 8, 2, 64, torch.bfloat16)
+        for build in (
+            lambda: build_model("resnet50", 4, 0),
+            lambda: fuse_norms(build_model("resnet50", 4, 0), over_ranks=False),
+        )
+    )
+    assert sum(row.flops for row in fused) == sum(row.flops for row in plain)
+    moved = [sum(row.bytes for row in rows if row.operation != "convolution") for rows in (plain, fused)]
+    assert moved[1] < moved[0]  # though torch's norm counts as one operation, whose passes cannot be seen
+    count = Counter()
+    for row in (*plain, *fused):
+        count[row.operation] += row.bytes
+    norms, blocks = count["native_batch_norm"] / 2, count["add_"] / 3  # what the maps of all norms, of all blocks hold
+    for operation, bytes_ in (
+        ("moments", norms),
+        ("apply", 2 * norms + blocks),
+        ("gradient_sums", 2 * norms + blocks),
+        ("gradients", 3 * norms + 2 * blocks),
+    ):
+        assert count[f"fastrot::norm_{operation}"] == pytest.approx(bytes_, rel=0.03), operation
 
 
 def test_each_operation_is_bound_by_the_slower_of_the_two():

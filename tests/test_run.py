@@ -313,6 +313,18 @@ def test_another_number_of_ranks_and_zero_1_take_the_run_up_where_it_was(whole, 
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
 
 
+def test_a_run_goes_on_with_fused_norms_and_a_padded_stem(whole, images, tmp_path, fastrot):
+    """A checkpoint does not know how the step is computed."""
+    out, _ = whole
+    switches = ["engine.norm=fused", "engine.stem_channels=4"]
+    words = [*PLAIN, *over(images, tmp_path / "r"), *switches, "--resume", out / "checkpoints/step-00000004"]
+    assert fastrot("train", *words).code == 0
+    ours, theirs = learnt(tmp_path / "r"), learnt(out)[-len(learnt(tmp_path / "r")) :]
+    assert [x["step"] for x in ours] == [x["step"] for x in theirs] and len(ours) > 1
+    for a, b in zip(ours, theirs, strict=True):
+        assert {k: v for k, v in a.items() if "loss" in k} == pytest.approx({k: v for k, v in b.items() if "loss" in k}, rel=1e-3)
+
+
 def test_killed_in_mid_epoch_and_resumed_is_equal_in_every_logged_value(images, two, tmp_path):
     """kill -9 of launcher and ranks at once, under torchrun; the peer ran whole under deepspeed."""
     words = [*SMALL, *over(images, tmp_path / "killed"), "run.checkpoint_every=1"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
@@ -82,6 +82,8 @@ class _Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
         packet = function.overloadpacket
+        if packet in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward):
+            out = tree_map_only(Tensor, _channels_last, out)  # as on a device; the meta device forgets it
         flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
         names = sorted(self._modules.parents - {"Global"}, key=len)
         moved = 0 if function.is_view else _bytes((args, kwargs)) + _bytes(out)
@@ -91,6 +93,10 @@ class _Trace(TorchDispatchMode):
             operation = packet._qualified_op_name.removeprefix("aten::")
             self.rows.append(Row(layer or "step", operation, self._modules.is_bw, flops, moved))
         return out
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def _bytes(tree) -> int:
