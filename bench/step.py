@@ -9,12 +9,16 @@ from fastrot import distributed, optim
 from fastrot.data.loader import MicroBatch
 from fastrot.engine import AUTOCAST, StepSettings
 from fastrot.engine.plain import PlainEngine
-from fastrot.model import synchronise_batchnorm
+from fastrot.fused import fuse_norms
+from fastrot.model import pad_stem, synchronise_batchnorm
 from fastrot.profiling import roofline
 from fastrot.tasks.rotation import RotationTask
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-BASE = {"channels_last": True, "precision": "bf16", "compile": False, "sync_batchnorm": True, "optimizer": "fused"}
+BASE = {
+    "channels_last": True, "precision": "bf16", "compile": False, "sync_batchnorm": True, "optimizer": "fused",
+    "norm": "torch", "stem_channels": 3,
+}  # fmt: skip
 # One switch turned at a time, from BASE.
 SWITCHES = {
     "base": {},
@@ -22,6 +26,9 @@ SWITCHES = {
     "precision=fp32": {"precision": "fp32"},
     "compile=true": {"compile": True},
     "sync_batchnorm=false": {"sync_batchnorm": False},
+    "norm=fused": {"norm": "fused"},
+    "norm=fused compile=true": {"norm": "fused", "compile": True},
+    "stem_channels=4": {"stem_channels": 4},
     "SGD unfused": {"optimizer": "unfused"},
     "LARS": {"optimizer": "lars"},
 }
@@ -34,8 +41,12 @@ class Step:
     def __init__(self, arch: str, images: int, side: int, ranks: distributed.Ranks, **switches):
         device, precision = ranks.device, switches["precision"]
         dtype = AUTOCAST.get(precision, torch.float32)
-        self._task = RotationTask(MEAN, STD, dtype, device)
+        self._task = RotationTask(MEAN, STD, dtype, device, channels=switches["stem_channels"])
         model = self._task.build_model(arch, 0)
+        if switches["norm"] == "fused":
+            fuse_norms(model, switches["sync_batchnorm"])
+        if switches["stem_channels"] > 3:
+            pad_stem(model)
         if switches["sync_batchnorm"]:
             synchronise_batchnorm(model)
         model.to(device)
@@ -67,6 +78,15 @@ class Step:
     def update(self) -> None:
         self._engine.step(measure=False)
 
+    def first_loss(self) -> float:
+        """Mean loss over the views before anything is learnt; takes the first step, which compiles."""
+        self.rotate()
+        self.forward()
+        loss = self._loss.item() / self._batch.views_of_step
+        self.backward()
+        self.update()
+        return loss
+
     def seconds(self, clock) -> dict[str, float]:
         return {stage: clock(getattr(self, stage)) for stage in STAGES}
 
@@ -82,7 +102,7 @@ def device_clock(work) -> float:
 
 
 def measure(steps: dict[str, Step], rounds: int, clock) -> dict[str, dict]:
-    """{switch: {stage: spread}}; each switch once a round, after a round that warms up and compiles."""
+    """{switch: {stage: spread}}; each switch once a round, after a round that warms up."""
     taken = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
@@ -102,11 +122,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128 if cuda else 8, help="a step, before rotation")
     parser.add_argument("--side", type=int, default=224 if cuda else 64)
     parser.add_argument("--only", nargs="+", choices=SWITCHES, default=list(SWITCHES), help="switches to measure")
+    parser.add_argument("--quick", action="store_true", help="a rehearsal: one round of tiny steps, no compiling")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.arch, arguments.images, arguments.side, arguments.rounds = "resnet18", 2, 32, 1
+        arguments.only = [name for name in arguments.only if "compile" not in name]
     ranks = distributed.start()
     try:
         make = functools.partial(Step, arguments.arch, arguments.images, arguments.side, ranks)
         steps = {name: make(**(BASE | SWITCHES[name])) for name in dict.fromkeys(["base", *arguments.only])}
+        losses = {name: step.first_loss() for name, step in steps.items()}
+        for name, loss in losses.items():
+            harness.gate(abs(loss - losses["base"]) < 0.02 * losses["base"], f"{name}: the first loss is base's")
         stages = measure(steps, arguments.rounds, device_clock if ranks.device.type == "cuda" else harness.clock)
         build = functools.partial(RotationTask.build_model, arguments.arch, 0)
         dtype = AUTOCAST.get(BASE["precision"], torch.float32)
