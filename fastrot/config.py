@@ -131,6 +131,8 @@ class Engine(Section):
     """torch.compile the network."""
     channels_last: bool = True
     """Keep the network's weights and maps channels-last."""
+    cuda_graphs: bool = False
+    """Replay forward and backward from a CUDA graph for each shape (plain engine): the host launches nothing."""
     norm: Literal["torch", "fused"] = "torch"
     """Batch norm, addition and ReLU as torch's modules, or as one function of fewer passes (Triton on a GPU)."""
     stem_channels: Literal[3, 4] = 3
@@ -209,6 +211,18 @@ def cross_field_errors(config: Config) -> list[str]:
             engine.zero == 1 and engine.precision == "fp16",
             "engine.zero 1 with engine.precision fp16: DeepSpeed 0.19's loss scale never falls there after an "
             "overflow; use bf16, or engine.zero 0",
+        ),
+        (
+            engine.cuda_graphs and engine.kind != "plain",
+            "engine.cuda_graphs is the plain engine's; set engine.kind=plain",
+        ),
+        (
+            engine.cuda_graphs and engine.precision == "fp16",
+            "engine.cuda_graphs with engine.precision fp16: the loss scale changes from step to step; use bf16",
+        ),
+        (
+            engine.cuda_graphs and config.rotation.shuffle_labels,
+            "engine.cuda_graphs would replay one shuffle of rotation.shuffle_labels; set one of them to false",
         ),
         (
             data.hw_decoder_load is not None and data.decode not in ("auto", "dali"),

@@ -67,6 +67,17 @@ def arithmetic(config: Config, ranks: int, rows: int) -> Arithmetic:
     return Arithmetic(images, ranks, micro_steps, views, steps, max(sizes), norm)
 
 
+def refuse_graphs(config: Config, ranks: Ranks) -> None:
+    """Raise UserError where a step cannot be, or is not shown to be, replayed rightly from CUDA graphs."""
+    if ranks.device.type != "cuda":
+        raise UserError("engine.cuda_graphs needs a CUDA device, and there is none; set it to false")
+    if ranks.world > 1 and config.model.sync_batchnorm:
+        raise UserError(
+            f"engine.cuda_graphs over {ranks.world} ranks would capture batch norm's communication, which is not shown "
+            "to work; set it to false, or model.sync_batchnorm=false (another recipe)"
+        )
+
+
 def plan_of(config: Config, manifest: Manifest) -> Plan:
     data, n = config.data, len(manifest)
     order = (
@@ -202,6 +213,8 @@ class Job:
         torch.backends.cudnn.benchmark = not e.deterministic
         torch.backends.cudnn.allow_tf32 = e.precision != "fp32"  # torch's own default is True
         torch.set_float32_matmul_precision("highest" if e.precision == "fp32" else "high")
+        if e.cuda_graphs:
+            refuse_graphs(config, ranks)
         self.task = self.make_task()
         model = self.network(config.model.sync_batchnorm)
         if ranks.world > 1 and not config.model.sync_batchnorm:
@@ -222,7 +235,7 @@ class Job:
             trust=o.trust,
             fused=e.precision != "fp16",
         )
-        settings = StepSettings(e.precision, e.zero, o.clip, o.momentum, e.channels_last)
+        settings = StepSettings(e.precision, e.zero, o.clip, o.momentum, e.channels_last, e.cuda_graphs)
         batch = {
             "train_batch_size": self.numbers.images,
             "gradient_accumulation_steps": self.numbers.micro_steps,

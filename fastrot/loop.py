@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fastrot.data.loader import StepBatch
+from fastrot.data.loader import MicroBatch, StepBatch
 from fastrot.engine.base import Engine
 from fastrot.errors import Fault
+from fastrot.graphs import Graphed
 from fastrot.optim import set_lr
 from fastrot.profiling.clock import STAGES, Clock
 from fastrot.profiling.roofline import Work
@@ -58,6 +59,14 @@ def run(
     Raises Fault when the loss or (but for fp16, which skips such steps) its gradient is not finite.
     """
     device = task.device
+
+    def learn(views: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
+        loss, metrics = task.loss(engine.module, views, micro)
+        engine.backward(loss, micro.views_of_step)
+        return metrics
+
+    if engine.cuda_graphs:
+        learn = Graphed(learn, device)
     sums = torch.zeros(len(task.metrics), dtype=torch.float64, device=device)
     steps, spent, latest = 0, dict.fromkeys((*STAGES, "total"), 0.0), {}
     since, asked, asked_in_all = 0, Work(), Work()
@@ -72,8 +81,7 @@ def run(
             with clock.stage("rotate"):
                 views = task.views(micro)
             with clock.stage("compute"):
-                loss, metrics = task.loss(engine.module, views, micro)
-                engine.backward(loss, micro.views_of_step)
+                metrics = learn(views, micro)
             sums += metrics
         asked += work_of(batch.epoch)
         done, position = batch.step + 1, batch.position + course.images_per_step

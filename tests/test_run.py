@@ -190,6 +190,7 @@ def test_a_fault_ends_the_process_and_is_the_status(images, tmp_path):
         (["data.train={images}", "--deepspeed_config", "{file}"], "--deepspeed_config is for engine.kind deepspeed"),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml: No such file"),
         (["data.train={images}", "data.decode=dali", "data.decode_on=gpu"], "there is no CUDA device here"),
+        (["data.train={images}", "engine.cuda_graphs=true"], "needs a CUDA device, and there is none"),
         (["data.train={images}", "optim.images_per_step=1", "rotation.views=one"], "batch norm 1 view at a time"),
     ],
 )
