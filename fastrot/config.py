@@ -137,6 +137,9 @@ class Engine(Section):
     """Batch norm, addition and ReLU as torch's modules, or as one function of fewer passes (Triton on a GPU)."""
     stem_channels: Literal[3, 4] = 3
     """Channels of the views; the fourth is zero, and so is its filter: memory and tensor cores like fours."""
+    recompute: bool = False
+    """Keep each residual block's input alone and compute its maps again in the backward pass: a fraction of the
+    memory for a second forward pass."""
     deterministic: bool = False
     """Only deterministic CUDA algorithms, so that a resume is equal bit for bit on a GPU; slower."""
 
@@ -211,6 +214,10 @@ def cross_field_errors(config: Config) -> list[str]:
             engine.zero == 1 and engine.precision == "fp16",
             "engine.zero 1 with engine.precision fp16: DeepSpeed 0.19's loss scale never falls there after an "
             "overflow; use bf16, or engine.zero 0",
+        ),
+        (
+            engine.recompute and engine.compile,
+            "engine.recompute with engine.compile: the compiler chooses what to compute again; set one to false",
         ),
         (
             engine.cuda_graphs and engine.kind != "plain",

@@ -82,8 +82,9 @@ class FusedNorm2d(nn.BatchNorm2d):
 
     def _train(self, x: Tensor, residual: Tensor | None, over_ranks: bool) -> Tensor:
         out, moments = _NormAddRelu.apply(x, residual, self.weight, self.bias, self.eps, self.relu, over_ranks)
-        if self.track_running_stats:
+        if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+        if self.momentum:
             norm.update_running(self.running_mean, self.running_var, moments, self.momentum)
         return out
 

@@ -25,6 +25,7 @@ from fastrot.loop import Course
 from fastrot.model import pad_stem, synchronise_batchnorm
 from fastrot.profiling import roofline
 from fastrot.profiling.clock import Clock
+from fastrot.recompute import recompute_blocks
 from fastrot.tasks.rotation import RotationTask
 from fastrot.tuned import Tuned
 
@@ -217,6 +218,8 @@ class Job:
             refuse_graphs(config, ranks)
         self.task = self.make_task()
         model = self.network(config.model.sync_batchnorm)
+        if e.recompute:
+            recompute_blocks(model)
         if ranks.world > 1 and not config.model.sync_batchnorm:
             self.say(
                 f"model.sync_batchnorm is off: batch norm over each rank's views alone, not the recipe's {RECIPE_VIEWS}"

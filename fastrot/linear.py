@@ -11,7 +11,7 @@ from fastrot.job import Job, open_manifest
 from fastrot.profiling.roofline import Row
 from fastrot.tasks.linear import LinearTask
 
-_PRETRAINING = {"compile": False, "cuda_graphs": False, "norm": "torch", "stem_channels": 3}  # and what leaves them out
+_PRETRAINING = {"compile": False, "cuda_graphs": False, "norm": "torch", "stem_channels": 3, "recompute": False}  # and what leaves them out
 
 
 class LinearJob(Job):

@@ -137,7 +137,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def _synced(self, x: Tensor) -> Tensor:
         out, mean, var, total = _SyncedNorm.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
-            self.num_batches_tracked.add_(1)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (total / (total - 1)), self.momentum)
         return out

@@ -11,6 +11,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from fastrot.fused import FusedNorm2d, fuse_norm, fuse_norms
 from fastrot.model import backbone_state, tap_maps
 
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])]
+
 
 def norms(relu: bool):
     """(torch's batch norm, ours) with the same affine values."""
@@ -37,14 +40,15 @@ def passed(module, x, residual, relu, dy):
     return {"out": out.detach(), **dict(zip(("dx", "dresidual"), (t.grad for t in leaves), strict=False)), **gradients}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("relu, added", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fused_norm_is_no_farther_from_float64_than_torchs_modules(dtype, relu, added, layout):
-    plain, ours = norms(relu)
-    x = (torch.randn(8, 16, 7, 9) * 2 + 1).to(dtype).to(memory_format=layout)
+def test_a_fused_norm_is_no_farther_from_float64_than_torchs_modules(device, dtype, relu, added, layout):
+    plain, ours = (module.to(device) for module in norms(relu))
+    x = (torch.randn(8, 16, 7, 9) * 2 + 1).to(device, dtype).to(memory_format=layout)
     residual = torch.randn_like(x) if added else None
-    dy = torch.randn(8, 16, 7, 9).to(dtype)
+    dy = torch.randn(8, 16, 7, 9).to(device, dtype)
     exact = passed(
         copy.deepcopy(plain).double(), *(t if t is None else t.double() for t in (x, residual)), relu, dy.double()
     )
@@ -62,15 +66,16 @@ def test_a_fused_norm_is_no_farther_from_float64_than_torchs_modules(dtype, relu
     torch.testing.assert_close(fused, again, rtol=1e-5 if dtype == torch.float32 else 0.02, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
-def test_a_fused_network_is_as_exact_as_the_plain_one_and_shares_its_checkpoint(block):
+def test_a_fused_network_is_as_exact_as_the_plain_one_and_shares_its_checkpoint(device, block):
     """Loss, every gradient and every running statistic of a step, each beside plain torch's in float64."""
     torch.manual_seed(0)
-    plain = ResNet(block, [1, 1, 1, 1], num_classes=4)
+    plain = ResNet(block, [1, 1, 1, 1], num_classes=4).to(device)
     fused, exact = fuse_norms(copy.deepcopy(plain), over_ranks=False), copy.deepcopy(plain).double()
     assert fused.state_dict().keys() == plain.state_dict().keys()
     assert nn.BatchNorm2d not in {type(module) for module in fused.modules()}
-    x, target = torch.randn(8, 3, 48, 48), torch.arange(8) % 4
+    x, target = torch.randn(8, 3, 48, 48, device=device), torch.arange(8, device=device) % 4
     values = []
     for model in (exact, plain, fused):
         loss = F.cross_entropy(model(x.to(model.fc.weight.dtype)), target)
