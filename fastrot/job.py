@@ -79,6 +79,17 @@ def refuse_graphs(config: Config, ranks: Ranks) -> None:
         )
 
 
+def refuse_tiny_maps(config: Config, ranks: Ranks) -> None:
+    """Raise UserError where a 3 x 3 convolution of stride 2 meets 1 x 1 maps in 16 bits on a CPU: oneDNN leaves the
+    weights' gradient unwritten outside the middle (torch 2.11)."""
+    smallest = min(sides(config))
+    if ranks.device.type == "cpu" and config.engine.precision in AUTOCAST and smallest <= 16:
+        raise UserError(
+            f"data.crop {smallest} with engine.precision {config.engine.precision} on a CPU: torch's gradients of 1 x 1 "
+            "maps hold unwritten memory there; use crops above 16, or fp32"
+        )
+
+
 def plan_of(config: Config, manifest: Manifest) -> Plan:
     data, n = config.data, len(manifest)
     order = (
@@ -214,6 +225,7 @@ class Job:
         torch.backends.cudnn.benchmark = not e.deterministic
         torch.backends.cudnn.allow_tf32 = e.precision != "fp32"  # torch's own default is True
         torch.set_float32_matmul_precision("highest" if e.precision == "fp32" else "high")
+        refuse_tiny_maps(config, ranks)
         if e.cuda_graphs:
             refuse_graphs(config, ranks)
         self.task = self.make_task()

@@ -14,7 +14,7 @@ from fastrot.runlog import RunLog
 
 STEPS = 4
 SMALL = [
-    "model.arch=resnet18", "data.crop=16", "optim.images_per_step=6", "optim.epochs=3", "optim.warmup_epochs=1",
+    "model.arch=resnet18", "data.crop=32", "optim.images_per_step=6", "optim.epochs=3", "optim.warmup_epochs=1",
     f"run.max_steps={STEPS}", f"run.log_every={STEPS}", "run.tensorboard=false",
 ]  # fmt: skip
 # What asks the device for a number: a value itself, or the size of a result.

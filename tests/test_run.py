@@ -190,12 +190,13 @@ def test_a_fault_ends_the_process_and_is_the_status(images, tmp_path):
         (["data.train={images}", "--deepspeed_config", "{file}"], "--deepspeed_config is for engine.kind deepspeed"),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml: No such file"),
         (["data.train={images}", "data.decode=dali", "data.decode_on=gpu"], "there is no CUDA device here"),
+        (["data.train={images}", "engine.precision=bf16"], "data.crop 16 with engine.precision bf16 on a CPU"),
         (["data.train={images}", "engine.cuda_graphs=true"], "needs a CUDA device, and there is none"),
         (["data.train={images}", "optim.images_per_step=1", "rotation.views=one"], "batch norm 1 view at a time"),
     ],
 )
 def test_a_users_error_is_one_line_and_exit_2(words, expected, images, tmp_path, fastrot):
-    if "CUDA" in expected and torch.cuda.is_available():
+    if ("CUDA" in expected or "on a CPU" in expected) and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     (tmp_path / "empty/class").mkdir(parents=True)
     (tmp_path / "file").write_text("x")
