@@ -94,3 +94,18 @@ def test_a_fused_network_is_as_exact_as_the_plain_one_and_shares_its_checkpoint(
         torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-4)
         for ours, want in zip(tap_maps(fused, x), tap_maps(plain, x), strict=True):
             torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fused_network_compiles_whole():
+    """No break of the graph, and through autograd the same gradients."""
+    torch.manual_seed(0)
+    plain = fuse_norms(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4), over_ranks=False)
+    compiled = copy.deepcopy(plain)
+    compiled.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    x = torch.randn(4, 3, 48, 48)
+    for model in (plain, compiled):
+        model(x).square().sum().backward()
+    for (name, ours), want in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, want.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    for name, value in plain.named_buffers():
+        torch.testing.assert_close(dict(compiled.named_buffers())[name], value)
