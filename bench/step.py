@@ -10,7 +10,7 @@ from fastrot.data.loader import MicroBatch
 from fastrot.engine import AUTOCAST, StepSettings
 from fastrot.engine.plain import PlainEngine
 from fastrot.fused import fuse_norms
-from fastrot.graphs import WARM_UPS, Graphed
+from fastrot.graphs import WARM_UPS, Capture, Graphed
 from fastrot.model import pad_stem, synchronise_batchnorm
 from fastrot.profiling import roofline
 from fastrot.recompute import recompute_blocks
@@ -43,9 +43,11 @@ GATED_STEPS = WARM_UPS + 2  # the last of them are replayed
 
 
 class Step:
-    """One way to train on a resident batch, a stage at a time."""
+    """One way to train on a resident batch, a stage at a time. capture: graphs' own, so that they share memory."""
 
-    def __init__(self, arch: str, images: int, side: int, ranks: distributed.Ranks, **switches):
+    def __init__(
+        self, arch: str, images: int, side: int, ranks: distributed.Ranks, capture: Capture | None, **switches
+    ):
         device, precision = ranks.device, switches["precision"]
         dtype = AUTOCAST.get(precision, torch.float32)
         self._task = RotationTask(MEAN, STD, dtype, device, channels=switches["stem_channels"])
@@ -67,7 +69,7 @@ class Step:
         graphs = switches["cuda_graphs"]
         settings = StepSettings(precision, 0, None, 0.9, switches["channels_last"], graphs)
         self._engine = PlainEngine(model, optimizer, settings, ranks)
-        self._replay = Graphed(self._learn, device) if graphs else None
+        self._replay = Graphed(self._learn, device, capture) if graphs else None
         if switches["compile"]:
             model.compile(dynamic=False)
         generator = torch.Generator().manual_seed(0)
@@ -161,7 +163,8 @@ def main() -> None:
         arguments.only = [name for name in arguments.only if "compile" not in name]
     ranks = distributed.start()
     try:
-        make = functools.partial(Step, arguments.arch, arguments.images, arguments.side, ranks)
+        capture = Capture(ranks.device) if cuda else None
+        make = functools.partial(Step, arguments.arch, arguments.images, arguments.side, ranks, capture)
         steps = {name: make(**(BASE | SWITCHES[name])) for name in dict.fromkeys(["base", *arguments.only])}
         losses, memory = zip(*(learnt(step, ranks.device) for step in steps.values()), strict=True)
         for name, each in zip(steps, losses, strict=True):
