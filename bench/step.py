@@ -9,12 +9,18 @@ from fastrot import distributed, optim
 from fastrot.data.loader import MicroBatch
 from fastrot.engine import AUTOCAST, StepSettings
 from fastrot.engine.plain import PlainEngine
-from fastrot.model import synchronise_batchnorm
+from fastrot.fused import fuse_norms
+from fastrot.graphs import WARM_UPS, Capture, Graphed
+from fastrot.model import pad_stem, synchronise_batchnorm
 from fastrot.profiling import roofline
+from fastrot.recompute import recompute_blocks
 from fastrot.tasks.rotation import RotationTask
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-BASE = {"channels_last": True, "precision": "bf16", "compile": False, "sync_batchnorm": True, "optimizer": "fused"}
+BASE = {
+    "channels_last": True, "precision": "bf16", "compile": False, "sync_batchnorm": True, "optimizer": "fused",
+    "norm": "torch", "stem_channels": 3, "cuda_graphs": False, "recompute": False,
+}  # fmt: skip
 # One switch turned at a time, from BASE.
 SWITCHES = {
     "base": {},
@@ -22,20 +28,36 @@ SWITCHES = {
     "precision=fp32": {"precision": "fp32"},
     "compile=true": {"compile": True},
     "sync_batchnorm=false": {"sync_batchnorm": False},
+    "norm=fused": {"norm": "fused"},
+    "norm=fused compile=true": {"norm": "fused", "compile": True},
+    "stem_channels=4": {"stem_channels": 4},
+    "recompute=true": {"recompute": True},
+    "norm=fused recompute=true": {"norm": "fused", "recompute": True},
+    "cuda_graphs=true": {"cuda_graphs": True},
+    "norm=fused stem_channels=4 cuda_graphs=true": {"norm": "fused", "stem_channels": 4, "cuda_graphs": True},
     "SGD unfused": {"optimizer": "unfused"},
     "LARS": {"optimizer": "lars"},
 }
-STAGES = ("rotate", "forward", "backward", "update")
+STAGES = ("rotate", "forward", "backward", "update")  # a graph's backward is part of its forward
+GATED_STEPS = WARM_UPS + 2  # the last of them are replayed
 
 
 class Step:
-    """One way to train on a resident batch, a stage at a time."""
+    """One way to train on a resident batch, a stage at a time. capture: graphs' own, so that they share memory."""
 
-    def __init__(self, arch: str, images: int, side: int, ranks: distributed.Ranks, **switches):
+    def __init__(
+        self, arch: str, images: int, side: int, ranks: distributed.Ranks, capture: Capture | None, **switches
+    ):
         device, precision = ranks.device, switches["precision"]
         dtype = AUTOCAST.get(precision, torch.float32)
-        self._task = RotationTask(MEAN, STD, dtype, device)
+        self._task = RotationTask(MEAN, STD, dtype, device, channels=switches["stem_channels"])
         model = self._task.build_model(arch, 0)
+        if switches["norm"] == "fused":
+            fuse_norms(model, switches["sync_batchnorm"])
+        if switches["stem_channels"] > 3:
+            pad_stem(model)
+        if switches["recompute"]:
+            recompute_blocks(model)
         if switches["sync_batchnorm"]:
             synchronise_batchnorm(model)
         model.to(device)
@@ -44,8 +66,10 @@ class Step:
             "lars" if kind == "lars" else "sgd", model, lr=0.01, momentum=0.9, nesterov=False, weight_decay=1e-4,
             decay_norms=True, trust=0.001, fused=kind == "fused",
         )  # fmt: skip
-        settings = StepSettings(precision, 0, None, 0.9, switches["channels_last"])
+        graphs = switches["cuda_graphs"]
+        settings = StepSettings(precision, 0, None, 0.9, switches["channels_last"], graphs)
         self._engine = PlainEngine(model, optimizer, settings, ranks)
+        self._replay = Graphed(self._learn, device, capture) if graphs else None
         if switches["compile"]:
             model.compile(dynamic=False)
         generator = torch.Generator().manual_seed(0)
@@ -53,19 +77,39 @@ class Step:
         flips = torch.zeros(images, dtype=torch.uint8)
         turns = torch.arange(4, dtype=torch.uint8).repeat(images, 1)
         self._batch = MicroBatch(pixels, flips, turns, None, None, 4 * images).to(device)
-        self._views = self._loss = None
+        self._views = self._loss = self._sums = None
 
     def rotate(self) -> None:
         self._views = self._task.views(self._batch)
 
     def forward(self) -> None:
-        self._loss, _ = self._task.loss(self._engine.module, self._views, self._batch)
+        if self._replay:
+            self._sums = self._replay(self._views, self._batch)
+        else:
+            self._loss, self._sums = self._task.loss(self._engine.module, self._views, self._batch)
 
     def backward(self) -> None:
-        self._engine.backward(self._loss, self._batch.views_of_step)
+        if not self._replay:
+            self._engine.backward(self._loss, self._batch.views_of_step)
+
+    def _learn(self, views, batch):
+        loss, sums = self._task.loss(self._engine.module, views, batch)
+        self._engine.backward(loss, batch.views_of_step)
+        return sums
 
     def update(self) -> None:
         self._engine.step(measure=False)
+
+    def losses(self) -> list[float]:
+        """Mean loss over the views, step by step; the first steps compile and capture."""
+        out = []
+        for _ in range(GATED_STEPS):
+            self.rotate()
+            self.forward()
+            out.append(self._sums[0].item() / self._batch.views_of_step)
+            self.backward()
+            self.update()
+        return out
 
     def seconds(self, clock) -> dict[str, float]:
         return {stage: clock(getattr(self, stage)) for stage in STAGES}
@@ -81,8 +125,17 @@ def device_clock(work) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
+def learnt(step: Step, device: torch.device) -> tuple[list[float], float | None]:
+    """The first losses of a way to train, and the GPU memory it took at most beside what was there, GiB."""
+    if device.type != "cuda":
+        return step.losses(), None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return step.losses(), (torch.cuda.max_memory_allocated(device) - before) / 2**30
+
+
 def measure(steps: dict[str, Step], rounds: int, clock) -> dict[str, dict]:
-    """{switch: {stage: spread}}; each switch once a round, after a round that warms up and compiles."""
+    """{switch: {stage: spread}}; each switch once a round, after a round that warms up."""
     taken = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
@@ -101,12 +154,24 @@ def main() -> None:
     parser.add_argument("--arch", default="resnet50" if cuda else "resnet18")
     parser.add_argument("--images", type=int, default=128 if cuda else 8, help="a step, before rotation")
     parser.add_argument("--side", type=int, default=224 if cuda else 64)
-    parser.add_argument("--only", nargs="+", choices=SWITCHES, default=list(SWITCHES), help="switches to measure")
+    able = [name for name in SWITCHES if cuda or "cuda_graphs" not in name]
+    parser.add_argument("--only", nargs="+", choices=able, default=able, help="switches to measure")
+    parser.add_argument("--quick", action="store_true", help="a rehearsal: one round of tiny steps, no compiling")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.arch, arguments.images, arguments.side, arguments.rounds = "resnet18", 2, 32, 1
+        arguments.only = [name for name in arguments.only if "compile" not in name]
     ranks = distributed.start()
     try:
-        make = functools.partial(Step, arguments.arch, arguments.images, arguments.side, ranks)
+        capture = Capture(ranks.device) if cuda else None
+        make = functools.partial(Step, arguments.arch, arguments.images, arguments.side, ranks, capture)
         steps = {name: make(**(BASE | SWITCHES[name])) for name in dict.fromkeys(["base", *arguments.only])}
+        losses, memory = zip(*(learnt(step, ranks.device) for step in steps.values()), strict=True)
+        for name, each in zip(steps, losses, strict=True):
+            # LARS and other arithmetic part ways with base as they learn; before the first update nothing has
+            many, share = (GATED_STEPS, 0.05) if "cuda_graphs" in name else (1, 0.02)
+            near = all(abs(a - b) < share * b for a, b in zip(each[:many], losses[0][:many], strict=True))
+            harness.gate(near, f"{name}: the loss of {many} steps is base's within {share:.0%}")
         stages = measure(steps, arguments.rounds, device_clock if ranks.device.type == "cuda" else harness.clock)
         build = functools.partial(RotationTask.build_model, arguments.arch, 0)
         dtype = AUTOCAST.get(BASE["precision"], torch.float32)
@@ -133,8 +198,9 @@ def main() -> None:
                 **each,
                 "views_per_s": 4 * arguments.images / each["step"]["median_s"],
                 "times_base": base_s / each["step"]["median_s"],
+                "memory_gib": held,
             }
-            for name, each in stages.items()
+            for (name, each), held in zip(stages.items(), memory, strict=True)
         },
     }
     if ranks.first:

@@ -131,6 +131,15 @@ class Engine(Section):
     """torch.compile the network."""
     channels_last: bool = True
     """Keep the network's weights and maps channels-last."""
+    cuda_graphs: bool = False
+    """Replay forward and backward from a CUDA graph for each shape (plain engine): the host launches nothing."""
+    norm: Literal["torch", "fused"] = "torch"
+    """Batch norm, addition and ReLU as torch's modules, or as one function of fewer passes (Triton on a GPU)."""
+    stem_channels: Literal[3, 4] = 3
+    """Channels of the views; the fourth is zero, and so is its filter: memory and tensor cores like fours."""
+    recompute: bool = False
+    """Keep each residual block's input alone and compute its maps again in the backward pass: a fraction of the
+    memory for a second forward pass."""
     deterministic: bool = False
     """Only deterministic CUDA algorithms, so that a resume is equal bit for bit on a GPU; slower."""
 
@@ -205,6 +214,22 @@ def cross_field_errors(config: Config) -> list[str]:
             engine.zero == 1 and engine.precision == "fp16",
             "engine.zero 1 with engine.precision fp16: DeepSpeed 0.19's loss scale never falls there after an "
             "overflow; use bf16, or engine.zero 0",
+        ),
+        (
+            engine.recompute and engine.compile,
+            "engine.recompute with engine.compile: the compiler chooses what to compute again; set one to false",
+        ),
+        (
+            engine.cuda_graphs and engine.kind != "plain",
+            "engine.cuda_graphs is the plain engine's; set engine.kind=plain",
+        ),
+        (
+            engine.cuda_graphs and engine.precision == "fp16",
+            "engine.cuda_graphs with engine.precision fp16: the loss scale changes from step to step; use bf16",
+        ),
+        (
+            engine.cuda_graphs and config.rotation.shuffle_labels,
+            "engine.cuda_graphs would replay one shuffle of rotation.shuffle_labels; set one of them to false",
         ),
         (
             data.hw_decoder_load is not None and data.decode not in ("auto", "dali"),

@@ -1,18 +1,13 @@
 """--dry-run: build everything, run a few steps, and say what the run would be."""
 
-import math
 from dataclasses import replace
 from functools import partial
-
-import torch
 
 from fastrot import runlog
 from fastrot.config import Config, flat
 from fastrot.distributed import Ranks
-from fastrot.engine import AUTOCAST
 from fastrot.job import RECIPE_VIEWS, Job, describe, open_manifest
 from fastrot.loop import run
-from fastrot.profiling import roofline
 
 _STEPS = 4  # the first half warms up, the second is timed with the loader running ahead
 
@@ -40,7 +35,7 @@ def dry_run(config: Config, sources: dict[str, str], ranks: Ranks, deepspeed_con
     n, last = job.numbers, _Last()
     course = replace(job.course(_STEPS), log_every=_STEPS // 2, checkpoint_every=_STEPS)
     batches = job.batches(range(_STEPS), 0)
-    run(course, batches, job.task, job.engine, job.lr_of, None, lambda *_: None, last, job.clock)
+    run(course, batches, job.task, job.engine, job.lr_of, job.work_of, None, lambda *_: None, last, job.clock)
     batches.close()
     job.close()
     timed = last.values
@@ -67,22 +62,15 @@ def dry_run(config: Config, sources: dict[str, str], ranks: Ranks, deepspeed_con
 
 
 def _roof(job: Job, step_s: float) -> dict:
-    """The step's work on one rank's share, and its rate against what this device was measured to do."""
-    config, n, device = job.config, job.numbers, job.ranks.device
-    dtype = AUTOCAST.get(config.engine.precision, torch.float32)
-    images = math.ceil(n.images / n.ranks)
-    build = partial(job.task.build_model, config.model.arch, 0)
-    rows = roofline.step_rows(build, images * n.views_per_image, images, config.data.crop, dtype)
-    rates, flops = roofline.measure_rates(device, dtype), sum(row.flops for row in rows)
-    least_s = rates.seconds(rows)
+    """The first step's work on one rank's share, and its rate against what this device was measured to do."""
+    n, work = job.numbers, job.work_of(0)
     return {
-        "step_flops": flops,
-        "step_bytes": sum(row.bytes for row in rows),
-        "device_flops_per_s": rates.flops,
-        "device_bytes_per_s": rates.bytes,
-        "roof_views_per_s": n.images * n.views_per_image / least_s,
-        "roof_fraction": least_s / step_s,
-        "mfu": flops / step_s / rates.flops,
+        "step_flops": work.flops,
+        "step_bytes": work.bytes,
+        "device_flops_per_s": job.rates.flops,
+        "device_bytes_per_s": job.rates.bytes,
+        "roof_views_per_s": n.images * n.views_per_image / work.least_s,
+        **work.reached(step_s),
     }
 
 

@@ -20,9 +20,12 @@ from fastrot.data.storage import FileStorage
 from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST, StepSettings, make_engine
 from fastrot.errors import UserError
+from fastrot.fused import fuse_norms
 from fastrot.loop import Course
-from fastrot.model import synchronise_batchnorm
+from fastrot.model import pad_stem, synchronise_batchnorm
+from fastrot.profiling import roofline
 from fastrot.profiling.clock import Clock
+from fastrot.recompute import recompute_blocks
 from fastrot.tasks.rotation import RotationTask
 from fastrot.tuned import Tuned
 
@@ -63,6 +66,28 @@ def arithmetic(config: Config, ranks: int, rows: int) -> Arithmetic:
         )
     steps = math.ceil(config.optim.epochs * rows / images)
     return Arithmetic(images, ranks, micro_steps, views, steps, max(sizes), norm)
+
+
+def refuse_graphs(config: Config, ranks: Ranks) -> None:
+    """Raise UserError where a step cannot be, or is not shown to be, replayed rightly from CUDA graphs."""
+    if ranks.device.type != "cuda":
+        raise UserError("engine.cuda_graphs needs a CUDA device, and there is none; set it to false")
+    if ranks.world > 1 and config.model.sync_batchnorm:
+        raise UserError(
+            f"engine.cuda_graphs over {ranks.world} ranks would capture batch norm's communication, which is not shown "
+            "to work; set it to false, or model.sync_batchnorm=false (another recipe)"
+        )
+
+
+def refuse_tiny_maps(config: Config, ranks: Ranks) -> None:
+    """Raise UserError where a 3 x 3 convolution of stride 2 meets 1 x 1 maps in 16 bits on a CPU: oneDNN leaves the
+    weights' gradient unwritten outside the middle (torch 2.11)."""
+    smallest = min(sides(config))
+    if ranks.device.type == "cpu" and config.engine.precision in AUTOCAST and smallest <= 16:
+        raise UserError(
+            f"data.crop {smallest} with engine.precision {config.engine.precision} on a CPU: torch's gradients of 1 x 1 "
+            "maps hold unwritten memory there; use crops above 16, or fp32"
+        )
 
 
 def plan_of(config: Config, manifest: Manifest) -> Plan:
@@ -161,6 +186,11 @@ def crop_at(config: Config, epoch: float) -> int:
     return config.data.crop_by_epoch[max(reached)] if reached else config.data.crop
 
 
+def sides(config: Config) -> set[int]:
+    """Every side that training crops have."""
+    return {config.data.crop, *config.data.crop_by_epoch.values()}
+
+
 class Job:
     """The parts of one run, built once for training and for --dry-run alike."""
 
@@ -183,6 +213,8 @@ class Job:
         self.val_loader = make_loader(config, val, ranks, self.numbers.largest, bad)[0] if val else None
         self.clock = Clock(ranks.device)
         self._build_step(deepspeed_config)
+        self.rates = roofline.measure_rates(ranks.device, self._dtype)
+        self._work = {side: self.rates.work(self.step_rows(side)) for side in sides(config)}
 
     def _build_step(self, deepspeed_config: str | None) -> None:
         config, ranks = self.config, self.ranks
@@ -193,11 +225,14 @@ class Job:
         torch.backends.cudnn.benchmark = not e.deterministic
         torch.backends.cudnn.allow_tf32 = e.precision != "fp32"  # torch's own default is True
         torch.set_float32_matmul_precision("highest" if e.precision == "fp32" else "high")
+        refuse_tiny_maps(config, ranks)
+        if e.cuda_graphs:
+            refuse_graphs(config, ranks)
         self.task = self.make_task()
-        model = self.task.build_model(config.model.arch, config.run.seed)
-        if config.model.sync_batchnorm:
-            synchronise_batchnorm(model)
-        elif ranks.world > 1:
+        model = self.network(config.model.sync_batchnorm)
+        if e.recompute:
+            recompute_blocks(model)
+        if ranks.world > 1 and not config.model.sync_batchnorm:
             self.say(
                 f"model.sync_batchnorm is off: batch norm over each rank's views alone, not the recipe's {RECIPE_VIEWS}"
             )
@@ -215,7 +250,7 @@ class Job:
             trust=o.trust,
             fused=e.precision != "fp16",
         )
-        settings = StepSettings(e.precision, e.zero, o.clip, o.momentum, e.channels_last)
+        settings = StepSettings(e.precision, e.zero, o.clip, o.momentum, e.channels_last, e.cuda_graphs)
         batch = {
             "train_batch_size": self.numbers.images,
             "gradient_accumulation_steps": self.numbers.micro_steps,
@@ -226,15 +261,41 @@ class Job:
             model.compile(dynamic=False)  # few shapes: two slices, the crops, the last held-out batch
         self.parameters = sum(p.numel() for p in model.parameters())
 
+    def network(self, over_ranks: bool) -> torch.nn.Module:
+        """What the config trains, on the CPU; over_ranks: batch norm over all ranks' views."""
+        model = self.task.build_model(self.config.model.arch, self.config.run.seed)
+        if self.config.engine.norm == "fused":
+            fuse_norms(model, over_ranks)
+        if self.config.engine.stem_channels > 3:
+            pad_stem(model)
+        return synchronise_batchnorm(model) if over_ranks else model
+
     def make_task(self):
         """What is learnt; another job learns another thing."""
         return RotationTask(
             [255 * v for v in self.config.data.mean],
             [255 * v for v in self.config.data.std],
-            AUTOCAST.get(self.config.engine.precision, torch.float32),
+            self._dtype,
             self.ranks.device,
             self.config.rotation.shuffle_labels,
+            self.config.engine.stem_channels,
         )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the views and of the network's maps."""
+        return AUTOCAST.get(self.config.engine.precision, torch.float32)
+
+    def step_rows(self, side: int) -> list[roofline.Row]:
+        """The operations of this rank's share of a step on crops of `side`; another job counts none."""
+        n = self.numbers
+        images = math.ceil(n.images / n.ranks)
+        build = partial(self.network, over_ranks=False)  # nothing is communicated where nothing is computed
+        return roofline.step_rows(build, images * n.views_per_image, images, side, self._dtype)
+
+    def work_of(self, epoch: float) -> roofline.Work:
+        """What a step at `epoch` asks of this rank's device."""
+        return self._work[crop_at(self.config, epoch)]
 
     def lr_of(self, epoch: float) -> float:
         o = self.config.optim

@@ -8,7 +8,10 @@ from fastrot.config import Config, flat
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.job import Job, open_manifest
+from fastrot.profiling.roofline import Row
 from fastrot.tasks.linear import LinearTask
+
+_PRETRAINING = {"compile": False, "cuda_graphs": False, "norm": "torch", "stem_channels": 3, "recompute": False}  # and what leaves them out
 
 
 class LinearJob(Job):
@@ -36,13 +39,17 @@ class LinearJob(Job):
             config.linear.lighting,
         )
 
+    def step_rows(self, side: int) -> list[Row]:
+        """None: the roof is that of pretraining, whose network learns as a whole."""
+        return []
+
 
 def train_heads(checkpoint: str, config: Config, ranks: Ranks, resume: str) -> dict:
     """Train, or go on training, in run.out. Returns what --json prints. Raises UserError."""
     for wrong, line in (
         (config.rotation.views != "one", "rotation.views must be one: an image is one view, and is not turned"),
         (config.engine.kind != "plain", "engine.kind must be plain: DeepSpeed keeps no state for frozen weights"),
-        (config.engine.compile, "engine.compile is for pretraining"),
+        *((getattr(config.engine, key) != off, f"engine.{key} is for pretraining") for key, off in _PRETRAINING.items()),
     ):
         if wrong:
             raise UserError(f"fastrot linear: {line}; configs/linear_in1k.yaml has it")

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from fastrot.data.loader import StepBatch
+from fastrot.data.loader import MicroBatch, StepBatch
 from fastrot.engine.base import Engine
 from fastrot.errors import Fault
+from fastrot.graphs import Graphed
 from fastrot.optim import set_lr
 from fastrot.profiling.clock import STAGES, Clock
+from fastrot.profiling.roofline import Work
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ def run(
     task,
     engine: Engine,
     lr_of: Callable[[float], float],
+    work_of: Callable[[float], Work],
     evaluate: Callable[[], dict[str, float]] | None,
     save: Callable[[int, int, float | None, bool], None],
     log,
@@ -50,14 +53,23 @@ def run(
 ) -> dict[str, float]:
     """Train over `batches`; returns the last logged values with the whole run's rates.
 
-    lr_of(epoch) -> rate.  evaluate() -> held-out metrics, or None.
+    lr_of(epoch) -> rate.  work_of(epoch) -> what a step asks of this rank's device.
+    evaluate() -> held-out metrics, or None.
     save(steps completed, next stream position, held-out accuracy or None, whether one is due).
     Raises Fault when the loss or (but for fp16, which skips such steps) its gradient is not finite.
     """
     device = task.device
+
+    def learn(views: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
+        loss, metrics = task.loss(engine.module, views, micro)
+        engine.backward(loss, micro.views_of_step)
+        return metrics
+
+    if engine.cuda_graphs:
+        learn = Graphed(learn, device)
     sums = torch.zeros(len(task.metrics), dtype=torch.float64, device=device)
     steps, spent, latest = 0, dict.fromkeys((*STAGES, "total"), 0.0), {}
-    since = 0
+    since, asked, asked_in_all = 0, Work(), Work()
     for batch in batches:
         rate = lr_of(batch.epoch)
         set_lr(engine.optimizer, rate)
@@ -69,9 +81,9 @@ def run(
             with clock.stage("rotate"):
                 views = task.views(micro)
             with clock.stage("compute"):
-                loss, metrics = task.loss(engine.module, views, micro)
-                engine.backward(loss, micro.views_of_step)
+                metrics = learn(views, micro)
             sums += metrics
+        asked += work_of(batch.epoch)
         done, position = batch.step + 1, batch.position + course.images_per_step
         steps, since, last = steps + 1, since + 1, done == course.last_step
         saving = last or done % course.checkpoint_every == 0
@@ -90,6 +102,7 @@ def run(
                 "lr": rate,
                 **_norm(engine),
                 **_rates(course, times, since),
+                **asked.reached(times["total"]),
                 **_memory(device),
             }
             latest["eta_s"] = times["total"] / since * (course.last_step - done)
@@ -102,7 +115,7 @@ def run(
                 )
             log.write(latest)
             sums.zero_()
-            since = 0
+            since, asked, asked_in_all = 0, Work(), asked_in_all + asked
             accuracy = None
             if evaluating:
                 held_out = evaluate()
@@ -112,7 +125,9 @@ def run(
             if saving or evaluating:
                 save(done, position, accuracy, saving)
             clock.skip()
-    return {**latest, **_rates(course, spent, steps)} if steps else {}
+    if not steps:
+        return {}
+    return {**latest, **_rates(course, spent, steps), **asked_in_all.reached(spent["total"])}
 
 
 def _norm(engine: Engine) -> dict[str, float | None]:

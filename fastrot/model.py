@@ -23,6 +23,21 @@ def build_model(arch: str, classes: int, seed: int) -> nn.Module:
     return model
 
 
+class PaddedStem(nn.Conv2d):
+    """A first convolution that also takes views with further channels of zeros; its weights stay as they are."""
+
+    def forward(self, views: Tensor) -> Tensor:
+        more = views.shape[1] - self.in_channels
+        weight = F.pad(self.weight, (0, 0, 0, 0, 0, more)) if more else self.weight
+        return self._conv_forward(views, weight, self.bias)
+
+
+def pad_stem(model: nn.Module) -> nn.Module:
+    """Make a ResNet's first convolution a PaddedStem, in place; its parameter stays the same object."""
+    model.conv1.__class__ = PaddedStem
+    return model
+
+
 def tap_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
     """The five maps probes read: stem after ReLU and before max-pooling, then layer1 .. layer4.
 
@@ -122,7 +137,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def _synced(self, x: Tensor) -> Tensor:
         out, mean, var, total = _SyncedNorm.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
-            self.num_batches_tracked.add_(1)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (total / (total - 1)), self.momentum)
         return out

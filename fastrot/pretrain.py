@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from fastrot import checkpoint, distributed, runlog
@@ -124,7 +125,7 @@ def train(
             if found:
                 job.engine.load_state(found.model, found.optimizer, found.state["scalars"])
                 log.say(f"resumed from {where.name}: step {step:,} of {last:,}, stream position {position:,}")
-            _write_facts(folder, config, ranks, manifest)
+            _write_facts(folder, job, manifest)
             result = _run(job, folder, now, range(step, last), position, log)
             if ranks.first:
                 newest = folder / "checkpoints" / f"step-{last:08d}" if last > step else where
@@ -170,7 +171,7 @@ def _run(job: Job, folder: Path, now: dict, steps: range, position: int, log) ->
     job.clock.skip()
     batches = job.batches(steps, position)
     try:
-        result = run(course, batches, job.task, job.engine, job.lr_of, evaluate, save, log, job.clock)
+        result = run(course, batches, job.task, job.engine, job.lr_of, job.work_of, evaluate, save, log, job.clock)
         if not steps and evaluate:
             result = evaluate()
     finally:
@@ -191,13 +192,17 @@ def _show(result: dict, task) -> None:
             ("throughput", f"{result['images_per_s']:,.0f} images/s, {result['views_per_s']:,.0f} views/s"),
             ("time waiting for data", f"{result['wait_share']:.1%}"),
         ]
+    if "mfu" in result:
+        rows.append(("MFU, share of the roof", f"{result['mfu']:.1%}, {result['roof_fraction']:.1%}"))
     runlog.table(task.title, [*rows, ("outputs", result["out"])])
 
 
-def _write_facts(folder: Path, config: Config, ranks: Ranks, manifest: Manifest) -> None:
+def _write_facts(folder: Path, job: Job, manifest: Manifest) -> None:
+    config, ranks = job.config, job.ranks
     if ranks.first:
         checkpoint.write_text(folder / "config.yaml", to_yaml(config))
         facts = runlog.environment(f"{ranks.world} on {ranks.device.type}") | {
-            "data": {"content": manifest.content, "storage": manifest.storage, "rows": len(manifest)}
+            "data": {"content": manifest.content, "storage": manifest.storage, "rows": len(manifest)},
+            "device_per_s": asdict(job.rates),
         }
         checkpoint.write_text(folder / "environment.json", json.dumps(facts, indent=1) + "\n")

@@ -212,9 +212,10 @@ def _line(values: dict, total: int) -> str:
     head = f"step {values['step'] + 1:,}/{total:,}  epoch {values['epoch']:.2f}"
     if "held_out_accuracy" in values:
         return f"{head}  held-out accuracy {values['held_out_accuracy']:.1%}  loss {values['held_out_loss']:.3f}"
+    mfu = f"  MFU {values['mfu']:.1%}  roof {values['roof_fraction']:.1%}" if "mfu" in values else ""
     return (
         f"{head}  loss {values['loss']:.3f}  accuracy {values['accuracy']:.1%}  lr {values['lr']:.4g}  "
-        f"{values['views_per_s']:,.0f} views/s  wait {values['wait_share']:.1%}  ETA {duration(values['eta_s'])}"
+        f"{values['views_per_s']:,.0f} views/s  wait {values['wait_share']:.1%}{mfu}  ETA {duration(values['eta_s'])}"
     )
 
 

@@ -118,6 +118,10 @@ def test_all_that_is_wrong_is_told_at_once():
         ["engine.zero=1", "engine.kind=plain"],
         ["engine.zero=1", "engine.precision=fp16"],
         ["data.decode=torch", "data.decode_on=gpu"],
+        ["engine.recompute=true", "engine.compile=true"],
+        ["engine.cuda_graphs=true"],  # DeepSpeed is the default
+        ["engine.cuda_graphs=true", "engine.kind=plain", "engine.precision=fp16"],
+        ["engine.cuda_graphs=true", "engine.kind=plain", "rotation.shuffle_labels=true"],
     ],
 )
 def test_contradictions_between_fields_are_refused(overrides):

@@ -24,6 +24,8 @@ EXACT = [
     "plain-fp32-0-sgd-micro",
     "deepspeed-fp32-0-sgd-micro",
     "deepspeed-fp32-1-sgd-micro",
+    "plain-fp32-0-sgd-fused",
+    "deepspeed-fp32-0-sgd-fused",
 ]
 LARS = ["plain-fp32-0-lars", "deepspeed-fp32-0-lars"]
 LOW = ["plain-bf16-0-sgd", "deepspeed-bf16-0-sgd", "deepspeed-bf16-1-sgd", "plain-fp16-0-sgd", "deepspeed-fp16-0-sgd"]

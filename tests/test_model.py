@@ -7,7 +7,9 @@ import torch
 import torchvision
 
 from fastrot import distributed
-from fastrot.model import _local_statistics, _SyncedNorm, backbone_state, build_model, tap_maps
+from fastrot.data.loader import MicroBatch
+from fastrot.model import _local_statistics, _SyncedNorm, backbone_state, build_model, pad_stem, tap_maps
+from fastrot.tasks.rotation import RotationTask
 
 
 @pytest.mark.parametrize(
@@ -94,6 +96,22 @@ def test_synchronised_norm_is_as_exact_as_torchs_own(alone, dtype, rms, mean):
     for got, right in zip(ours[1:], exact[1:], strict=True):
         torch.testing.assert_close(got.grad.double(), right.grad, rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(out.double(), want, rtol=0.01, atol=1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_a_padded_stem_is_the_stem_and_keeps_its_weights():
+    plain, padded = build_model("resnet18", 4, 0).conv1, pad_stem(build_model("resnet18", 4, 0)).conv1
+    assert torch.equal(padded.weight, plain.weight) and padded.weight.shape == (64, 3, 7, 7)
+    crops = torch.randint(0, 256, (3, 33, 33, 3), dtype=torch.uint8)
+    turns = torch.arange(4, dtype=torch.uint8).repeat(3, 1)
+    task = [RotationTask((124, 116, 104), (58, 57, 57), torch.float32, crops.device, channels=c) for c in (3, 4)]
+    views = [one.views(MicroBatch(crops, torch.zeros(3, dtype=torch.uint8), turns, None, None, 12)) for one in task]
+    assert views[1].shape[1] == 4 and views[1].is_contiguous(memory_format=torch.channels_last)
+    outs = plain(views[0]), padded(views[1]), padded(views[0])
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], rtol=1e-5, atol=1e-5)
+    outs[0].square().sum().backward()
+    outs[1].square().sum().backward()
+    torch.testing.assert_close(padded.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-2)
 
 
 def test_the_backbone_is_all_but_the_head():

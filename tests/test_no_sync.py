@@ -14,7 +14,7 @@ from fastrot.runlog import RunLog
 
 STEPS = 4
 SMALL = [
-    "model.arch=resnet18", "data.crop=16", "optim.images_per_step=6", "optim.epochs=3", "optim.warmup_epochs=1",
+    "model.arch=resnet18", "data.crop=32", "optim.images_per_step=6", "optim.epochs=3", "optim.warmup_epochs=1",
     f"run.max_steps={STEPS}", f"run.log_every={STEPS}", "run.tensorboard=false",
 ]  # fmt: skip
 # What asks the device for a number: a value itself, or the size of a result.
@@ -83,6 +83,7 @@ def test_the_watch_sees_every_way_to_ask(ask):
     ["engine.kind=plain", "engine.precision=bf16", "optim.clip=1.0", "engine.images_per_micro_step=3"],
     ["engine.kind=plain", "optim.name=lars", "rotation.views=one", "rotation.shuffle_labels=true"],
     ["engine.kind=deepspeed", "optim.clip=1.0"],
+    ["engine.kind=plain", "engine.norm=fused", "engine.stem_channels=4"],
 ])  # fmt: skip
 def test_no_step_asks_a_tensor_for_its_value_before_a_line_is_due(fastrot, images, tmp_path, monkeypatch, engine):
     asked = Asked()

@@ -1,11 +1,14 @@
 """The roofline's counts against published ones and by hand, and its rule."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
 
+from fastrot.fused import fuse_norms
 from fastrot.model import build_model
-from fastrot.profiling.roofline import Rates, Row, measure_rates, step_rows
+from fastrot.profiling.roofline import Rates, Row, Work, measure_rates, step_rows
 
 
 # Multiply-adds of one view at 224, as torchvision's model pages give them for 1,000 classes.
@@ -37,10 +40,38 @@ def test_bytes_are_each_operation_s_arguments_and_results():
     assert by["update", "sgd"].bytes == 4 * 5 * (filters + matrix + 4)
 
 
+def test_fused_norms_move_fewer_bytes_and_compute_the_same():
+    plain, fused = (
+        step_rows(build, 8, 2, 64, torch.bfloat16)
+        for build in (
+            lambda: build_model("resnet50", 4, 0),
+            lambda: fuse_norms(build_model("resnet50", 4, 0), over_ranks=False),
+        )
+    )
+    assert sum(row.flops for row in fused) == sum(row.flops for row in plain)
+    moved = [sum(row.bytes for row in rows if row.operation != "convolution") for rows in (plain, fused)]
+    assert moved[1] < moved[0]  # though torch's norm counts as one operation, whose passes cannot be seen
+    count = Counter()
+    for row in (*plain, *fused):
+        count[row.operation] += row.bytes
+    norms, blocks = count["native_batch_norm"] / 2, count["add_"] / 3  # what the maps of all norms, of all blocks hold
+    for operation, bytes_ in (
+        ("moments", norms),
+        ("apply", 2 * norms + blocks),
+        ("gradient_sums", 2 * norms + blocks),
+        ("gradients", 3 * norms + 2 * blocks),
+    ):
+        assert count[f"fastrot::norm_{operation}"] == pytest.approx(bytes_, rel=0.03), operation
+
+
 def test_each_operation_is_bound_by_the_slower_of_the_two():
     rows = [Row("a", "mm", False, flops=100, bytes=10), Row("b", "relu", False, flops=0, bytes=50)]
     assert Rates(flops=10, bytes=10).seconds(rows) == 10 + 5
     assert Rates(flops=1000, bytes=10).seconds(rows) == 1 + 5
+    work = Rates(flops=10, bytes=10).work(rows)
+    assert work + work == Work(flops=200, bytes=120, matmul_s=20, least_s=30)
+    assert work.reached(30) == {"mfu": 1 / 3, "roof_fraction": 1 / 2}
+    assert Work().reached(30) == {}, "nothing counted"
 
 
 def test_rates_are_measured_on_the_device_at_hand():

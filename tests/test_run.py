@@ -21,7 +21,7 @@ SMALL = [
 PLAIN = [*SMALL, "engine.kind=plain"]
 TIMES = {
     "images_per_s", "views_per_s", "step_s", "wait_share", "copy_share", "rotate_share", "compute_share", "update_share",
-    "memory_gib", "eta_s",
+    "memory_gib", "eta_s", "mfu", "roof_fraction",
 }  # fmt: skip
 
 
@@ -190,11 +190,13 @@ def test_a_fault_ends_the_process_and_is_the_status(images, tmp_path):
         (["data.train={images}", "--deepspeed_config", "{file}"], "--deepspeed_config is for engine.kind deepspeed"),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml: No such file"),
         (["data.train={images}", "data.decode=dali", "data.decode_on=gpu"], "there is no CUDA device here"),
+        (["data.train={images}", "engine.precision=bf16"], "data.crop 16 with engine.precision bf16 on a CPU"),
+        (["data.train={images}", "engine.cuda_graphs=true"], "needs a CUDA device, and there is none"),
         (["data.train={images}", "optim.images_per_step=1", "rotation.views=one"], "batch norm 1 view at a time"),
     ],
 )
 def test_a_users_error_is_one_line_and_exit_2(words, expected, images, tmp_path, fastrot):
-    if "CUDA" in expected and torch.cuda.is_available():
+    if ("CUDA" in expected or "on a CPU" in expected) and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     (tmp_path / "empty/class").mkdir(parents=True)
     (tmp_path / "file").write_text("x")
@@ -276,6 +278,21 @@ def test_dry_run_tells_what_a_run_would_be_and_writes_nothing(images, tmp_path, 
     assert not (tmp_path / "r").exists()
 
 
+def test_a_line_holds_mfu_and_the_share_of_the_measured_roof(images, tmp_path, fastrot):
+    """By hand from the FLOPs of a step, which grow with the crop's area; the run's own are over all its steps."""
+    out = tmp_path / "r"
+    words = [*PLAIN, *over(images, out), "data.crop_by_epoch={0: 32, 2: 16}"]
+    result = fastrot("train", *words, "--json").json
+    rate = json.loads((out / "environment.json").read_text())["device_per_s"]["flops"]
+    lines = [line for line in metrics(out) if "loss" in line]
+    flops = [line["mfu"] * line["step_s"] * rate for line in lines]
+    assert len(lines) == 6 and all(0 < line["mfu"] < line["roof_fraction"] for line in lines)
+    step = fastrot("train", *words, "--dry-run", "--json").json["step_flops"]
+    assert flops[:4] == pytest.approx([step] * 4, rel=1e-6)
+    assert flops[4:] == pytest.approx([flops[4]] * 2, rel=1e-6) and flops[4] < 0.5 * step
+    assert result["mfu"] * result["step_s"] * 6 * rate == pytest.approx(sum(flops), rel=1e-6)
+
+
 def test_two_ranks_under_deepspeed_learn_what_one_does(whole, two):
     one = learnt(whole[0])
     assert [line["step"] for line in learnt(two)] == [line["step"] for line in one]
@@ -296,6 +313,18 @@ def test_another_number_of_ranks_and_zero_1_take_the_run_up_where_it_was(whole, 
         assert (a["lr"], a["epoch"]) == (b["lr"], b["epoch"])
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+
+
+def test_a_run_goes_on_with_fused_norms_and_a_padded_stem(whole, images, tmp_path, fastrot):
+    """A checkpoint does not know how the step is computed."""
+    out, _ = whole
+    switches = ["engine.norm=fused", "engine.stem_channels=4"]
+    words = [*PLAIN, *over(images, tmp_path / "r"), *switches, "--resume", out / "checkpoints/step-00000004"]
+    assert fastrot("train", *words).code == 0
+    ours, theirs = learnt(tmp_path / "r"), learnt(out)[-len(learnt(tmp_path / "r")) :]
+    assert [x["step"] for x in ours] == [x["step"] for x in theirs] and len(ours) > 1
+    for a, b in zip(ours, theirs, strict=True):
+        assert {k: v for k, v in a.items() if "loss" in k} == pytest.approx({k: v for k, v in b.items() if "loss" in k}, rel=1e-3)
 
 
 def test_killed_in_mid_epoch_and_resumed_is_equal_in_every_logged_value(images, two, tmp_path):

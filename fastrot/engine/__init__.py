@@ -15,6 +15,7 @@ class StepSettings:
 
     channels_last  layout of the weights; under ZeRO 1 they are slices of one flat buffer and keep
     torch's default, which only costs the convolutions a copy of their filters.
+    cuda_graphs    forward and backward are replayed from graphs, which add gradients where they lay at capture.
     """
 
     precision: str = "fp32"
@@ -22,6 +23,7 @@ class StepSettings:
     clip: float | None = None
     momentum: float = 0.9
     channels_last: bool = True
+    cuda_graphs: bool = False
 
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

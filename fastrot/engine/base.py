@@ -81,6 +81,11 @@ class Engine:
             scaler.load_state_dict(scalars["loss_scale"])
 
     @property
+    def cuda_graphs(self) -> bool:
+        """Whether a micro-step may be replayed from a graph: gradients then keep their memory."""
+        return self._settings.cuda_graphs
+
+    @property
     def scales_loss(self) -> bool:
         """Whether a non-finite gradient skips the step (fp16) rather than spoiling the weights."""
         return self._scaler() is not None

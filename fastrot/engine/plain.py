@@ -39,7 +39,7 @@ class PlainEngine(Engine):
             self._grad_scaler.update()
         else:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.cuda_graphs)
 
     def _scaler(self):
         return self._grad_scaler

@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
@@ -26,6 +26,28 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What steps ask of one rank, and the time it takes its device at best.
+
+    matmul_s  the FLOPs alone, at the rate of matrix products; least_s  each operation bound by the slower of
+    FLOPs and bytes.
+    """
+
+    flops: int = 0
+    bytes: int = 0
+    matmul_s: float = 0.0
+    least_s: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def reached(self, seconds: float) -> dict[str, float]:
+        """How near steps that took `seconds` came to the rate of matrix products (MFU) and to the roof over
+        their operations; empty where nothing was counted."""
+        return {"mfu": self.matmul_s / seconds, "roof_fraction": self.least_s / seconds} if self.flops else {}
+
+
+@dataclass(frozen=True)
 class Rates:
     """What a device does: FLOP/s of large matrix products, bytes/s that a large copy reads and writes."""
 
@@ -35,6 +57,11 @@ class Rates:
     def seconds(self, rows: list[Row]) -> float:
         """Least time of these operations, one after the other: each bound by the slower of the two."""
         return sum(max(row.flops / self.flops, row.bytes / self.bytes) for row in rows)
+
+    def work(self, rows: list[Row]) -> Work:
+        """These operations, summed up."""
+        flops = sum(row.flops for row in rows)
+        return Work(flops, sum(row.bytes for row in rows), flops / self.flops, self.seconds(rows))
 
 
 class _Trace(TorchDispatchMode):
@@ -55,6 +82,8 @@ class _Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
         packet = function.overloadpacket
+        if packet in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward):
+            out = tree_map_only(Tensor, _channels_last, out)  # as on a device; the meta device forgets it
         flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
         names = sorted(self._modules.parents - {"Global"}, key=len)
         moved = 0 if function.is_view else _bytes((args, kwargs)) + _bytes(out)
@@ -64,6 +93,10 @@ class _Trace(TorchDispatchMode):
             operation = packet._qualified_op_name.removeprefix("aten::")
             self.rows.append(Row(layer or "step", operation, self._modules.is_bw, flops, moved))
         return out
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def _bytes(tree) -> int:
@@ -100,6 +133,8 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     source, target = torch.zeros(2, numbers // 2, device=device)
     product = _least_seconds(lambda: a @ b, device)
     copy = _least_seconds(lambda: target.copy_(source), device)
+    if cuda:  # its own memory is not the run's peak
+        torch.cuda.reset_peak_memory_stats(device)
     return Rates(2 * n**3 / product, 2 * _bytes(source) / copy)
 
 

@@ -15,7 +15,7 @@ class RotationTask:
     """What is learnt: batch -> loss and metrics.
 
     mean, std       of the channels on the 0..255 scale.
-    dtype           of the views; what the first convolution reads.
+    dtype, channels of the views; what the first convolution reads: 3, and more that are zero.
     shuffle_labels  the control: learn labels shuffled among the views of a micro-step.
     Source          Gidaris et al., arXiv:1803.07728.
     """
@@ -25,19 +25,21 @@ class RotationTask:
     # sums a step adds up, in this order; `count` and `right` are by true turn
     metrics = ("loss", *(f"count_{t}" for t in range(TURNS)), *(f"right_{t}" for t in range(TURNS)))
 
-    def __init__(self, mean, std, dtype: torch.dtype, device: torch.device, shuffle_labels: bool = False):
+    def __init__(self, mean, std, dtype: torch.dtype, device: torch.device, shuffle_labels: bool = False, channels: int = 3):
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device)
         self._std = torch.tensor(std, dtype=torch.float32, device=device)
         self.device = device
-        self._dtype, self._shuffle = dtype, shuffle_labels
+        self._dtype, self._shuffle, self._channels = dtype, shuffle_labels, channels
 
     @staticmethod
     def build_model(arch: str, seed: int) -> nn.Module:
         return build_model(arch, TURNS, seed)
 
     def views(self, batch: MicroBatch) -> Tensor:
-        """The rotated, normalised views, [n * V, 3, S, S], channels-last."""
-        return rotate_views(batch.pixels, batch.flips, batch.turns, self._mean, self._std, self._dtype)
+        """The rotated, normalised views, [n * V, C', S, S], channels-last."""
+        return rotate_views(
+            batch.pixels, batch.flips, batch.turns, self._mean, self._std, self._dtype, self._channels
+        )
 
     def loss(self, module: Callable, views: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """(sum of cross-entropies over the views, float64 [len(metrics)] sums on the device)."""

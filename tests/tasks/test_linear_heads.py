@@ -88,7 +88,8 @@ def test_heads_train_resume_and_leave_the_backbone_as_it_was(fastrot, images, ch
 
 @pytest.mark.parametrize(
     "override, line",
-    [("rotation.views=all", "rotation.views must be one"), ("engine.kind=deepspeed", "engine.kind must be plain")],
+    [("rotation.views=all", "rotation.views must be one"), ("engine.kind=deepspeed", "engine.kind must be plain"),
+     ("engine.norm=fused", "engine.norm is for pretraining"), ("engine.compile=true", "engine.compile is for pretraining")],
 )
 def test_what_heads_cannot_do_is_refused(fastrot, images, checkpoint, tmp_path, override, line):
     words = ("linear", "--checkpoint", checkpoint, *SMALL, f"data.train={images}", f"run.out={tmp_path / 'x'}", override)

@@ -1,7 +1,8 @@
 """One rank of the engine tests: trains a tiny network in one mode and writes what came out.
 
-torchrun ... steps.py OUT MODE ...   MODE is kind-precision-zero-optimizer[-clip|-micro]
+torchrun ... steps.py OUT MODE ...   MODE is kind-precision-zero-optimizer[-clip|-micro|-fused]
 micro: two micro-steps a step, on a network without batch norm (which sees a micro-step's views).
+fused: batch norm and ReLU as one function.
 """
 
 import copy
@@ -14,6 +15,7 @@ from torch import nn
 from fastrot import distributed
 from fastrot.data.plan import slice_of
 from fastrot.engine import StepSettings, make_engine
+from fastrot.fused import fuse_norm
 from fastrot.model import synchronise_batchnorm
 from fastrot.optim import build_optimizer
 
@@ -44,7 +46,12 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def train(mode: str, ranks, first: int = 0, state=None):
     kind, precision, zero, optimizer_name, *more = mode.split("-")
     micro_steps = 2 if "micro" in more else 1
-    model = synchronise_batchnorm(network(micro_steps > 1))
+    model = network(micro_steps > 1)
+    if "fused" in more:
+        fuse_norm(model[1], relu=True, over_ranks=True)
+        model[2] = nn.Identity()
+        fuse_norm(model[4], relu=False, over_ranks=True)
+    synchronise_batchnorm(model)
     fused = optimizer_name == "sgd" and precision != "fp16"
     optimizer = build_optimizer(
         optimizer_name,

@@ -1,0 +1,71 @@
+"""A micro-step's forward and backward pass as one CUDA graph for each shape of its views."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastrot.data.loader import MicroBatch
+
+# Before a shape is captured it runs so often by itself: kernels are compiled, cuDNN measures its algorithms, the
+# gradients get their memory. Source: torch's notes on CUDA semantics, whole-network capture.
+WARM_UPS = 3
+
+Learn = Callable[[Tensor, MicroBatch], Tensor]
+
+
+class Graphed:
+    """`learn(views, batch) -> sums` replayed from graphs; learn reads of a batch only its turns and views_of_step.
+
+    Every call is a real one: the first few of a shape run as they are, on the stream that captures, since a run to
+    warm up would change the running statistics. Gradients are added to memory that must stay where it is: zero it,
+    don't drop it. Graphs share one pool of memory, as they run one after another and leave nothing there but sums,
+    which hold until the next call.
+    """
+
+    def __init__(self, learn: Learn, device: torch.device, capture=None):
+        self._learn, self._seen = learn, Counter()
+        self._graphs: dict[tuple, tuple[Tensor, MicroBatch, Callable[[], None], Tensor]] = {}
+        self._capture = capture or Capture(device)
+
+    def __call__(self, views: Tensor, batch: MicroBatch) -> Tensor:
+        key = (*views.shape, batch.views_of_step)
+        self._seen[key] += 1
+        if self._seen[key] <= WARM_UPS:
+            with self._capture.beside():
+                return self._learn(views, batch)
+        if key not in self._graphs:
+            held = torch.empty_like(views)
+            # all else of a batch is None: what reads it fails here, not on every later batch
+            turns = replace(batch, turns=batch.turns.clone(), pixels=None, flips=None, sample=None, labels=None)
+            self._graphs[key] = (held, turns, *self._capture(lambda: self._learn(held, turns)))
+        held, turns, replay, sums = self._graphs[key]
+        held.copy_(views)
+        turns.turns.copy_(batch.turns)
+        replay()
+        return sums
+
+
+class Capture:
+    """CUDA's side of it: work() -> (what replays it, its result, whose memory each replay fills anew)."""
+
+    def __init__(self, device: torch.device):
+        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's threads go on copying and allocating meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = work()
+        return graph.replay, result
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """On the stream that captures, after what was queued before and before what follows."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)

@@ -1,0 +1,116 @@
+"""Steps replayed from graphs are the steps themselves: CUDA's part played on the host, and on a GPU by CUDA."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import metrics
+from fastrot import config as configs
+from fastrot import distributed
+from fastrot.data.loader import MicroBatch
+from fastrot.distributed import Ranks
+from fastrot.engine import StepSettings
+from fastrot.engine.plain import PlainEngine
+from fastrot.errors import UserError
+from fastrot.graphs import WARM_UPS, Graphed
+from fastrot.job import refuse_graphs
+from fastrot.optim import build_optimizer
+from fastrot.tasks.rotation import RotationTask
+
+STEPS = WARM_UPS + 4
+
+
+class OnTheHost:
+    """A capture that runs nothing, and a replay that runs the work on what was held: as CUDA's."""
+
+    def __init__(self):
+        self.captured = self.beside_runs = 0
+
+    def __call__(self, work):
+        self.captured += 1
+        result = torch.full((9,), torch.nan, dtype=torch.float64)
+        return lambda: result.copy_(work()), result
+
+    @contextmanager
+    def beside(self):
+        self.beside_runs += 1
+        yield
+
+
+@pytest.fixture
+def ranks():
+    yield distributed.start()
+    distributed.end()
+
+
+def train(ranks, graphed: bool):
+    """Two micro-steps of unlike size a step. (sums of each, weights, capture, addresses of the gradients)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    optimizer = build_optimizer(
+        "sgd", model, lr=0.05, momentum=0.9, nesterov=False, weight_decay=1e-3, decay_norms=True, trust=0.1
+    )
+    engine = PlainEngine(model, optimizer, StepSettings(clip=1.0, cuda_graphs=graphed), ranks)
+    task = RotationTask((124, 116, 104), (58, 57, 57), torch.float32, ranks.device)
+
+    def learn(views, batch):
+        loss, sums = task.loss(engine.module, views, batch)
+        engine.backward(loss, batch.views_of_step)
+        return sums
+
+    capture = OnTheHost()
+    learn = Graphed(learn, ranks.device, capture) if graphed else learn
+    generator, taken, places = torch.Generator().manual_seed(1), [], []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 / (step + 1)
+        for n in (3, 2):
+            pixels = torch.randint(0, 256, (n, 8, 8, 3), dtype=torch.uint8, generator=generator)
+            turns = torch.randint(0, 4, (n, 4), dtype=torch.uint8, generator=generator)
+            batch = MicroBatch(pixels, torch.zeros(n, dtype=torch.uint8), turns, None, None, 20)
+            taken.append(learn(task.views(batch), batch).clone())
+        places.append([p.grad.data_ptr() for p in model.parameters()])
+        engine.step()
+    return torch.stack(taken), model.state_dict(), capture, places
+
+
+def test_replayed_steps_learn_what_steps_learn(ranks):
+    """Each call is a step: none is run to warm up, none twice; every shape has its graph; gradients stay in place."""
+    sums, weights, *_ = train(ranks, graphed=False)
+    got, ours, capture, places = train(ranks, graphed=True)
+    assert torch.equal(got, sums)
+    assert all(torch.equal(ours[name], value) for name, value in weights.items())
+    assert capture.captured == 2 and capture.beside_runs == 2 * WARM_UPS
+    assert all(place == places[0] for place in places)
+
+
+def test_several_ranks_that_synchronise_their_norms_are_refused():
+    config, _ = configs.load(None, ["engine.cuda_graphs=true", "engine.kind=plain"])
+    two = Ranks(0, 2, 0, 2, torch.device("cuda"))
+    with pytest.raises(UserError, match=r"over 2 ranks would capture batch norm's communication"):
+        refuse_graphs(config, two)
+    refuse_graphs(configs.load(None, ["model.sync_batchnorm=false"])[0], two)
+    refuse_graphs(config, Ranks(0, 1, 0, 1, torch.device("cuda")))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("norm", ["torch", "fused"])
+@pytest.mark.parametrize("more", [[], ["engine.images_per_micro_step=4"], ["data.crop_by_epoch={0: 32, 8: 48}"]])
+def test_a_run_on_graphs_is_the_run(fastrot, images, tmp_path, more, norm):
+    """Losses, evaluated accuracies and gradient norms of ten epochs; micro-steps and crops of several sizes."""
+    words = [
+        "train", "model.arch=resnet18", "data.crop=64", "optim.images_per_step=7", "optim.epochs=12", "optim.lr=0.01",
+        "optim.warmup_epochs=1", "run.log_every=1", "run.tensorboard=false", "engine.kind=plain",
+        "engine.deterministic=true", f"engine.norm={norm}", f"data.train={images}", f"data.val={images}", *more,
+    ]  # fmt: skip
+    runs = []
+    for graphs in ("false", "true"):
+        out = tmp_path / graphs
+        assert fastrot(*words, f"run.out={out}", f"engine.cuda_graphs={graphs}").code == 0
+        runs.append([{k: v for k, v in line.items() if "loss" in k or k == "grad_norm"} for line in metrics(out)])
+    assert len(runs[0]) > 12
+    for want, got in zip(*runs, strict=True):
+        assert got == pytest.approx(want, rel=1e-3)
