@@ -53,7 +53,7 @@ def confusion(origin: Origin, ranks: Ranks) -> list[list[float]] | None:
     model.load_state_dict(load_file(weights))
     model.to(ranks.device, memory_format=torch.channels_last).eval()
     loader, _ = job.make_loader(config, manifest, ranks, _IMAGES, None)
-    short = config.data.resize or round(config.data.crop * 256 / 224)
+    short = job.short_side(config)
     counts = np.zeros((TURNS, TURNS))
     with torch.inference_mode():
         for batch in loader.held_out(1, 0, _IMAGES, short, config.data.crop):
