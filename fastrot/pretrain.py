@@ -195,6 +195,8 @@ def _show(result: dict, task) -> None:
     rows = [("steps", f"{result['steps']:,} in {runlog.duration(result['seconds'])}")]
     if "held_out_accuracy" in result:
         rows.append((task.says, f"{result['held_out_accuracy']:.1%}"))
+    if "held_out_top5" in result:
+        rows.append(("held-out top-5", f"{result['held_out_top5']:.1%}"))
     if "views_per_s" in result:
         rows += [
             ("throughput", f"{result['images_per_s']:,.0f} images/s, {result['views_per_s']:,.0f} views/s"),
