@@ -50,7 +50,10 @@ def confusion(origin: Origin, ranks: Ranks) -> list[list[float]] | None:
         [255 * v for v in config.data.mean], [255 * v for v in config.data.std], torch.float32, ranks.device
     )
     model = task.build_model(config.model.arch, 0)
-    model.load_state_dict(load_file(weights))
+    state = load_file(weights)
+    if {name: value.shape for name, value in state.items()} != {n: v.shape for n, v in model.state_dict().items()}:
+        return None  # a run that learnt other classes
+    model.load_state_dict(state)
     model.to(ranks.device, memory_format=torch.channels_last).eval()
     loader, _ = job.make_loader(config, manifest, ranks, _IMAGES, None)
     short = job.short_side(config)
