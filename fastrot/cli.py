@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         _complain(error)
         return error.exit_code
     except KeyboardInterrupt:
-        goes_on = "; --resume auto goes on from the last checkpoint" if args.command == "train" else ""
+        goes_on = "; --resume auto goes on from the last checkpoint" if args.command in ("train", "linear", "finetune") else ""
         _complain(f"stopped by Ctrl-C{goes_on}")
         return 130
 

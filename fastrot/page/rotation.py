@@ -19,11 +19,14 @@ _IMAGES = 64  # a batch
 
 
 def metrics(origin: Origin) -> list[dict]:
-    """The lines of the run's metrics.jsonl up to the checkpoint's step; none for foreign weights."""
+    """The lines of the run's metrics.jsonl up to the checkpoint's step; none for foreign weights, and for fine-tuned."""
     if origin.run is None:
         return []
-    state = Path(origin.path).with_name("state.json")
-    last = json.loads(state.read_text())["step"] if state.exists() else None
+    path = Path(origin.path).with_name("state.json")
+    state = json.loads(path.read_text()) if path.exists() else {}
+    if "backbone" in state.get("defining", {}):
+        return []  # it began from a backbone, and learnt something else
+    last = state.get("step")
     lines = (Path(origin.run) / "metrics.jsonl").read_text().splitlines()
     out = []
     for line in lines:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -150,6 +151,21 @@ def test_the_epochs_after_the_checkpoint_are_not_its_curves(run):
 
     log = metrics(load_backbone(str(run / "run"))[1])
     assert [values["step"] for values in log] == [0, 1, 2, 3]
+
+
+def test_a_fine_tuned_run_has_no_rotation_curves_and_no_confusion(run, tmp_path):
+    from fastrot import distributed
+    from fastrot.backbone import load_backbone
+    from fastrot.page import rotation
+
+    shutil.copytree(run / "run", tmp_path / "run")
+    step = tmp_path / "run" / "checkpoints" / "step-00000004"
+    (step / "state.json").write_text(json.dumps({"step": 4, "position": 512, "defining": {"backbone": "c0ffee"}}))
+    save_file(build_model("resnet18", 7, 5).state_dict(), step / "model.safetensors")
+    origin = load_backbone(str(tmp_path / "run"))[1]
+    assert rotation.metrics(origin) == []
+    assert rotation.confusion(origin, distributed.start()) is None
+    distributed.end()
 
 
 def test_low_shot_tables_follow_the_layer_that_is_best_at_the_largest_k():
