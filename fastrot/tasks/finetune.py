@@ -48,7 +48,7 @@ class FinetuneTask:
         logits = module(views).float()
         loss = F.cross_entropy(logits, target, reduction="sum")
         hits = logits.topk(min(5, self._classes)).indices == target[:, None]
-        sums = loss.detach(), loss.new_tensor(len(target)), hits[:, 0].sum(), hits.sum()
+        sums = loss.detach(), loss.new_full((), len(target)), hits[:, 0].sum(), hits.sum()
         return loss, torch.stack([value.double() for value in sums])
 
     @staticmethod
