@@ -134,6 +134,7 @@ def _page(
         _add_outcome(page, outcome)
     for one in trained:
         _add_trained(page, one)
+    page.charts = drawable(page.charts)
     page.tables += tables.elsewhere()
     return page
 
@@ -171,7 +172,7 @@ def _add_trained(page: Page, trained: Trained) -> None:
     page.tables.append(table)
     if trained.gap is None:
         page.tiles.append(_tile(table if run.task == "linear" else replace(table, rows=table.rows[:1])))
-        if len(trained.taps) > 1 and run.task == "linear":
+        if run.task == "linear":
             page.charts.append(_over_layers(table.title, table))
     for backbone, result in trained.results.items():
         page.fingerprints.append((f"{run.name}, {backbone}, weights", result["model"]))
@@ -211,6 +212,11 @@ def _over_layers(title: str, table: tables.Table) -> Chart:
         Line(published.SOURCE, "published", [(i, r.published) for i, r in shown if r.published]),
     ]
     return Chart(title, "layer", table.unit, lines, [(i, layer) for i, layer in enumerate(tables.LAYERS)])
+
+
+def drawable(charts: list[Chart]) -> list[Chart]:
+    """Those with a point; a set of which the global average alone was read has no layers to go over."""
+    return [chart for chart in charts if any(line.points for line in chart.lines)]
 
 
 def _pretraining_charts(log: list[dict]) -> list[Chart]:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from conftest import write_folder
 from fastrot.config import load, to_yaml
 from fastrot.model import backbone_state, build_model
-from fastrot.page import suite, svg, tables
+from fastrot.page import build, suite, svg, tables
 
 SUITE = """
 sets:
@@ -166,6 +166,11 @@ def test_a_fine_tuned_run_has_no_rotation_curves_and_no_confusion(run, tmp_path)
     assert rotation.metrics(origin) == []
     assert rotation.confusion(origin, distributed.start()) is None
     distributed.end()
+
+
+def test_a_chart_without_a_point_is_left_out():
+    bare, drawn = (build.Chart("k-NN", "layer", "%", [svg.Line("ours", "ours", points)]) for points in ([], [(0, 1.0)]))
+    assert build.drawable([bare, drawn]) == [drawn]
 
 
 def test_low_shot_tables_follow_the_layer_that_is_best_at_the_largest_k():
