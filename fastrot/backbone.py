@@ -59,6 +59,13 @@ class Origin:
         return f"{self.arch} from {self.path} (names: {self.names}; sha256 {self.sha256[:12]}){heads}"
 
 
+def backbone_of(checkpoint: str | None, seed: int | None, arch: str) -> tuple[nn.Module, Origin]:
+    """The backbone asked for: a checkpoint's, or one drawn from a seed. Raises UserError."""
+    if (checkpoint is None) == (seed is None):
+        raise UserError("name either --checkpoint C or --random-init SEED")
+    return load_backbone(checkpoint) if checkpoint is not None else random_backbone(arch, seed)
+
+
 def random_backbone(arch: str, seed: int) -> tuple[nn.Module, Origin]:
     """The control: an untrained ResNet whose batch norms keep mean 0 and variance 1."""
     model = build_model(arch, 1, seed)

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         _complain(error)
         return error.exit_code
     except KeyboardInterrupt:
-        goes_on = "; --resume auto goes on from the last checkpoint" if args.command == "train" else ""
+        goes_on = "; --resume auto goes on from the last checkpoint" if args.command in ("train", "linear", "finetune") else ""
         _complain(f"stopped by Ctrl-C{goes_on}")
         return 130
 
@@ -39,8 +39,10 @@ def _complain(error: UserError | Fault | str) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.command == "linear" and (args.features is None) == (args.checkpoint is None):
-        raise UserError("name either --checkpoint C, or --features TRAIN with --test TEST")
+    if args.command == "linear":
+        begins = (args.checkpoint, args.random_init, args.features)
+        if sum(one is not None for one in begins) != 1:
+            raise UserError("name either --checkpoint C or --random-init SEED, or --features TRAIN with --test TEST")
     if args.command == "linear" and args.features is not None:
         return _run_linear_on_features(args)
     if args.command in ("svm", "lowshot", "knn"):
@@ -134,13 +136,17 @@ def _hand_over(args, config, sources, ranks) -> dict:
 
         taps = dump.parse_taps(args.taps)
         request = dump.Request(
-            args.data, args.out, args.checkpoint, args.random_init, taps, args.pool, args.transform, args.dtype
+            args.data, args.out, args.checkpoint, args.random_init, taps, args.pool, args.transform, args.dtype, args.passes
         )
         return dump.dump(request, config, ranks)
     if args.command == "linear":
         from fastrot.linear import train_heads
 
-        return train_heads(args.checkpoint, config, ranks, args.resume)
+        return train_heads(args.checkpoint, args.random_init, config, ranks, args.resume)
+    if args.command == "finetune":
+        from fastrot.finetune import fine_tune
+
+        return fine_tune(args.checkpoint, args.random_init, config, ranks, args.resume)
     if args.command == "page":
         from fastrot.page.build import build
 

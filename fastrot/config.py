@@ -37,10 +37,13 @@ class Data(Section):
     """Progressive resolution: {first epoch: side}; before the first entry and in evaluation, `crop`."""
     resize: PositiveInt | None = None
     """Evaluation resizes the short side to this before its central crop; default crop * 256 / 224."""
+    window: Literal["random_resized", "random"] = "random_resized"
+    """A training window: of random area and aspect (RandomResizedCrop); or, as on Places205, a random `crop` of the
+    central square of the image whose short side was resized to `resize`."""
     scale: Pair = (0.08, 1.0)
-    """Share of the image's area that a training window covers: least, most."""
+    """Window `random_resized`: share of the image's area that it covers: least, most."""
     ratio: Pair = (3 / 4, 4 / 3)
-    """Width / height of a training window: least, most."""
+    """Window `random_resized`: its width / height: least, most."""
     flip: Unit = 0.5
     """Probability of a left-right flip."""
     mean: Triple = (0.485, 0.456, 0.406)
@@ -174,10 +177,20 @@ class Linear(Section):
     """Standard deviation of the weights of the principal colours that are added; 0 adds none."""
 
 
+class Finetune(Section):
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of every class of data.train to learn from, drawn by run.seed; at least an image a class."""
+    names: str | None = None
+    """Instead of a drawn share: a published list of file names, one a line (what follows a space is not read)."""
+    head_rate: PositiveFloat = 1.0
+    """The last layer's rate is this many times optim.lr."""
+
+
 class Config(Section):
     data: Data = Data()
     rotation: Rotation = Rotation()
     linear: Linear = Linear()
+    finetune: Finetune = Finetune()
     model: Model = Model()
     optim: Optim = Optim()
     engine: Engine = Engine()
@@ -194,6 +207,14 @@ def cross_field_errors(config: Config) -> list[str]:
         (
             data.resize is not None and data.resize < data.crop,
             f"data.resize {data.resize} is below data.crop {data.crop}",
+        ),
+        (
+            data.window == "random" and bool(data.crop_by_epoch),
+            "data.window random cuts data.crop out of data.resize; data.crop_by_epoch cannot change it",
+        ),
+        (
+            config.finetune.names is not None and config.finetune.fraction < 1,
+            "finetune.names and finetune.fraction both choose images; set one",
         ),
         (
             optim.warmup_epochs >= optim.epochs and optim.warmup_epochs > 0,

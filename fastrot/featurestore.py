@@ -1,4 +1,4 @@
-"""A folder of features on disk: one memory-mapped array a tap, a row for each image.
+"""A folder of features on disk: one memory-mapped array a tap, a row for each image (in each of several passes).
 
 feature1.npy ... feature5.npy, avg.npy   float16 or float32 [N, D]
 labels.npy                               int64 [N], or int8 [N, classes] of 1, 0 and -1 (difficult)

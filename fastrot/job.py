@@ -90,6 +90,11 @@ def refuse_tiny_maps(config: Config, ranks: Ranks) -> None:
         )
 
 
+def short_side(config: Config) -> int:
+    """What evaluation resizes the short side to, pixels."""
+    return config.data.resize or round(config.data.crop * 256 / 224)
+
+
 def plan_of(config: Config, manifest: Manifest) -> Plan:
     data, n = config.data, len(manifest)
     order = (
@@ -106,6 +111,7 @@ def plan_of(config: Config, manifest: Manifest) -> Plan:
         data.scale,
         data.ratio,
         data.flip,
+        (short_side(config), data.crop) if data.window == "random" else None,
     )
 
 
@@ -192,7 +198,12 @@ def sides(config: Config) -> set[int]:
 
 
 class Job:
-    """The parts of one run, built once for training and for --dry-run alike."""
+    """The parts of one run, built once for training and for --dry-run alike.
+
+    head_rate  of the network's last layer, in terms of the others'.
+    """
+
+    head_rate = 1.0
 
     def __init__(
         self,
@@ -247,6 +258,7 @@ class Job:
             nesterov=o.nesterov,
             weight_decay=o.weight_decay,
             decay_norms=o.decay_norms,
+            head_rate=self.head_rate,
             trust=o.trust,
             fused=e.precision != "fp16",
         )
@@ -334,10 +346,10 @@ class Job:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss and accuracies over all ranks, exact for any number of them."""
-        data = self.config.data
-        short = data.resize or round(data.crop * 256 / 224)
         self.engine.train(False)
-        batches = self.val_loader.held_out(self.ranks.world, self.ranks.rank, self.numbers.largest, short, data.crop)
+        batches = self.val_loader.held_out(
+            self.ranks.world, self.ranks.rank, self.numbers.largest, short_side(self.config), self.config.data.crop
+        )
         sums = self.engine.reduce(self.task.evaluate(self.engine.module, batches))
         self.engine.train(True)
         return {f"held_out_{name}": value for name, value in self.task.summary(sums).items()}

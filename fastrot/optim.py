@@ -5,17 +5,27 @@ import math
 import torch
 from torch import Tensor, nn
 
+HEAD = "fc."  # torchvision's name of a network's last layer
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_norms: bool) -> list[dict]:
-    """Matrices and filters in one group, vectors (norms, biases) in another that may go undecayed."""
-    params = [p for p in model.parameters() if p.requires_grad]
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay_norms: bool, head_rate: float = 1.0) -> list[dict]:
+    """Matrices and filters in one group, vectors (norms, biases) in another that may go undecayed.
+
+    head_rate  rate of the last layer in terms of the others'; groups of its own where it is not 1.
+    """
+    groups: dict[tuple[float, bool], list] = {(1.0, True): [], (1.0, False): []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            rate = head_rate if name.startswith(HEAD) else 1.0
+            groups.setdefault((rate, p.ndim > 1), []).append(p)
     return [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay, "adapt": True},
         {
-            "params": [p for p in params if p.ndim <= 1],
-            "adapt": False,
-            "weight_decay": weight_decay if decay_norms else 0.0,
-        },
+            "params": params,
+            "adapt": matrices,
+            "weight_decay": weight_decay if matrices or decay_norms else 0.0,
+            "rate": rate,
+        }
+        for (rate, matrices), params in groups.items()
     ]
 
 
@@ -29,13 +39,14 @@ def build_optimizer(
     weight_decay: float,
     decay_norms: bool,
     trust: float,
+    head_rate: float = 1.0,
     fused: bool = True,
 ) -> torch.optim.Optimizer:
     """SGD or LARS over the model's parameters.
 
     fused  one pass over the weights; not where a loss scaler must unscale before our clipping.
     """
-    groups = parameter_groups(model, weight_decay, decay_norms)
+    groups = parameter_groups(model, weight_decay, decay_norms, head_rate)
     if name == "lars":
         return LARS(groups, lr=lr, momentum=momentum, trust=trust)
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
@@ -114,8 +125,9 @@ def lr_at(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its share of the schedule's rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate", 1.0)
 
 
 def clip_and_measure(parameters, most: float | None) -> Tensor:

@@ -11,6 +11,7 @@ examples:
   fastrot train --config configs/in1k.yaml data.train=/data/train --dry-run
   fastrot stream --config configs/in1k.yaml data.train=/data/train --first-step 0 --steps 50 --ranks 4
   fastrot features --checkpoint runs/rotation --data /data/val --taps 1,2,3,4,5,avg --out features/val
+  fastrot finetune --checkpoint runs/in1k --config configs/semi_in1k_1.yaml data.train=/data/train data.val=/data/val
   fastrot index '/data/shards/train-{000..146}.tar' --verify
   fastrot index 'voc:/data/VOCdevkit/VOC2007?split=trainval' --json
   fastrot tune --config configs/in1k.yaml data.train=/data/train
@@ -24,7 +25,7 @@ examples:
 def _parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument(
-        "--config", metavar="FILE", help="YAML file of sections data, rotation, model, optim, engine, run"
+        "--config", metavar="FILE", help="YAML file of sections data, rotation, linear, finetune, model, optim, engine, run"
     )
     options.add_argument("--json", action="store_true", help="print the result as one line of JSON on standard output")
     options.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--workers", type=int, metavar="N", help="processes; default: this machine's cores")
     _add_features(commands, common, page)
     _add_linear(commands, common, page)
+    _add_finetune(commands, common, page)
     _add_probes(commands)
 
     report = commands.add_parser("page", help="run a suite of probes and write the report", parents=[common], **page)
@@ -142,7 +144,7 @@ def _add_linear(commands, common, page) -> None:
         parents=[common],
         **page,
     )
-    linear.add_argument("--checkpoint", metavar="C", help="as for fastrot features")
+    _add_backbone(linear)
     linear.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="as for fastrot train")
     linear.add_argument("--features", metavar="DIR", help="feature store to fit")
     linear.add_argument("--test", metavar="DIR", help="feature store to judge by")
@@ -150,6 +152,19 @@ def _add_linear(commands, common, page) -> None:
     linear.add_argument("--epochs", type=int, default=20, metavar="N", help="over the stored features")
     linear.add_argument("--out", metavar="FILE", help="write every figure on stored features to this JSON file")
     linear.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="where stored features are fitted")
+
+
+def _add_finetune(commands, common, page) -> None:
+    tune = commands.add_parser(
+        "finetune",
+        help="learn classes with the whole network, from all or few of the images",
+        description="Train a pretrained backbone and a last layer together on data.train, or on the share of it that "
+        "finetune.fraction draws or finetune.names lists, judged on data.val, in run.out.",
+        parents=[common],
+        **page,
+    )
+    _add_backbone(tune)
+    tune.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="as for fastrot train")
 
 
 def _add_features(commands, common, page) -> None:
@@ -163,6 +178,12 @@ def _add_features(commands, common, page) -> None:
         choices=("test", "svm"),
         default="test",
         help="test: short side 256, centre 224; svm: short side 256, then squashed to 224",
+    )
+    features.add_argument(
+        "--passes",
+        type=int,
+        metavar="N",
+        help="N passes with the plan's random windows and flips, epoch = pass, instead of one as evaluation shows images",
     )
     features.add_argument("--dtype", choices=("float16", "float32"), default="float32")
     features.add_argument("--out", required=True, metavar="DIR", help="the feature store; one that was begun goes on")

@@ -20,6 +20,7 @@ from fastrot.errors import Fault, UserError
 from fastrot.job import Job, describe, open_manifest
 from fastrot.loop import run
 
+Chooser = Callable[[Manifest], Manifest]
 _FIXED = ("model.arch", "run.seed", "data")  # no resume can change these
 _DEFINING = (
     "model.",
@@ -29,6 +30,7 @@ _DEFINING = (
     "engine.precision",
     "data.crop",
     "data.crop_by_epoch",
+    "data.window",
     "data.scale",
     "data.ratio",
     "data.flip",
@@ -42,10 +44,11 @@ _DEFINING = (
 
 def defining(config: Config, content: str) -> dict:
     """What a resumed run must share with its checkpoint: flat keys and the data's content hash."""
+    of_window = ("data.resize",) if config.data.window == "random" else ()
     return {
         key: value
         for key, value in flat(config).items()
-        if any(key == d or (d.endswith(".") and key.startswith(d)) for d in _DEFINING)
+        if any(key == d or (d.endswith(".") and key.startswith(d)) for d in (*_DEFINING, *of_window))
     } | {"data": content}
 
 
@@ -79,7 +82,9 @@ def _folder(out: str, ranks: Ranks):
             os.close(handle)
 
 
-def _frozen(folder: Path, name: str, source: str, resumed: bool, config: Config, ranks: Ranks) -> Manifest:
+def _frozen(
+    folder: Path, name: str, source: str, resumed: bool, config: Config, ranks: Ranks, choose: Chooser | None = None
+) -> Manifest:
     """The run's own copy of a manifest: kept when the run goes on over the same source, else made anew."""
     home = folder / "manifest" / name
 
@@ -88,6 +93,7 @@ def _frozen(folder: Path, name: str, source: str, resumed: bool, config: Config,
 
     if not distributed.on_first(ranks, kept):
         manifest = open_manifest(source, config, ranks, f"data.{name}")
+        manifest = choose(manifest) if choose else manifest
         distributed.on_first(ranks, lambda: manifest.save(home))
     return Manifest.load(home)
 
@@ -100,20 +106,23 @@ def train(
     deepspeed_config: str | None,
     make_job: Callable[..., Job] = Job,
     more: dict | None = None,
+    choose: Chooser | None = None,
 ) -> dict:
     """Train, or go on training, in run.out. Returns what --json prints.
 
     make_job  Job, or one that learns another thing; more: what else a resume must find unchanged.
+    choose    which of the training images to learn from; default: all.
     """
     with _folder(config.run.out, ranks) as folder:
-        saved = distributed.on_first(ranks, lambda: _find(resume, folder))
-        found = checkpoint.load(Path(saved)) if saved else None
-        manifest = _frozen(folder, "train", config.data.train, bool(found), config, ranks)
+        path = distributed.on_first(ranks, lambda: _find(resume, folder))
+        found = checkpoint.load(Path(path)) if path else None
+        manifest = _frozen(folder, "train", config.data.train, bool(found), config, ranks, choose)
         val = _frozen(folder, "val", config.data.val, bool(found), config, ranks) if config.data.val else None
         now = defining(config, manifest.content) | (more or {})
         saved_state = found.state if found else {"step": 0, "position": 0, "defining": now}
         where = found.path if found else folder
-        checkpoint.refuse_differences(saved_state["defining"], now, resume_anyway, _FIXED, where)
+        saved = defining(Config(), "") | saved_state["defining"]  # a knob that it does not know was at its default
+        checkpoint.refuse_differences(saved, now, resume_anyway, _FIXED, where)
         step, position = saved_state["step"], saved_state["position"]
         left = max(0, math.ceil((config.optim.epochs * len(manifest) - position) / config.optim.images_per_step))
         last = max(step, min(step + left, config.run.max_steps or step + left))
@@ -187,6 +196,8 @@ def _show(result: dict, task) -> None:
     rows = [("steps", f"{result['steps']:,} in {runlog.duration(result['seconds'])}")]
     if "held_out_accuracy" in result:
         rows.append((task.says, f"{result['held_out_accuracy']:.1%}"))
+    if "held_out_top5" in result:
+        rows.append(("held-out top-5", f"{result['held_out_top5']:.1%}"))
     if "views_per_s" in result:
         rows += [
             ("throughput", f"{result['images_per_s']:,.0f} images/s, {result['views_per_s']:,.0f} views/s"),

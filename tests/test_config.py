@@ -52,6 +52,21 @@ def test_in1k_is_the_published_recipe():
 
 
 @pytest.mark.parametrize(
+    "name, epochs, milestones, window",
+    [("places205", 28, (7, 14, 21), "random"), ("inat18", 84, (24, 48, 72), "random_resized")],
+)
+def test_the_linear_heads_of_other_sets_are_the_protocols(name, epochs, milestones, window):
+    """protocols.md, "Linear heads", row by row."""
+    config, _ = configs.load(str(FILES[0].parent / f"linear_{name}.yaml"), [])
+    o = config.optim
+    assert (o.name, o.images_per_step, o.lr, o.momentum, o.nesterov, o.weight_decay) == ("sgd", 256, 0.01, 0.9, True, 1e-4)
+    assert (o.epochs, o.schedule, o.milestones, o.gamma, o.warmup_epochs) == (epochs, "step", milestones, 0.1, 0)
+    assert (config.linear.jitter, config.linear.lighting, len(config.linear.taps), config.linear.pool) == (0, 0, 5, "specified")
+    assert (config.data.window, config.data.crop, config.data.resize or 256, config.data.flip) == (window, 224, 256, 0.5)
+    assert (config.run.evaluate_every, config.engine.precision) == (10, "fp32")
+
+
+@pytest.mark.parametrize(
     "text, value", [("1e-4", 1e-4), ("1E-4", 1e-4), ("2.5e-1", 0.25), ("1e3", 1000.0), (".5", 0.5)]
 )
 def test_a_number_is_a_number(text, value):
@@ -112,6 +127,7 @@ def test_all_that_is_wrong_is_told_at_once():
         ["data.ratio=[2,1]"],
         ["data.std=[0,1,1]"],
         ["data.resize=20", "data.crop=32"],
+        ["data.window=random", "data.crop_by_epoch={0: 96}"],
         ["optim.milestones=[5,3]"],
         ["optim.nesterov=true", "optim.name=lars"],
         ["optim.nesterov=true", "optim.momentum=0"],

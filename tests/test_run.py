@@ -1,6 +1,7 @@
 """The whole job as a user runs it: launchers, resume, the stream's proof, every error's one line."""
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -126,6 +127,22 @@ def test_a_checkpoint_of_another_run_is_refused(whole, images, more, words, fast
     assert "Traceback" not in done.err
 
 
+def test_a_knob_that_a_checkpoint_does_not_know_was_at_its_default(whole, images, tmp_path, fastrot):
+    run = tmp_path / "r"
+    shutil.copytree(whole[0], run)
+    newest = run / "checkpoints/step-00000006"
+    state = json.loads((newest / "state.json").read_text())
+    del state["defining"]["data.window"]
+    (newest / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    written = (newest / "state.json").read_bytes()
+    manifest["files"]["state.json"] = {"sha256": hashlib.sha256(written).hexdigest(), "bytes": len(written)}
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    assert fastrot("train", *PLAIN, *over(images, run)).code == 0
+    other = fastrot("train", *PLAIN, *over(images, run), "data.window=random")
+    assert other.code == 2 and "data.window was 'random_resized', is 'random'" in other.err
+
+
 def test_other_data_in_the_same_folder_is_refused(whole, tmp_path, fastrot):
     other = write_folder(tmp_path / "other", classes=2, per_class=7)
     done = fastrot("train", *PLAIN, *over(other, whole[0]))
@@ -248,13 +265,15 @@ def test_a_second_run_in_the_same_folder_is_refused(images, tmp_path, fastrot):
     assert "another run works there (host there, process 7)" in done.err
 
 
-def test_the_stream_is_one_for_any_ranks_decoder_and_start(images, fastrot):
+@pytest.mark.parametrize("window", ["random_resized", "random"])
+def test_the_stream_is_one_for_any_ranks_decoder_and_start(images, fastrot, window):
     words = [
         "stream",
         "--json",
         f"data.train={images}",
         "optim.images_per_step=5",
         "data.crop=16",
+        f"data.window={window}",
         "rotation.views=one",
     ]
     want = fastrot(*words, "--steps", 8)

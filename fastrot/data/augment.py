@@ -55,6 +55,27 @@ def _central_windows(heights, widths, ratio) -> NDArray[np.int64]:
     return np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1)
 
 
+def shifted_boxes(
+    seed: int,
+    rows: NDArray[np.int64],
+    epochs: NDArray[np.int64],
+    heights: NDArray[np.int32],
+    widths: NDArray[np.int32],
+    short: int,
+    crop: int,
+) -> NDArray[np.float64]:
+    """Boxes that Resize(short) + CenterCrop(short) + RandomCrop(crop) shows, float64 [n, 4], as central_boxes has them.
+
+    Source: protocol "Linear heads", Places205.
+    """
+    words = philox(seed, rows, epochs, CROP)
+    down, right = below(words[:, 2], short - crop + 1), below(words[:, 3], short - crop + 1)
+    boxes = central_boxes(heights, widths, short, short)
+    boxes[:, :2] += np.stack([down, right], axis=1) * (boxes[:, 2:] / short)
+    boxes[:, 2:] *= crop / short
+    return boxes
+
+
 def flips(seed: int, rows, epochs, probability: float = 0.5) -> NDArray[np.uint8]:
     """Whether each image is mirrored left-right, uint8 [n] in {0, 1}."""
     return (uniform(philox(seed, rows, epochs, FLIP)[:, 0]) < probability).astype(np.uint8)

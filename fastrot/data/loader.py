@@ -140,6 +140,12 @@ class Loader:
         for request, pixels in self._flow(requests, show):
             yield self._batch(request, pixels, len(self.manifest))
 
+    def augmented(self, parts: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]], crop: int) -> Iterator[MicroBatch]:
+        """Given (rows, epochs) as training shows them, a batch for each of `parts`, in order."""
+        requests = (_Request(self.plan.of(rows, epochs), crop) for rows, epochs in parts)
+        for request, pixels in self._flow(requests, self.plan.of):
+            yield self._batch(request, pixels, len(self.manifest))
+
     def close(self) -> None:
         self._storage.close()
         self._decoder.close()

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -72,6 +72,11 @@ class Manifest:
     def name(self, row: int) -> str:
         """A row's place, for a person: its file, and where in it."""
         return place(self.path(row), int(self.offset[row]))
+
+    def some(self, rows: NDArray[np.int64]) -> "Manifest":
+        """These rows alone; their content follows from this one's and which rows they are."""
+        sha = hashlib.sha256(self.content.encode() + rows.astype("<i8").tobytes())
+        return replace(self, **{name: getattr(self, name)[rows] for name in COLUMNS}, content=sha.hexdigest())
 
     def save(self, folder: Path) -> None:
         """Write the manifest; the folder appears whole or not at all."""

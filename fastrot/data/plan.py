@@ -15,8 +15,8 @@ class Sample:
     """What happens to some positions of the stream; every array has one entry an image.
 
     rows int64 [n] of the manifest, epochs int64 [n], windows int32 [n, 4] (top, left, height,
-    width of the upright image; evaluation: float64 boxes), flips uint8 [n], turns uint8 [n, V]
-    (= labels of the views).
+    width of the upright image; evaluation and shifted crops: float64 boxes), flips uint8 [n],
+    turns uint8 [n, V] (= labels of the views).
     """
 
     rows: NDArray[np.int64]
@@ -47,6 +47,7 @@ class Plan:
     heights, widths  int32 [N] of the upright images, by row.
     order            FullOrder or WindowOrder over the N rows.
     views            "all" or "one": four turns an image, or one at random.
+    shift            (short, crop) where windows are random crops of the central square, instead of scale and ratio.
     """
 
     seed: int
@@ -57,6 +58,7 @@ class Plan:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    shift: tuple[int, int] | None = None
 
     def at(self, first: int, last: int) -> Sample:
         """The images at stream positions first .. last - 1; they may straddle epochs."""
@@ -73,12 +75,13 @@ class Plan:
 
     def of(self, rows: NDArray[np.int64], epochs: NDArray[np.int64]) -> Sample:
         """What happens to given rows in given epochs."""
+        which = self.seed, rows, epochs, self.heights[rows], self.widths[rows]
         return Sample(
             rows,
             epochs,
-            augment.crop_windows(
-                self.seed, rows, epochs, self.heights[rows], self.widths[rows], self.scale, self.ratio
-            ),
+            augment.shifted_boxes(*which, *self.shift)
+            if self.shift
+            else augment.crop_windows(*which, self.scale, self.ratio),
             augment.flips(self.seed, rows, epochs, self.flip),
             augment.turns(self.seed, rows, epochs, self.views),
         )
@@ -113,8 +116,9 @@ class StreamHash:
         self._sha = hashlib.sha256()
 
     def add(self, step: Sample, labels: NDArray) -> None:
-        """One step: the whole sample, and its labels int64 [B] (or int8 [B, 20], multi-label)."""
-        kinds = (step.rows, "<i8"), (step.windows, "<i4"), (step.flips, "u1"), (step.turns, "u1")
+        """One step: the whole sample, and its labels int64 [B] (or int8 [B, 20], multi-label); boxes enter as <f8."""
+        windows = (step.windows, "<i4" if step.windows.dtype.kind == "i" else "<f8")
+        kinds = (step.rows, "<i8"), windows, (step.flips, "u1"), (step.turns, "u1")
         for array, kind in (*kinds, (labels, "<i8" if labels.ndim == 1 else "i1")):
             self._sha.update(np.ascontiguousarray(array.astype(kind)).tobytes())
 

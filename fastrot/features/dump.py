@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fastrot import distributed, job, runlog
-from fastrot.backbone import Origin, load_backbone, random_backbone
+from fastrot.backbone import Origin, backbone_of
 from fastrot.config import Config
 from fastrot.data.decode import make_decoder, squash
 from fastrot.data.faults import BadImages
@@ -36,6 +36,7 @@ class Request:
 
     checkpoint  a path, or None for the control drawn from `seed`.
     taps        of TAPS or AVERAGE; pool: a name of POOLS; transform: test or svm; dtype: float16 or float32.
+    passes      as training shows the images, epoch = pass; None: one, as evaluation does.
     """
 
     source: str
@@ -46,6 +47,7 @@ class Request:
     pool: str = "specified"
     transform: str = "test"
     dtype: str = "float32"
+    passes: int | None = None
 
 
 def parse_taps(text: str) -> tuple[str, ...]:
@@ -56,13 +58,6 @@ def parse_taps(text: str) -> tuple[str, ...]:
         if word not in names or words.count(word) > 1:
             raise UserError(f"--taps {text}: {word!r} is none, or twice; expected some of 1,2,3,4,5,avg")
     return tuple(names[word] for word in words)
-
-
-def backbone_of(checkpoint: str | None, seed: int | None, arch: str) -> tuple[torch.nn.Module, Origin]:
-    """The backbone asked for: a checkpoint's, or one drawn from a seed. Raises UserError."""
-    if (checkpoint is None) == (seed is None):
-        raise UserError("name either --checkpoint C or --random-init SEED")
-    return load_backbone(checkpoint) if checkpoint is not None else random_backbone(arch, seed)
 
 
 class Extractor:
@@ -80,11 +75,10 @@ class Extractor:
         self._std = torch.tensor(config.data.std, dtype=torch.float32, device=device) * 255
 
     @torch.inference_mode()
-    def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """pixels uint8 [n, S, S, 3] -> {tap: float32 [n, D]} on the device."""
-        pixels = pixels.to(self._device, non_blocking=True)
-        none = torch.zeros(len(pixels), 1, dtype=torch.uint8, device=self._device)
-        images = rotate_views(pixels, none[:, 0], none, self._mean, self._std, torch.float32)
+    def __call__(self, pixels: torch.Tensor, flips: torch.Tensor) -> dict[str, torch.Tensor]:
+        """pixels uint8 [n, S, S, 3], flips uint8 [n] -> {tap: float32 [n, D]} on the device."""
+        pixels, flips = (x.to(self._device, non_blocking=True) for x in (pixels, flips))
+        images = rotate_views(pixels, flips, torch.zeros_like(flips)[:, None], self._mean, self._std, torch.float32)
         with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
             taps = flat_features(self._model, images, self._taps, self._pool)
         return {name: x.float() for name, x in taps.items()}
@@ -92,6 +86,10 @@ class Extractor:
 
 def dump(request: Request, config: Config, ranks: Ranks) -> dict:
     """Compute a store, or what a kill left of it. Returns what --json prints. Raises UserError, Fault."""
+    if request.passes is not None and request.passes < 1:
+        raise UserError(f"--passes {request.passes}: must be 1 or more")
+    if request.passes and request.transform == "svm":
+        raise UserError("--passes: --transform svm shows every image whole; use --transform test")
     say = _sayer(ranks)
     model, origin = backbone_of(request.checkpoint, request.seed, config.model.arch)
     say(origin.says())
@@ -118,6 +116,7 @@ def dump(request: Request, config: Config, ranks: Ranks) -> dict:
     result = {
         "out": str(folder),
         "rows": len(manifest),
+        "passes": request.passes,
         "taps": {name: tap["width"] for name, tap in facts["taps"].items()},
         "computed": computed,
         "seconds": seconds,
@@ -137,7 +136,8 @@ def _sayer(ranks: Ranks):
 
 def _compute(folder, request: Request, config: Config, ranks: Ranks, loader: Loader, extract, block: int, say) -> int:
     """Compute this rank's contiguous share of the blocks that are not on disk; how many rows those were."""
-    n = len(loader.manifest)
+    rows = len(loader.manifest)
+    n = rows * (request.passes or 1)
     done = distributed.on_first(ranks, lambda: store.finished_blocks(folder, block))
     todo = [number for number in range(-(-n // block)) if number not in done]
     if done:
@@ -146,11 +146,14 @@ def _compute(folder, request: Request, config: Config, ranks: Ranks, loader: Loa
     mine = todo[first:last]
     parts = [np.arange(number * block, min((number + 1) * block, n)) for number in mine]
     writer = store.BlockWriter(folder, list(request.taps), block, ranks.rank)
-    batches = loader.shown(parts, _short(config), config.data.crop)
+    if request.passes:
+        batches = loader.augmented(((part % rows, part // rows) for part in parts), config.data.crop)
+    else:
+        batches = loader.shown(parts, job.short_side(config), config.data.crop)
     title = f"features of {request.source}, blocks of {block}"
     try:
         for number, batch in zip(mine, _tracked(batches, len(mine), title, ranks), strict=True):
-            writer.put(number, _on_host(extract(batch.pixels)))
+            writer.put(number, _on_host(extract(batch.pixels, batch.flips)))
     finally:
         batches.close()
         writer.close()
@@ -178,15 +181,11 @@ def _on_host(taps: dict[str, torch.Tensor]):
     return arrays
 
 
-def _short(config: Config) -> int:
-    return config.data.resize or round(config.data.crop * 256 / 224)
-
-
 def _loader(request: Request, config: Config, manifest: Manifest, ranks: Ranks, block: int) -> tuple[Loader, str]:
     """The engine's loader under the transform asked for, and the line that says how it decodes."""
     data, settings = config.data, job.settings_of(config, ranks)
     if request.transform == "svm":
-        decoder = squash.make(settings.threads, _short(config))
+        decoder = squash.make(settings.threads, job.short_side(config))
         line = f"decoding with {decoder.name}, {settings.threads} threads"
     else:
         where = (data.decode, data.decode_on, ranks.device, settings.threads)
@@ -199,19 +198,21 @@ def _loader(request: Request, config: Config, manifest: Manifest, ranks: Ranks, 
 def _facts(request: Request, config: Config, manifest: Manifest, origin: Origin, extract, block, decoder) -> dict:
     """What decides the numbers of a store, JSON values alone."""
     side = config.data.crop
-    widths = {name: x.shape[1] for name, x in extract(torch.zeros(1, side, side, 3, dtype=torch.uint8)).items()}
+    black = torch.zeros(1, side, side, 3, dtype=torch.uint8)
+    widths = {name: x.shape[1] for name, x in extract(black, black[:, 0, 0, 0]).items()}
     facts = {
         "format": _FORMAT,
         "content": manifest.content,
         "source": manifest.source,
         "rows": len(manifest),
+        "passes": _passes(request, config),
         "classes": manifest.classes,
         "checkpoint": origin.facts(),
         "taps": {name: {"file": f"{name}.npy", "width": width} for name, width in widths.items()},
         "pool": request.pool,
         "transform": request.transform,
         "side": side,
-        "short": _short(config),
+        "short": job.short_side(config),
         "mean": config.data.mean,
         "std": config.data.std,
         "dtype": request.dtype,
@@ -223,9 +224,20 @@ def _facts(request: Request, config: Config, manifest: Manifest, origin: Origin,
     return json.loads(json.dumps(facts))
 
 
+def _passes(request: Request, config: Config) -> dict | None:
+    """What decides how augmented passes show the images; row p * rows + r is image r in pass p."""
+    if not request.passes:
+        return None
+    data = config.data
+    return {"count": request.passes, "seed": config.run.seed} | {
+        name: getattr(data, name) for name in ("window", "scale", "ratio", "flip")
+    }
+
+
 def _show(result: dict) -> None:
     taps = ", ".join(f"{name} {width:,}" for name, width in result["taps"].items())
-    rows = [("rows", f"{result['rows']:,}"), ("numbers a row", taps)]
+    passes = f" in {result['passes']} augmented passes" if result["passes"] else ""
+    rows = [("rows", f"{result['rows']:,}{passes}"), ("numbers a row", taps)]
     if result["computed"]:
         rows.append(
             ("throughput", f"{result['images_per_s']:,.1f} images/s in {runlog.duration(result['seconds'])}")

@@ -1,6 +1,7 @@
 """Writing a feature store (featurestore.py reads it): whole, or resumable.
 
-DIR/feature1.npy ..  [N, D] float16 or float32, C order, to be memory-mapped
+DIR/feature1.npy ..  [N, D] float16 or float32, C order, to be memory-mapped; N = passes * images,
+                     row p * images + r is image r in pass p
 DIR/labels.npy       int64 [N], or int8 [N, classes] where an image has many
 DIR/rows/            the manifest of the images: paths, sizes, classes
 DIR/manifest.json    what was computed from what, and sha256 and bytes of every .npy; written last
@@ -42,9 +43,11 @@ def differences(folder: Path, facts: dict) -> list[str]:
 def prepare(folder: Path, facts: dict, manifest: Manifest) -> bool:
     """Lay out a store for every row of `manifest`, or take up one that was begun; whether it is finished.
 
-    facts  "taps": {name: {"width": D, ...}}, "dtype", and whatever else a resume must find unchanged.
+    facts  "taps": {name: {"width": D, ...}}, "dtype", "passes": {"count": P, ...} or None for one, and whatever
+           else a resume must find unchanged.
     Raises UserError where the folder holds other features or has no space.
     """
+    passes = facts["passes"]["count"] if facts["passes"] else 1
     try:
         folder.mkdir(parents=True, exist_ok=True)
         other = differences(folder, facts)
@@ -57,8 +60,9 @@ def prepare(folder: Path, facts: dict, manifest: Manifest) -> bool:
             for stale in folder.glob("progress-*.txt"):
                 stale.unlink()
             for name, tap in facts["taps"].items():
-                _allocate(folder / f"{name}.npy", (len(manifest), tap["width"]), np.dtype(facts["dtype"]))
-            np.save(folder / "labels.npy", np.asarray(manifest.label), allow_pickle=False)
+                _allocate(folder / f"{name}.npy", (passes * len(manifest), tap["width"]), np.dtype(facts["dtype"]))
+            labels = np.concatenate([manifest.label] * passes)
+            np.save(folder / "labels.npy", labels, allow_pickle=False)
             manifest.save(folder / "rows")
             write_text(folder / "plan.json", json.dumps(facts, indent=1) + "\n")
     except OSError as error:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from fastrot.page import markdown, pictures, published, rotation, suite, tables
 from fastrot.page.html import render
 from fastrot.page.run import SEED, Outcome, run_suite
 from fastrot.page.svg import Line
+from fastrot.page.trained import Trained, train_suite
 
 _QUERIES = 8
 _PUBLISHED_ARCH = "resnet50"
@@ -87,7 +88,8 @@ def build(checkpoint: str, suite_file: str, out: str, config: Config, ranks: Ran
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     origin, outcomes, commands = run_suite(checkpoint, chosen, folder, config, ranks, say)
-    page = _page(origin, outcomes, commands, ranks)
+    trained, more = train_suite(checkpoint, origin, chosen, folder, config, ranks, say)
+    page = _page(origin, outcomes, trained, [*commands, *more], ranks)
     again = f"fastrot page --checkpoint {checkpoint} --suite {suite_file} --out {out}"
     page.commands = [*_pretraining_command(origin), again, *page.commands]
     files = {name: folder / f"page.{name}" for name in ("html", "md", "json")}
@@ -105,7 +107,9 @@ def build(checkpoint: str, suite_file: str, out: str, config: Config, ranks: Ran
     return {name: str(path) for name, path in files.items()} | {"gaps": gaps}
 
 
-def _page(origin: Origin, outcomes: list[Outcome], commands: list[str], ranks: Ranks) -> Page:
+def _page(
+    origin: Origin, outcomes: list[Outcome], trained: list[Trained], commands: list[str], ranks: Ranks
+) -> Page:
     log = rotation.metrics(origin)
     weights = {
         "pretrained": load_backbone(origin.path)[0].conv1.weight,
@@ -128,6 +132,9 @@ def _page(origin: Origin, outcomes: list[Outcome], commands: list[str], ranks: R
     page.charts += _pretraining_charts(log)
     for outcome in outcomes:
         _add_outcome(page, outcome)
+    for one in trained:
+        _add_trained(page, one)
+    page.charts = drawable(page.charts)
     page.tables += tables.elsewhere()
     return page
 
@@ -154,6 +161,23 @@ def _add_outcome(page: Page, outcome: Outcome) -> None:
         page.neighbours.append(_neighbours(outcome))
 
 
+def _add_trained(page: Page, trained: Trained) -> None:
+    run = trained.run
+    pair = [trained.results.get(backbone) for backbone in ("ours", "random")]
+    notes = [run.note] if run.note else []
+    if run.task == "linear":
+        table = tables.heads(run.title, run.published, trained.taps, *pair, notes, trained.gap)
+    else:
+        table = tables.fine_tuned(run.title, run.published, *pair, notes, trained.gap)
+    page.tables.append(table)
+    if trained.gap is None:
+        page.tiles.append(_tile(table if run.task == "linear" else replace(table, rows=table.rows[:1])))
+        if run.task == "linear":
+            page.charts.append(_over_layers(table.title, table))
+    for backbone, result in trained.results.items():
+        page.fingerprints.append((f"{run.name}, {backbone}, weights", result["model"]))
+
+
 def _tile(table: tables.Table) -> tuple[str, str, str]:
     """A table's best figure, and the random backbone's in the same row."""
     row = max((row for row in table.rows if row.difference is not None), key=lambda row: row.ours.value)
@@ -176,6 +200,10 @@ def _charts(name: str, one: suite.Set, pair: list[dict | None], table: tables.Ta
         ]
         ticks = [(i, r.label.removeprefix("k = ")) for i, r in enumerate(table.rows)]
         return [Chart(table.title, "images a class (k)", table.unit, lines, ticks)]
+    return [_over_layers(f"{table.title}" + (", k = 20" if name == "knn" else ""), table)]
+
+
+def _over_layers(title: str, table: tables.Table) -> Chart:
     by_layer = {row.label.removesuffix(", k = 20"): row for row in table.rows}
     shown = [(i, by_layer[layer]) for i, layer in enumerate(tables.LAYERS) if layer in by_layer]
     lines = [
@@ -183,8 +211,12 @@ def _charts(name: str, one: suite.Set, pair: list[dict | None], table: tables.Ta
         Line("random", "random", [(i, r.random.value) for i, r in shown if r.random]),
         Line(published.SOURCE, "published", [(i, r.published) for i, r in shown if r.published]),
     ]
-    title = f"{table.title}" + (", k = 20" if name == "knn" else "")
-    return [Chart(title, "layer", table.unit, lines, [(i, layer) for i, layer in enumerate(tables.LAYERS)])]
+    return Chart(title, "layer", table.unit, lines, [(i, layer) for i, layer in enumerate(tables.LAYERS)])
+
+
+def drawable(charts: list[Chart]) -> list[Chart]:
+    """Those with a point; a set of which the global average alone was read has no layers to go over."""
+    return [chart for chart in charts if any(line.points for line in chart.lines)]
 
 
 def _pretraining_charts(log: list[dict]) -> list[Chart]:

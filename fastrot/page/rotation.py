@@ -19,11 +19,14 @@ _IMAGES = 64  # a batch
 
 
 def metrics(origin: Origin) -> list[dict]:
-    """The lines of the run's metrics.jsonl up to the checkpoint's step; none for foreign weights."""
+    """The lines of the run's metrics.jsonl up to the checkpoint's step; none for foreign weights, and for fine-tuned."""
     if origin.run is None:
         return []
-    state = Path(origin.path).with_name("state.json")
-    last = json.loads(state.read_text())["step"] if state.exists() else None
+    path = Path(origin.path).with_name("state.json")
+    state = json.loads(path.read_text()) if path.exists() else {}
+    if "backbone" in state.get("defining", {}):
+        return []  # it began from a backbone, and learnt something else
+    last = state.get("step")
     lines = (Path(origin.run) / "metrics.jsonl").read_text().splitlines()
     out = []
     for line in lines:
@@ -50,10 +53,13 @@ def confusion(origin: Origin, ranks: Ranks) -> list[list[float]] | None:
         [255 * v for v in config.data.mean], [255 * v for v in config.data.std], torch.float32, ranks.device
     )
     model = task.build_model(config.model.arch, 0)
-    model.load_state_dict(load_file(weights))
+    state = load_file(weights)
+    if {name: value.shape for name, value in state.items()} != {n: v.shape for n, v in model.state_dict().items()}:
+        return None  # a run that learnt other classes
+    model.load_state_dict(state)
     model.to(ranks.device, memory_format=torch.channels_last).eval()
     loader, _ = job.make_loader(config, manifest, ranks, _IMAGES, None)
-    short = config.data.resize or round(config.data.crop * 256 / 224)
+    short = job.short_side(config)
     counts = np.zeros((TURNS, TURNS))
     with torch.inference_mode():
         for batch in loader.held_out(1, 0, _IMAGES, short, config.data.crop):

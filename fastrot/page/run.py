@@ -41,7 +41,7 @@ def run_suite(
     for one in suite.sets:
         outcome = Outcome(one)
         outcomes.append(outcome)
-        outcome.gap = _missing(one, config, ranks)
+        outcome.gap = missing(one.name, one.train, one.test, config, ranks)
         if outcome.gap:
             say(f"{one.name}: left out: {outcome.gap}")
             continue
@@ -68,11 +68,11 @@ def run_suite(
     return origin, outcomes, commands
 
 
-def _missing(one: Set, config: Config, ranks: Ranks) -> str | None:
-    """Why a set cannot be run, or None."""
+def missing(name: str, train: str, test: str, config: Config, ranks: Ranks) -> str | None:
+    """Why these images cannot be had, or None."""
     try:
-        for source in (one.train, one.test):
-            job.open_manifest(source, config, ranks, one.name)
+        for source in (train, test):
+            job.open_manifest(source, config, ranks, name)
     except UserError as error:
         return str(error).splitlines()[0]
     return None

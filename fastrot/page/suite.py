@@ -1,4 +1,4 @@
-"""What a page is to run: sets of images and their probes, read from YAML."""
+"""What a page is to run, read from YAML: probes on stored features, and trainings on the images."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,8 +37,34 @@ class Set(Section):
     """What a reader of its tables must know."""
 
 
+class Run(Section):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    """Names its folder and results."""
+    title: str
+    """For a person."""
+    task: Literal["linear", "finetune"]
+    """The command that trains: heads on a frozen backbone, or the whole network."""
+    config: str
+    """Its config file."""
+    train: str
+    """Images to learn from, any source of fastrot index."""
+    test: str
+    """Images to judge by."""
+    overrides: tuple[str, ...] = ()
+    """Config keys, as in data.crop=128."""
+    grid: dict[str, Annotated[tuple[float, ...], Field(min_length=1)]] = Field({})
+    """Config keys with several values: every combination is run, the best on the images to judge by is shown."""
+    published: Literal["imagenet", "places205", "semi_1", "semi_10"] | None = None
+    """Whose published figures stand beside ours."""
+    note: str = ""
+    """What a reader of its table must know."""
+
+
 class Suite(Section):
-    sets: tuple[Set, ...]
+    sets: tuple[Set, ...] = ()
+    """Probed on stored features."""
+    runs: tuple[Run, ...] = ()
+    """Trained on the images, in run folders."""
 
 
 def load(path: str) -> Suite:

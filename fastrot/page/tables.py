@@ -146,6 +146,43 @@ def knn(title: str, of: str | None, ours, random, notes: list[str], gap: str | N
     return Table(f"k-NN, {title}", "top-1, %", rows, notes=notes, gap=gap)
 
 
+def heads(title: str, of: str | None, taps: tuple[str, ...], ours, random, notes: list[str], gap: str | None) -> Table:
+    """The protocol's linear heads, trained on the images; a layer each."""
+    rows = [
+        Row(tap, published.LINEAR.get(of, {}).get(tap), *(_share(r, f"held_out_accuracy_{tap}") for r in (ours, random)))
+        for tap in taps
+    ]
+    last = ["The last epoch's, trained on augmented images."] if ours else []
+    return Table(f"Linear heads, {title}", "top-1, %", rows, notes=[*last, *_choice(ours, random), *notes], gap=gap)
+
+
+def fine_tuned(title: str, of: str | None, ours, random, notes: list[str], gap: str | None) -> Table:
+    """A network fine-tuned on few images: top-1 and top-5."""
+    theirs = published.SEMI.get(of, (None, None))
+    names = (("top-1", "held_out_accuracy"), ("top-5", "held_out_top5"))
+    rows = [
+        Row(label, figure, *(_share(r, key) for r in (ours, random)))
+        for (label, key), figure in zip(names, theirs, strict=True)
+    ]
+    last = ["The last epoch's."] if ours else []
+    notes = [*last, *_choice(ours, random), *notes]
+    return Table(f"Fine-tuned, {title}", "accuracy, %", rows, published.OPENSELFSUP, notes=notes, gap=gap)
+
+
+def _share(result: dict | None, key: str) -> Figure | None:
+    return Figure(100 * result[key]) if result else None
+
+
+def _choice(ours: dict | None, random: dict | None) -> list[str]:
+    """Which of a grid's settings was best, where there was a grid."""
+    says = [
+        f"{name}: " + ", ".join(f"{key} {value:g}" for key, value in result["choice"].items())
+        for name, result in (("ours", ours), ("random", random))
+        if result and result["choice"]
+    ]
+    return [f"Best of a grid on the images judged by, as the protocol has it ({'; '.join(says)})."] if says else []
+
+
 def elsewhere() -> list[Table]:
     """The mission's tables that the suite runs nothing for."""
     return [

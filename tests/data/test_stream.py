@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastrot.data import augment
 from fastrot.data.order import FullOrder, WindowOrder
-from fastrot.data.plan import Plan, StreamHash, micro_steps_of, slice_of
+from fastrot.data.plan import Plan, Sample, StreamHash, micro_steps_of, slice_of
 from fastrot.data.randomness import CROP, below, philox, uniform
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "stream.json").read_text())
@@ -211,6 +211,39 @@ def test_uniform_and_below_cover_their_range():
     u = uniform(words)
     assert 0 <= u.min() < 0.001 and 0.999 < u.max() < 1
     assert set(below(words[:, 0], 7).tolist()) == set(range(7))
+
+
+@pytest.mark.parametrize("height, width", [(375, 500), (500, 375), (128, 128), (97, 301)])
+def test_a_shifted_box_shows_what_a_crop_of_the_central_square_shows(height, width):
+    from PIL import Image
+    from torchvision.transforms import CenterCrop, Compose, Resize
+
+    from conftest import draw
+
+    image, rows = draw(height, width, 1), np.arange(300)
+    words = philox(9, rows, 2, CROP)
+    sizes = np.full(300, height), np.full(300, width)
+    boxes = augment.shifted_boxes(9, rows, np.full(300, 2), *sizes, 73, 64)
+    square = Compose([Resize(73), CenterCrop(73)])(image)
+    down, right = (below(words[:, column], 10) for column in (2, 3))
+    assert set(down) == set(right) == set(range(10)), "from edge to edge"
+    for row in rows[:4]:
+        top, left, h, w = boxes[row]
+        ours = image.resize((64, 64), Image.Resampling.BILINEAR, (left, top, left + w, top + h))
+        theirs = square.crop((right[row], down[row], right[row] + 64, down[row] + 64))
+        assert np.abs(np.asarray(ours, float) - np.asarray(theirs, float)).mean() < 0.6
+    inside = (boxes[:, :2] >= -1e-9) & (boxes[:, :2] + boxes[:, 2:] <= np.array([height, width]) + 1)
+    assert inside.all()
+
+
+def test_boxes_enter_the_hash_whole():
+    sizes = np.full(5, 90, np.int32), np.full(5, 120, np.int32)
+    plan = Plan(3, *sizes, FullOrder(5, 3), shift=(73, 64))
+    sha, moved = StreamHash(), StreamHash()
+    step = plan.at(0, 5)
+    sha.add(step, np.zeros(5, np.int64))
+    moved.add(step.replaced(0, Sample(**{**vars(step.part(0, 1)), "windows": step.windows[:1] + 1e-6})), np.zeros(5, np.int64))
+    assert step.windows.dtype == np.float64 and sha.hexdigest() != moved.hexdigest()
 
 
 @pytest.mark.parametrize("height, width", [(375, 500), (500, 375), (128, 128), (97, 301), (30, 20)])

@@ -18,6 +18,8 @@ from conftest import ROOT, write_folder
 from fastrot import backbone, distributed
 from fastrot.data.decode.squash import squashed_pixels
 from fastrot.data.manifest import Manifest
+from fastrot.data.order import FullOrder
+from fastrot.data.plan import Plan
 from fastrot.errors import UserError
 from fastrot.features import store
 from fastrot.featurestore import open_store
@@ -85,8 +87,10 @@ def test_the_svms_features_are_those_of_a_plain_loop(fastrot, images, checkpoint
     np.testing.assert_allclose(open_store(tmp_path / "f").features["feature4"], want, rtol=1e-3, atol=1e-4)
 
 
-def test_a_store_killed_twice_and_resumed_is_the_same_bytes(fastrot, images, checkpoint, tmp_path, monkeypatch):
-    words = ["features", "--checkpoint", checkpoint, "--data", images, *SMALL, "--out"]
+@pytest.mark.parametrize("passes", [(), ("--passes", 2)], ids=["evaluation", "augmented"])
+def test_a_store_killed_twice_and_resumed_is_the_same_bytes(fastrot, images, checkpoint, tmp_path, monkeypatch, passes):
+    words = ["features", "--checkpoint", checkpoint, "--data", images, *SMALL, *passes, "--out"]
+    blocks = 12 if passes else 6
     assert fastrot(*words, tmp_path / "whole").code == 0
     monkeypatch.setattr(store, "_COMMIT_S", -1.0)
     write = os.pwrite
@@ -105,9 +109,46 @@ def test_a_store_killed_twice_and_resumed_is_the_same_bytes(fastrot, images, che
         assert died.code == 3 and "cannot be written (No space left on device)" in died.err
     monkeypatch.setattr(store.os, "pwrite", write)
     done = fastrot(*words, tmp_path / "killed", "--json")
-    assert done.json["computed"] == 12 - 2 * 2 and "goes on after 2 of 6 blocks" in done.err
+    assert done.json["computed"] == 2 * blocks - 2 * 2 and f"goes on after 2 of {blocks} blocks" in done.err
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert fastrot(*words, tmp_path / "killed", "--json").json["computed"] == 0
+
+
+def test_augmented_passes_are_the_plans_epochs(fastrot, images, checkpoint, tmp_path):
+    """The oracle: each window cut and resized by PIL, mirrored where the plan says, one image at a time."""
+    words = ("features", "--checkpoint", checkpoint, "--data", images, "--taps", "4,avg", "--passes", 3, "run.seed=5")
+    done = fastrot(*words, *SMALL, "data.scale=[0.3,0.9]", "--out", tmp_path / "f", "--json")
+    assert (done.json["rows"], done.json["passes"], done.json["computed"]) == (12, 3, 36) and "3 augmented passes" in done.err
+    made, rows = open_store(tmp_path / "f"), Manifest.load(tmp_path / "f" / "rows")
+    assert made.labels.tolist() == 3 * rows.label.tolist()
+    facts = json.loads((tmp_path / "f" / "manifest.json").read_text())
+    assert facts["passes"] == {
+        "count": 3, "seed": 5, "window": "random_resized", "scale": [0.3, 0.9], "ratio": [0.75, 4 / 3], "flip": 0.5,
+    }  # fmt: skip
+    plan = Plan(5, rows.height, rows.width, FullOrder(12, 5), scale=(0.3, 0.9))
+    model, _ = backbone.load_backbone(str(checkpoint))
+    normalise = T.Compose([T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    for at in (0, 7, 12, 30, 35):
+        sample = plan.of(np.array([at % 12]), np.array([at // 12]))
+        top, left, h, w = sample.windows[0].tolist()
+        image = Image.open(rows.path(at % 12)).crop((left, top, left + w, top + h)).resize((64, 64), Image.BILINEAR)
+        image = image.transpose(Image.FLIP_LEFT_RIGHT) if sample.flips[0] else image
+        with torch.no_grad():
+            want = flat_features(model, normalise(image)[None], ("feature4", "avg"), "adaptive")
+        for tap, values in want.items():
+            assert np.abs(made.features[tap][at] - values[0].numpy()).mean() < 0.02 * values.abs().mean(), (tap, at)
+    assert not np.array_equal(made.features["avg"][:12], made.features["avg"][12:24])
+    other = fastrot(*words, *SMALL, "data.scale=[0.4,0.9]", "--out", tmp_path / "f")
+    assert other.code == 2 and "holds features of another passes" in other.err
+
+
+@pytest.mark.parametrize("passes", [(), ("--passes", 3)], ids=["evaluation", "augmented"])
+def test_a_block_size_changes_no_row_beyond_rounding(fastrot, images, checkpoint, tmp_path, passes):
+    words = ("features", "--checkpoint", checkpoint, "--data", images, "--taps", "avg", *SMALL, *passes)
+    for size in (2, 5):  # blocks of 5 straddle the passes
+        assert fastrot(*words, f"engine.images_per_micro_step={size}", "--out", tmp_path / str(size)).code == 0
+    two, five = (open_store(tmp_path / size).features["avg"] for size in "25")
+    np.testing.assert_allclose(two, five, rtol=1e-4, atol=1e-5)
 
 
 def start(launcher, *words):
@@ -177,6 +218,9 @@ def test_what_a_user_may_get_wrong_is_one_line(fastrot, images, checkpoint, tmp_
         "holds features of another pool": [*mine, "--pool", "gap"],
         "pool specified is for images of 224": [*mine[:-1], tmp_path / "x", "--pool", "specified", "--taps", "5"],
         "cannot be written": [*mine[:-1], checkpoint / "below"],
+        "--passes 0: must be 1 or more": [*mine, "--passes", "0"],
+        "--passes: --transform svm shows every image whole": [*mine, "--passes", "2", "--transform", "svm"],
+        "holds features of another passes": [*mine, "--passes", "2"],
     }
     for line, command in cases.items():
         done = fastrot(*command)

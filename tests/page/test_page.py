@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from conftest import write_folder
 from fastrot.config import load, to_yaml
 from fastrot.model import backbone_state, build_model
-from fastrot.page import suite, svg, tables
+from fastrot.page import build, suite, svg, tables
 
 SUITE = """
 sets:
@@ -32,7 +33,33 @@ sets:
     transform: svm
     probes: [svm, lowshot]
     published: voc07
+runs:
+  - name: heads
+    title: Small
+    task: linear
+    config: configs/linear_in1k.yaml
+    train: {images}
+    test: {images}
+    overrides: [data.crop=32, linear.pool=adaptive, "linear.taps=[feature4,feature5]", {quick}]
+    published: imagenet
+  - name: few
+    title: half of Small
+    task: finetune
+    config: configs/semi_in1k_10.yaml
+    train: {images}
+    test: {images}
+    overrides: [data.crop=32, finetune.fraction=0.5, {quick}]
+    grid: {{optim.lr: [0.01], finetune.head_rate: [1, 2]}}
+    published: semi_10
+  - name: places
+    title: Places205
+    task: linear
+    config: configs/linear_places205.yaml
+    train: {images}/none
+    test: {images}
+    published: places205
 """
+QUICK = "data.decode=torch, optim.images_per_step=8, run.max_steps=1, run.tensorboard=false"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +83,7 @@ def run(tmp_path_factory):
     model = build_model("resnet18", 4, 5)
     save_file(model.state_dict(), step / "model.safetensors")
     save_file(backbone_state(model), step / "backbone.safetensors")
-    (root / "suite.yaml").write_text(SUITE.format(images=images))
+    (root / "suite.yaml").write_text(SUITE.format(images=images, quick=QUICK))
     return root
 
 
@@ -82,17 +109,27 @@ def test_a_page_holds_figures_controls_gaps_and_pictures(fastrot, run):
     assert knn["published"] == 11.0
     assert knn["difference"] == pytest.approx(knn["ours"]["value"] - knn["random"]["value"])
     results = {b: next((run / "out" / "results" / b).glob("small-knn-*.json")) for b in ("ours", "random")}
+    trained = {b: next((run / "out" / "results" / b).glob("heads-*.json")) for b in ("ours", "random")}
     assert knn["ours"]["value"] == json.loads(results["ours"].read_text())["layers"]["avg"]["k"]["10"]["top1"]
     assert by_title["SVM, Pascal VOC07"]["rows"][-1]["published"] == 67.70
     assert "ImageSets" in by_title["SVM, Pascal VOC07"]["gap"]
     assert all(sum(row) == pytest.approx(1) for row in page["rotation_confusion"])
+    heads = {row["label"]: row for row in by_title["Linear heads, Small"]["rows"]}
+    assert list(heads) == ["feature4", "feature5"] and heads["feature4"]["published"] == 54.20
+    few = by_title["Fine-tuned, half of Small"]
+    tried = [json.loads(path.read_text()) for path in (run / "out" / "results" / "ours").glob("few-*.json")]
+    assert [row["published"] for row in few["rows"]] == [54.75, 80.21] and len(tried) == 2
+    assert few["rows"][0]["ours"]["value"] == pytest.approx(100 * max(one["held_out_accuracy"] for one in tried))
+    assert "Best of a grid" in " ".join(few["notes"]) and few["source"].startswith("OpenSelfSup")
+    places = by_title["Linear heads, Places205"]
+    assert "none: no such folder" in places["gap"] and places["rows"][3]["published"] == 46.30
 
     html = (run / "out" / "page.html").read_text()
     links = Links()
     links.feed(html)
     assert links.found and all(value.startswith("data:image/") for value in links.found)
     assert not re.search(r"@import|url\(|<script", html)
-    assert links.tags.count("svg") == 2 + 2 + 1, "accuracy, loss, k-NN, linear, confusion"
+    assert links.tags.count("svg") == 2 + 3 + 1, "accuracy, loss, k-NN, linear classifiers, linear heads, confusion"
     assert "Small &lt;set&gt;" in html and "<set>" not in html
     assert "The published figures are ResNet-50" in html
     assert html.count('class="thumb') == 3 * (1 + 5 + 5)
@@ -102,9 +139,10 @@ def test_a_page_holds_figures_controls_gaps_and_pictures(fastrot, run):
     for command in page["commands"]:
         assert command in markdown
 
-    before = {b: path.stat().st_mtime_ns for b, path in results.items()}
+    files = [*results.values(), *trained.values()]
+    before = [path.stat().st_mtime_ns for path in files]
     assert fastrot(*words).code == 0
-    assert {b: path.stat().st_mtime_ns for b, path in results.items()} == before, "what is there is not done again"
+    assert [path.stat().st_mtime_ns for path in files] == before, "what is there is not done again"
 
 
 def test_the_epochs_after_the_checkpoint_are_not_its_curves(run):
@@ -113,6 +151,26 @@ def test_the_epochs_after_the_checkpoint_are_not_its_curves(run):
 
     log = metrics(load_backbone(str(run / "run"))[1])
     assert [values["step"] for values in log] == [0, 1, 2, 3]
+
+
+def test_a_fine_tuned_run_has_no_rotation_curves_and_no_confusion(run, tmp_path):
+    from fastrot import distributed
+    from fastrot.backbone import load_backbone
+    from fastrot.page import rotation
+
+    shutil.copytree(run / "run", tmp_path / "run")
+    step = tmp_path / "run" / "checkpoints" / "step-00000004"
+    (step / "state.json").write_text(json.dumps({"step": 4, "position": 512, "defining": {"backbone": "c0ffee"}}))
+    save_file(build_model("resnet18", 7, 5).state_dict(), step / "model.safetensors")
+    origin = load_backbone(str(tmp_path / "run"))[1]
+    assert rotation.metrics(origin) == []
+    assert rotation.confusion(origin, distributed.start()) is None
+    distributed.end()
+
+
+def test_a_chart_without_a_point_is_left_out():
+    bare, drawn = (build.Chart("k-NN", "layer", "%", [svg.Line("ours", "ours", points)]) for points in ([], [(0, 1.0)]))
+    assert build.drawable([bare, drawn]) == [drawn]
 
 
 def test_low_shot_tables_follow_the_layer_that_is_best_at_the_largest_k():
@@ -145,6 +203,8 @@ def test_axes_are_round_and_hold_every_point(low, high):
         ("sets: [{name: a, title: A, train: x, test: x, probes: [svn]}]", "sets.0.probes.0"),
         ("sets: [{name: A b, title: A, train: x, test: x, probes: []}]", "sets.0.name"),
         ("set: []", "set: Extra inputs"),
+        ("runs: [{name: a, title: A, task: train, config: c, train: x, test: x}]", "runs.0.task"),
+        ("runs: [{name: a, title: A, task: linear, config: c, train: x, test: x, grid: {optim.lr: []}}]", "runs.0.grid"),
         ("sets: [", "not YAML"),
     ],
 )

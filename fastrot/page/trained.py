@@ -1,0 +1,90 @@
+"""Training what a suite asks for, heads or whole networks, on both backbones, in run folders like any other."""
+
+import hashlib
+import itertools
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastrot import job
+from fastrot.backbone import Origin
+from fastrot.checkpoint import write_text
+from fastrot.config import Config, flat, load
+from fastrot.distributed import Ranks
+from fastrot.finetune import fine_tune
+from fastrot.linear import train_heads
+from fastrot.page.run import BACKBONES, SEED, missing
+from fastrot.page.suite import Run, Suite
+
+_TRAIN = {"linear": train_heads, "finetune": fine_tune}
+
+
+@dataclass
+class Trained:
+    """What one run of a suite gave. results: backbone -> the best of its grid, as `--json` prints it, with its choice."""
+
+    run: Run
+    taps: tuple[str, ...]
+    gap: str | None = None
+    results: dict[str, dict] = field(default_factory=dict)
+
+
+def train_suite(
+    checkpoint: str, origin: Origin, suite: Suite, out: Path, config: Config, ranks: Ranks, say
+) -> tuple[list[Trained], list[str]]:
+    """Every run the suite asks for and the data allows; what is done already is not done again.
+
+    Returns an outcome a run, and the commands that repeat them. Raises UserError.
+    """
+    outcomes, commands = [], []
+    for run in suite.runs:
+        trained = Trained(run, load(run.config, list(run.overrides))[0].linear.taps)
+        outcomes.append(trained)
+        trained.gap = missing(run.name, run.train, run.test, config, ranks)
+        if trained.gap:
+            say(f"{run.name}: left out: {trained.gap}")
+            continue
+        for backbone in BACKBONES:
+            weights = ["--checkpoint", checkpoint] if backbone == "ours" else ["--random-init", str(SEED)]
+            tried = []
+            for choice in _choices(run):
+                say(f"{run.name}, {backbone} backbone{''.join(f', {key} {value:g}' for key, value in choice.items())}")
+                words = [*run.overrides, *(f"{key}={value}" for key, value in choice.items())]
+                words += [f"model.arch={origin.arch}", f"data.train={run.train}", f"data.val={run.test}"]
+                words += ["engine.kind=plain", "run.keep_last=2"]
+                result, command = _done(run, words, weights, backbone, origin, out, ranks)
+                tried.append(result | {"choice": choice})
+                commands.append(command)
+            trained.results[backbone] = max(tried, key=lambda result: result["held_out_accuracy"])
+    return outcomes, commands
+
+
+def _choices(run: Run) -> list[dict[str, float]]:
+    """Every combination of a run's grid."""
+    return [dict(zip(run.grid, values, strict=True)) for values in itertools.product(*run.grid.values())]
+
+
+def _done(
+    run: Run, words: list[str], weights: list[str], backbone: str, origin: Origin, out: Path, ranks: Ranks
+) -> tuple[dict, str]:
+    """A run's result, as it lies there where weights, settings and data are the same, else new; and its command."""
+    settings = load(run.config, words)[0]
+    contents = [job.open_manifest(source, settings, ranks, run.name).content for source in (run.train, run.test)]
+    digest = origin.sha256 if backbone == "ours" else SEED
+    known = {key: value for key, value in flat(settings).items() if not key.startswith("run.") or key == "run.seed"}
+    key = hashlib.sha256(json.dumps([run.task, known, contents, digest]).encode()).hexdigest()[:12]
+    folder, path = out / "runs" / backbone / f"{run.name}-{key}", out / "results" / backbone / f"{run.name}-{key}.json"
+    words = [*words, f"run.out={folder}"]
+    if not path.exists():
+        begin = (weights[1], None) if backbone == "ours" else (None, SEED)
+        result = _TRAIN[run.task](*begin, load(run.config, words)[0], ranks, "auto")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(result | {"model": _model_hash(folder)}, indent=1) + "\n")
+    return json.loads(path.read_text()), shlex.join(["fastrot", run.task, *weights, "--config", run.config, *words])
+
+
+def _model_hash(folder: Path) -> str:
+    """sha256 of the weights that a run ended with."""
+    newest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
+    return json.loads((newest / "manifest.json").read_text())["files"]["model.safetensors"]["sha256"]

@@ -1,0 +1,84 @@
+"""What a backbone is trained on after pretraining, checked: the weights, the classes, the settings."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from fastrot.backbone import Origin, backbone_of
+from fastrot.config import Config, flat
+from fastrot.data.manifest import Manifest
+from fastrot.distributed import Ranks
+from fastrot.errors import UserError
+from fastrot.job import Job, open_manifest
+from fastrot.profiling.roofline import Row
+
+# switches of engine that pretraining alone has, and what leaves them out
+_PRETRAINING = {"compile": False, "cuda_graphs": False, "norm": "torch", "stem_channels": 3, "recompute": False}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins from. backbone: in eval mode, frozen; config: with its architecture; classes: how many."""
+
+    backbone: nn.Module
+    origin: Origin
+    config: Config
+    classes: int
+
+    def defining(self, section: str) -> dict:
+        """What else a resume must find unchanged: a section of the config, and the weights."""
+        weights = self.origin.sha256 or f"random, seed {self.origin.seed}"
+        mine = {key: value for key, value in flat(self.config).items() if key.startswith(f"{section}.")}
+        return mine | {"backbone": weights}
+
+
+class TransferJob(Job):
+    """A job that begins from a backbone."""
+
+    def __init__(self, begin: Start, *parts):
+        self.begin = begin
+        super().__init__(*parts)
+
+    def step_rows(self, side: int) -> list[Row]:
+        """None: the roof in the log is that of pretraining."""
+        return []
+
+
+def start(command: str, checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks) -> Start:
+    """Load the backbone of a checkpoint, or draw one from a seed, for labelled images. Raises UserError."""
+    for wrong, line in (
+        (config.rotation.views != "one", "rotation.views must be one: an image is one view, and is not turned"),
+        (config.rotation.shuffle_labels, "rotation.shuffle_labels is for pretraining"),
+        *((getattr(config.engine, key) != off, f"engine.{key} is for pretraining") for key, off in _PRETRAINING.items()),
+    ):
+        if wrong:
+            raise UserError(f"fastrot {command}: {line}")
+    backbone, origin = backbone_of(checkpoint, seed, config.model.arch)
+    classes = _classes(config, ranks)
+    model = config.model.model_copy(update={"arch": origin.arch})
+    return Start(backbone, origin, config.model_copy(update={"model": model}), classes)
+
+
+def _classes(config: Config, ranks: Ranks) -> int:
+    """How many classes the training images have. Raises UserError where labels or class names do not fit together."""
+    train = open_manifest(config.data.train, config, ranks, "data.train")
+    classes = int(_labels(train).max()) + 1
+    if config.data.val:
+        val = open_manifest(config.data.val, config, ranks, "data.val")
+        largest = int(_labels(val).max())
+        if largest >= classes:
+            raise UserError(f"{val.source}: label {largest}, but the training images have classes 0 to {classes - 1}")
+        if train.classes and val.classes and train.classes != val.classes:
+            odd = sorted(set(train.classes) ^ set(val.classes))[:3]
+            raise UserError(
+                f"{val.source}: other classes than {train.source}, so labels do not mean the same: {', '.join(odd)}"
+            )
+    return classes
+
+
+def _labels(manifest: Manifest) -> np.ndarray:
+    labels = np.asarray(manifest.label)
+    if labels.ndim > 1 or int(labels.min()) < 0:
+        raise UserError(f"{manifest.source}: every image needs one class; fastrot svm is for many labels")
+    return labels
