@@ -1,4 +1,4 @@
-"""Squared-hinge SVMs by the hundred: Newton steps by conjugate gradients or a Cholesky factor, whichever is cheaper.
+"""Squared-hinge SVMs by the hundred: Newton steps by conjugate gradients, with Cholesky factors where those pay.
 
 A problem is LIBLINEAR's L2-regularised L2-loss SVM with the intercept b among the weights:
     min  ½‖w‖² + ½b² + Σᵢ Cᵢ max(0, 1 - yᵢ fᵢ)²,    fᵢ = w·xᵢ + b,    Cᵢ = cost · weightᵢ.
@@ -6,9 +6,10 @@ Its solution is w = Xᵀβ, b = 1ᵀβ, so f = Kβ with K = X Xᵀ + 1, and prob
 In β the optimum is the fixed point of β*(f)ᵢ = 2 Cᵢ yᵢ max(0, 1 - yᵢ fᵢ).
 
 A Newton step takes the rows short of their margin as given, A, and solves (I + D K) δ = β* - β, D = 2 C on A and 0
-elsewhere. At small costs A is every row and conjugate gradients need a few rounds, each one product shared by all
-problems. At large costs they need dozens, while A shrinks to the support vectors: there each problem is solved by a
-factor of K_AA. Either runs in float32: gradient, line search and scores are float64, so a step's rounding is the
+elsewhere, by conjugate gradients. At small costs A is every row and they need a few rounds, each one product shared
+by all problems. At large costs they would need dozens, while A shrinks to the support vectors: there each problem
+gets a Cholesky factor of K_AA, which solves that step in a round, and the next steps, and the next cost, in few, for
+A and D change little. They run in float32: gradient, line search and scores are float64, so a step's rounding is the
 next step's residual, as in iterative refinement. The objective falls with every step, whatever the step's precision.
 
 Error: β* is dual feasible, and the duality gap is ½ (β* - β)ᵀ K (β* - β) = ½ ‖gradient‖². The objective
@@ -32,7 +33,7 @@ TOLERANCE = 1e-4  # of (w, b), absolute, and relative where they are shorter tha
 _NEWTON_STEPS = 200
 _CG_STEPS = 1000
 # of the gradient left after a step; steps less exact put rows on the wrong side of their margin at high costs
-_FORCING = 1e-3
+_FORCING = 1e-2
 _SINGLE_STEPS = 8  # Newton steps that may be float32; a problem that needs more gets float64
 _DROWNED = 100  # times the gradient: a residual whose gradient float32 products would lose in rounding
 _SEARCH_STEPS = 30
@@ -58,6 +59,11 @@ class Solution:
     factors: Factors
     rounds: Tensor
     products: int
+
+    def part(self, columns: slice) -> "Solution":
+        """Of neighbouring problems; products are those of all."""
+        arrays = (a[..., columns] for a in (self.beta, self.scores, self.error))
+        return Solution(*arrays, self.factors.part(columns), self.rounds[:, columns], self.products)
 
 
 def solve(
@@ -98,7 +104,9 @@ def solve(
             a[..., alive] for a in (columns, labels, bounds, beta, scores, residual, pull, error, target, done)
         )
         curve = torch.where(labels * scores < 1, bounds, 0)
-        goal = torch.where(done, torch.inf, torch.maximum(_FORCING * error, 0.5 * target))
+        linear = (curve == bounds).all(1, keepdim=True)  # no row is at its margin: the step may be the last
+        forcing = torch.where(linear, min(_FORCING, 0.5 * tolerance), _FORCING)
+        goal = torch.where(done, torch.inf, torch.maximum(forcing * error, 0.5 * target))
         way = torch.empty_like(beta)
         drowned = (residual.norm(dim=1, keepdim=True) > _DROWNED * error) & ~done  # K takes nearly all of it to nought
         single = kernel.dense and newton_step < _SINGLE_STEPS and not drowned.any()

@@ -17,7 +17,8 @@ from fastrot.probes.solver import TOLERANCE, Solution, solve
 COSTS = (1.0, 10.0, 100.0, *(0.5**n for n in range(4, 20)))
 FOLDS = 3
 POSITIVE_WEIGHT = 2.0  # class_weight {1: 2, -1: 1}
-_BLOCK_COLUMNS = 128  # classes solved together; their ten float64 arrays of rows stay small beside K
+_LOW_COST = 0.1  # a start from nought takes no more rounds than one from half the cost
+_BLOCK_COLUMNS = 32  # classes solved together; their float64 arrays of rows and low costs stay small beside K
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,22 @@ def stratified_folds(positive: NDArray[np.bool_], folds: int) -> NDArray[np.int6
 def path(
     kernel, labels: Tensor, weights: Tensor, costs: ArrayLike, tolerance: float = TOLERANCE
 ) -> Iterator[tuple[int, Solution]]:
-    """Solve for each cost, least first, each from the last: (index in costs, solution).
+    """Solve for each cost, least first: (index in costs, solution). The low ones are solved at once, as so many
+    problems more in each product with K; each of the others starts from the last.
 
     labels, weights  float64 [G, n, P], as solver.solve takes them.
     """
+    costs, problems = np.asarray(costs, np.float64), weights.shape[2]
+    order = np.argsort(costs, kind="stable")
+    low, high = order[costs[order] <= _LOW_COST], order[costs[order] > _LOW_COST]
     solution = None
-    for index in np.argsort(costs, kind="stable").tolist():
+    if len(low):
+        bounds = torch.cat([2 * float(costs[index]) * weights for index in low], 2)
+        together = solve(kernel, labels.expand(weights.shape).repeat(1, 1, len(low)), bounds, None, tolerance)
+        for at, index in enumerate(low.tolist()):
+            solution = together.part(slice(at * problems, (at + 1) * problems))
+            yield index, solution
+    for index in high.tolist():
         solution = solve(kernel, labels, 2 * float(costs[index]) * weights, solution, tolerance)
         yield index, solution
 
