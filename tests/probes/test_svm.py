@@ -223,7 +223,11 @@ def test_a_block_that_is_singular_to_float32_is_factored_in_float64():
     x = normalised(np.random.default_rng(4).standard_normal((20, 5)))
     kernel = Gram(gram(torch.cat([x, x])[None]))
     curve, residual = torch.full((1, 40, 1), 1e10, dtype=torch.float64), torch.ones(1, 40, 1, dtype=torch.float64)
-    factors, which, names = Factors(1, 1, x.device), torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, dtype=torch.int64)
+    factors, which, names = (
+        Factors(1, 1, x.device),
+        torch.ones(1, 1, dtype=torch.bool),
+        torch.zeros(1, dtype=torch.int64),
+    )
     factors.renew(kernel, torch.float32, curve, which, names)
     got = factors.solved(residual, kernel.product(residual), which, names)
     left = residual - got - curve * kernel.product(got)
