@@ -30,6 +30,7 @@ class Factors:
 
     def renew(self, kernel: Gram, dtype: torch.dtype, curve: Tensor, which: Tensor, columns: Tensor) -> None:
         """Factor the rows where D = curve > 0 of the problems which, bool [G, P']; P' of columns."""
+        names = columns.tolist()
         for group, at in which.nonzero().tolist():
             rows = curve[group, :, at].nonzero()[:, 0]
             matrix, ridge = kernel.block(group, rows, dtype), 1 / curve[group, rows, at]
@@ -39,9 +40,8 @@ class Factors:
                 matrix = kernel.block(group, rows, torch.float64)
                 matrix.diagonal().add_(ridge)
                 factor = torch.linalg.cholesky(matrix)
-            column = int(columns[at])
-            self._held[group, column] = rows, factor
-            self.sizes[group, column] = len(rows)
+            self._held[group, names[at]] = rows, factor
+            self.sizes[group, names[at]] = len(rows)
 
     def part(self, columns: slice) -> "Factors":
         """Those of neighbouring problems."""
@@ -55,9 +55,9 @@ class Factors:
 
         rest, pull = K rest  [G, n, P']. which  bool [G, P']. columns  int64 [P'].
         """
-        out = rest.clone()
+        out, names = rest.clone(), columns.tolist()
         for group, at in which.nonzero().tolist():
-            held = self._held.get((group, int(columns[at])))
+            held = self._held.get((group, names[at]))
             if held:
                 rows, factor = held
                 half = torch.linalg.solve_triangular(factor, pull[group, rows, at, None].to(factor.dtype), upper=False)

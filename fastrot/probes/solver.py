@@ -49,7 +49,7 @@ class Solution:
     beta, scores  float64 [G, n, P]: w = Xᵀβ, b = 1ᵀβ, and f on every row, those left out too.
     error         float64 [G, P]: the gradient's norm; at most this far from the optimum is (w, b).
     factors       of K, for the next problems.
-    rounds        float64 [G, P]: the conjugate gradients' of the last Newton step; without factors the most of any step.
+    rounds        float64 [G, P]: conjugate-gradient steps of the last Newton step; without a factor, the most of any.
     products      how often K was multiplied by a block of vectors.
     """
 
@@ -61,9 +61,10 @@ class Solution:
     products: int
 
     def part(self, columns: slice) -> "Solution":
-        """Of neighbouring problems; products are those of all."""
+        """Of neighbouring problems; the products of all count with the first."""
         arrays = (a[..., columns] for a in (self.beta, self.scores, self.error))
-        return Solution(*arrays, self.factors.part(columns), self.rounds[:, columns], self.products)
+        products = self.products if columns.start == 0 else 0
+        return Solution(*arrays, self.factors.part(columns), self.rounds[:, columns], products)
 
 
 def solve(
@@ -156,8 +157,8 @@ def _conjugate_gradients(
     Returns δ, the rounds of each problem, float64 [G, P], and how often K was multiplied by a block of vectors.
 
     I + D K is self-adjoint in the inner product aᵀ K b, which is that of the weights Xᵀa and Xᵀb: these are the
-    conjugate gradients of the primal Newton system, and its inverse for other rows, from factors, is a preconditioner
-    that is self-adjoint, too. In float32 they run at twice the rate, and the next Newton step, whose gradient is
+    conjugate gradients of the primal Newton system. Its inverse for the rows of a factor is self-adjoint, too: the
+    preconditioner. In float32 they run at twice the rate, and the next Newton step, whose gradient is
     float64, mends what they left.
     """
     solution, taken, products = torch.zeros_like(residual), torch.zeros_like(residual[:, 0]), 0
