@@ -16,6 +16,10 @@ class Gram:
         """K v, [G, n, P], in the precision of v: float64 or float32."""
         return (self.matrix if v.dtype == torch.float64 else self._single) @ v
 
+    def among(self, rows: Tensor) -> "Gram":
+        """K of some rows of every group; rows int64 [m]."""
+        return Gram(self.matrix[:, rows[:, None], rows])
+
     def block(self, group: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """K of some rows of a group with themselves, [m, m] of dtype; rows int64 [m]."""
         return (self.matrix if dtype == torch.float64 else self._single)[group, rows[:, None], rows]
@@ -28,6 +32,9 @@ class Features:
 
     def __init__(self, x: Tensor):
         self._x = x
+
+    def among(self, rows: Tensor) -> "Features":
+        return Features(self._x[:, rows])
 
     def product(self, v: Tensor) -> Tensor:
         return self._x @ (self._x.mT @ v) + v.sum(1, keepdim=True)

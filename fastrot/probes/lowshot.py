@@ -17,7 +17,7 @@ from fastrot.probes.svm import COSTS, FOLDS, POSITIVE_WEIGHT, normalised, path, 
 KS = (1, 2, 4, 8, 16, 32, 64, 96)
 SAMPLES = 5
 NEGATIVES = 19  # to one positive
-_BLOCK_BYTES = 1 << 30  # of the Gram matrices solved together
+_BLOCK_BYTES = 1 << 25  # of the Gram matrices solved together
 
 
 @dataclass(frozen=True)
@@ -143,22 +143,27 @@ def _one_draw(whole, cross, targets, test_y, costs, folds):
     inside = np.stack([held_out != fold for fold in range(folds)] + [np.ones_like(held_out, bool)], axis=2)
     inside = weights[:, :, None] * inside
 
-    device = whole.device
-    average, validation, errors = np.empty((len(kinds), len(costs))), np.zeros((len(kinds), len(costs))), []
+    device, classes = whole.device, len(kinds)
+    used = torch.from_numpy(np.flatnonzero((targets >= 0).any(1))).to(device)
+    betas = torch.zeros(len(costs), classes, len(whole), dtype=whole.dtype, device=device)  # of all drawn images
+    validation, errors = np.zeros((classes, len(costs))), []
     step = max(1, _BLOCK_BYTES // (8 * count**2))
-    for first in range(0, len(kinds), step):
+    for first in range(0, classes, step):
         block = slice(first, first + step)
         rows = torch.from_numpy(drawn[block].copy()).to(device)  # row by row: so will the Gram matrices lie
         labels = torch.from_numpy(np.where(kinds[block] == 1, 1.0, -1.0)).to(device)[..., None]
         kernel = Gram(whole[rows[:, :, None], rows[:, None, :]])
         for i, solution in path(kernel, labels, torch.from_numpy(inside[block]).to(device), costs):
             errors.append(float(solution.error.max()))
+            betas[i, block].scatter_(1, rows, solution.beta[..., folds])
             scores = solution.scores.cpu().numpy()
-            for at, c in enumerate(range(len(kinds))[block]):
-                test = (solution.beta[at, :, folds] @ cross[rows[at]]).cpu().numpy()
-                kept = test_y[:, c] != -1
-                average[c, i] = area_ap(test_y[kept, c] > 0, test[kept])
+            for at, c in enumerate(range(classes)[block]):
                 for fold in range(folds):
                     out = held_out[c] == fold
                     validation[c, i] += step_ap(kinds[c, out] == 1, scores[at, out, fold])
+    decisions = (betas[..., used].flatten(0, 1) @ cross[used]).unflatten(0, betas.shape[:2]).cpu().numpy()
+    average = np.empty((classes, len(costs)))
+    for c, column in enumerate(test_y.T):
+        kept = column != -1
+        average[c] = [area_ap(column[kept] > 0, test[c, kept]) for test in decisions]
     return average, validation.argmax(1), max(errors)

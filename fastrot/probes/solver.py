@@ -1,4 +1,4 @@
-"""Squared-hinge SVMs by the hundred: Newton steps by conjugate gradients or a Cholesky factor, whichever is cheaper.
+"""Squared-hinge SVMs by the hundred: Newton steps by conjugate gradients, with Cholesky factors where those pay.
 
 A problem is LIBLINEAR's L2-regularised L2-loss SVM with the intercept b among the weights:
     min  ½‖w‖² + ½b² + Σᵢ Cᵢ max(0, 1 - yᵢ fᵢ)²,    fᵢ = w·xᵢ + b,    Cᵢ = cost · weightᵢ.
@@ -6,9 +6,10 @@ Its solution is w = Xᵀβ, b = 1ᵀβ, so f = Kβ with K = X Xᵀ + 1, and prob
 In β the optimum is the fixed point of β*(f)ᵢ = 2 Cᵢ yᵢ max(0, 1 - yᵢ fᵢ).
 
 A Newton step takes the rows short of their margin as given, A, and solves (I + D K) δ = β* - β, D = 2 C on A and 0
-elsewhere. At small costs A is every row and conjugate gradients need a few rounds, each one product shared by all
-problems. At large costs they need dozens, while A shrinks to the support vectors: there each problem is solved by a
-factor of K_AA. Either runs in float32: gradient, line search and scores are float64, so a step's rounding is the
+elsewhere, by conjugate gradients. At small costs A is every row and they need a few rounds, each one product shared
+by all problems. At large costs they would need dozens, while A shrinks to the support vectors: there each problem
+gets a Cholesky factor of K_AA, which solves that step in a round, and the next steps, and the next cost, in few, for
+A and D change little. They run in float32: gradient, line search and scores are float64, so a step's rounding is the
 next step's residual, as in iterative refinement. The objective falls with every step, whatever the step's precision.
 
 Error: β* is dual feasible, and the duality gap is ½ (β* - β)ᵀ K (β* - β) = ½ ‖gradient‖². The objective
@@ -25,17 +26,19 @@ import torch
 from torch import Tensor
 
 from fastrot.errors import Fault
+from fastrot.probes.factors import Factors
 from fastrot.probes.kernel import Features, Gram
 
 TOLERANCE = 1e-4  # of (w, b), absolute, and relative where they are shorter than 1
 _NEWTON_STEPS = 200
 _CG_STEPS = 1000
 # of the gradient left after a step; steps less exact put rows on the wrong side of their margin at high costs
-_FORCING = 1e-3
+_FORCING = 1e-2
 _SINGLE_STEPS = 8  # Newton steps that may be float32; a problem that needs more gets float64
 _DROWNED = 100  # times the gradient: a residual whose gradient float32 products would lose in rounding
 _SEARCH_STEPS = 30
 _ROUNDING = 1e-6  # of ‖β‖; a shorter (w, b) has cancelled out, and nothing can be relative to it
+_SPECK = 1e-15  # of the gradient: what float32 would grind to denormal numbers, a hundred times slower
 _TINY, _TINY_SINGLE = 1e-300, 1e-30  # keep what is nought from being divided by
 
 
@@ -45,15 +48,23 @@ class Solution:
 
     beta, scores  float64 [G, n, P]: w = Xᵀβ, b = 1ᵀβ, and f on every row, those left out too.
     error         float64 [G, P]: the gradient's norm; at most this far from the optimum is (w, b).
-    rounds        float64 [P]: the most conjugate-gradient steps that a Newton step has needed, this path over.
+    factors       of K, for the next problems.
+    rounds        float64 [G, P]: conjugate-gradient steps of the last Newton step; without a factor, the most of any.
     products      how often K was multiplied by a block of vectors.
     """
 
     beta: Tensor
     scores: Tensor
     error: Tensor
+    factors: Factors
     rounds: Tensor
     products: int
+
+    def part(self, columns: slice) -> "Solution":
+        """Of neighbouring problems; the products of all count with the first."""
+        arrays = (a[..., columns] for a in (self.beta, self.scores, self.error))
+        products = self.products if columns.start == 0 else 0
+        return Solution(*arrays, self.factors.part(columns), self.rounds[:, columns], products)
 
 
 def solve(
@@ -70,10 +81,14 @@ def solve(
     labels = labels.expand(bounds.shape)
     if start is None:
         beta = scores = torch.zeros_like(bounds)
+        factors = Factors(len(bounds), bounds.shape[-1], bounds.device)
+        rounds = torch.zeros_like(bounds[:, 0])
     else:
         beta, scores = start.beta, start.scores
-    rounds = torch.zeros_like(bounds[0, 0]) if start is None else start.rounds.clone()
-    final = Solution(torch.empty_like(bounds), torch.empty_like(bounds), torch.empty_like(bounds[:, 0]), rounds, 0)
+        factors, rounds = start.factors, start.rounds.clone()
+    final = Solution(
+        torch.empty_like(bounds), torch.empty_like(bounds), torch.empty_like(bounds[:, 0]), factors, rounds, 0
+    )
     columns, products = torch.arange(bounds.shape[-1], device=bounds.device), 0
     for newton_step in range(_NEWTON_STEPS):
         residual = bounds * _shortfall(labels, scores) - beta
@@ -90,21 +105,24 @@ def solve(
             a[..., alive] for a in (columns, labels, bounds, beta, scores, residual, pull, error, target, done)
         )
         curve = torch.where(labels * scores < 1, bounds, 0)
-        goal = torch.where(done, torch.inf, torch.maximum(_FORCING * error, 0.5 * target))
+        linear = (curve == bounds).all(1, keepdim=True)  # no row is at its margin: the step may be the last
+        forcing = torch.where(linear, min(_FORCING, 0.5 * tolerance), _FORCING)
+        goal = torch.where(done, torch.inf, torch.maximum(forcing * error, 0.5 * target))
         way = torch.empty_like(beta)
         drowned = (residual.norm(dim=1, keepdim=True) > _DROWNED * error) & ~done  # K takes nearly all of it to nought
         single = kernel.dense and newton_step < _SINGLE_STEPS and not drowned.any()
         dtype = torch.float32 if single else torch.float64
-        direct = _factor_is_cheaper(kernel, curve, rounds[columns])
-        if direct.any():
-            parts = (torch.where(done, 0, a)[..., direct] for a in (curve, residual))
-            way[..., direct] = _factored(kernel, dtype, *parts)
-            products += 1
-        if not direct.all():
-            parts = (a[..., ~direct] for a in (curve, residual, pull, goal, torch.maximum(error, target)))
-            way[..., ~direct], taken = _conjugate_gradients(kernel, dtype, *parts)
-            rounds[columns[~direct]] = torch.maximum(rounds[columns[~direct]], taken)
-            products += int(taken.max())
+        if kernel.dense:
+            tired = factors.tired(curve, rounds[:, columns], columns) & ~done[:, 0]
+            factors.renew(kernel, dtype, curve, tired, columns)
+        held = (factors.sizes[:, columns] > 0).any(0)
+        for some, at_hand in ((~held, None), (held, factors)):
+            if some.any():
+                parts = (a[..., some] for a in (curve, residual, pull, goal, torch.maximum(error, target)))
+                way[..., some], taken, used = _conjugate_gradients(kernel, dtype, *parts, at_hand, columns[some])
+                most = taken if at_hand else torch.maximum(rounds[:, columns[some]], taken)
+                rounds[:, columns[some]] = most
+                products += used
         moved = kernel.product(way)
         length = _search(labels, bounds, beta, scores, way, moved, torch.ones_like(error))
         beta, scores = beta + length * way, scores + length * moved
@@ -122,35 +140,6 @@ def _shortfall(labels: Tensor, scores: Tensor) -> Tensor:
     return labels * (1 - labels * scores).clamp(min=0)
 
 
-def _factor_is_cheaper(kernel: Gram | Features, curve: Tensor, rounds: Tensor) -> Tensor:
-    """Bool [P]: are |A|³ / 3 operations of a Cholesky factor fewer than 2 n² a round of conjugate gradients?"""
-    if not kernel.dense:
-        return torch.zeros_like(rounds, dtype=torch.bool)
-    active = (curve > 0).sum(1).double()
-    return (active**3).mean(0) / 3 < 2 * curve.shape[1] ** 2 * rounds
-
-
-def _factored(kernel: Gram, dtype: torch.dtype, curve: Tensor, residual: Tensor) -> Tensor:
-    """δ of (I + D K) δ = residual, D = diag(curve), by a Cholesky factor of each problem's active rows A, where D > 0.
-
-    Elsewhere δ is the residual, -β, and so (K_AA + 1 / D) δ_A = residual_A / D + (K β)_A of the other rows' β.
-    """
-    delta = torch.where(curve > 0, 0, residual)
-    right = residual / curve - kernel.product(delta)
-    for group, column in (curve > 0).any(1).nonzero().tolist():
-        rows = curve[group, :, column].nonzero()[:, 0]
-        matrix, ridge = kernel.block(group, rows, dtype), 1 / curve[group, rows, column]
-        matrix.diagonal().add_(ridge)
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if failed:  # not positive definite to float32
-            matrix = kernel.block(group, rows, torch.float64)
-            matrix.diagonal().add_(ridge)
-            factor = torch.linalg.cholesky(matrix)
-        known = right[group, rows, column, None].to(factor.dtype)
-        delta[group, rows, column] = torch.cholesky_solve(known, factor)[:, 0].double()
-    return delta
-
-
 def _conjugate_gradients(
     kernel: Gram | Features,
     dtype: torch.dtype,
@@ -159,40 +148,58 @@ def _conjugate_gradients(
     pull: Tensor,
     goal: Tensor,
     scale: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """δ of (I + D K) δ = residual, D = diag(curve), until the gradient left is below goal; and the steps of each [P].
+    factors: Factors | None,
+    names: Tensor,
+) -> tuple[Tensor, Tensor, int]:
+    """δ of (I + D K) δ = residual, D = diag(curve), until the gradient left is below goal.
 
-    pull = K residual; scale is the gradient's size. I + D K is self-adjoint in the inner product aᵀ K b, which is
-    that of the weights Xᵀa and Xᵀb: these are the conjugate gradients of the primal Newton system. In float32
-    they run at twice the rate, and the next Newton step, whose gradient is float64, mends what they left.
+    pull = K residual; scale is the gradient's size; names are the problems' places in factors.
+    Returns δ, the rounds of each problem, float64 [G, P], and how often K was multiplied by a block of vectors.
+
+    I + D K is self-adjoint in the inner product aᵀ K b, which is that of the weights Xᵀa and Xᵀb: these are the
+    conjugate gradients of the primal Newton system. Its inverse for the rows of a factor is self-adjoint, too: the
+    preconditioner. In float32 they run at twice the rate, and the next Newton step, whose gradient is
+    float64, mends what they left.
     """
-    solution, taken = torch.zeros_like(residual), torch.zeros_like(residual[0, 0])
-    curve, rest, pull, goal = (a.to(dtype) for a in (curve, residual / scale, pull / scale, (goal / scale) ** 2))
-    step, way, moved, square = torch.zeros_like(rest), rest, pull, _inner(rest, pull)
+    solution, taken, products = torch.zeros_like(residual), torch.zeros_like(residual[:, 0]), 0
+    rest = residual / scale
+    rest = torch.where(rest.abs() < _SPECK, 0, rest)
+    curve, rest, pull, goal = (a.to(dtype) for a in (curve, rest, pull / scale, (goal / scale) ** 2))
+    step, way, moved, last = torch.zeros_like(rest), torch.zeros_like(rest), torch.zeros_like(rest), 0
+    square = _inner(rest, pull)
     columns = torch.arange(rest.shape[-1], device=rest.device)
     for _ in range(_CG_STEPS):
-        alive = (square > goal).any(0).flatten()
+        open_ = square > goal
+        alive = open_.any(0).flatten()
         if not alive.any():
             break
-        taken[columns[alive]] += 1
         if int(alive.sum()) <= 0.8 * len(columns):
             solution[..., columns] = step.double()
             columns = columns[alive]
-            step, rest, way, moved, curve, square, goal = (
-                a[..., alive] for a in (step, rest, way, moved, curve, square, goal)
+            step, rest, pull, way, moved, curve, square, goal, open_ = (
+                a[..., alive] for a in (step, rest, pull, way, moved, curve, square, goal, open_)
             )
+            last = last[..., alive] if products else 0
+        taken[:, columns] += open_[:, 0]
+        if factors is None:
+            near, near_moved, descent = rest, pull, square
+        else:
+            near = factors.solved(rest, pull, open_[:, 0], names[columns])
+            near_moved, descent = kernel.product(near), _inner(near, pull)
+            products += 1
+        ratio = descent / last.clamp(min=_TINY_SINGLE) if torch.is_tensor(last) else 0
+        way, moved = near + ratio * way, near_moved + ratio * moved
         bent = torch.addcmul(way, curve, moved)
         bend = _inner(bent, moved)
-        goal = torch.where(bend > 0, goal, torch.inf)  # rounding is all that is left
-        length = torch.where(square > goal, square / bend.clamp(min=_TINY_SINGLE), 0)
+        goal = torch.where((bend > 0) & (descent > 0), goal, torch.inf)  # rounding is all that is left
+        length = torch.where(square > goal, descent / bend.clamp(min=_TINY_SINGLE), 0)
         step = torch.addcmul(step, length, way)
         rest = torch.addcmul(rest, length, bent, value=-1)
         pull = kernel.product(rest)
-        last, square = square, _inner(rest, pull).clamp(min=0)
-        ratio = square / last.clamp(min=_TINY_SINGLE)
-        way, moved = torch.addcmul(rest, ratio, way), torch.addcmul(pull, ratio, moved)
+        products += 1
+        last, square = descent, _inner(rest, pull).clamp(min=0)
     solution[..., columns] = step.double()
-    return solution * scale, taken
+    return solution * scale, taken, products
 
 
 def _search(

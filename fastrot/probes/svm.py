@@ -17,7 +17,8 @@ from fastrot.probes.solver import TOLERANCE, Solution, solve
 COSTS = (1.0, 10.0, 100.0, *(0.5**n for n in range(4, 20)))
 FOLDS = 3
 POSITIVE_WEIGHT = 2.0  # class_weight {1: 2, -1: 1}
-_BLOCK_COLUMNS = 128  # problems solved together; their ten float64 arrays of rows stay small beside K
+_LOW_COST = 0.1  # a start from nought takes no more rounds than one from half the cost
+_BLOCK_COLUMNS = 32  # classes solved together; their float64 arrays of rows and low costs stay small beside K
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,22 @@ def stratified_folds(positive: NDArray[np.bool_], folds: int) -> NDArray[np.int6
 def path(
     kernel, labels: Tensor, weights: Tensor, costs: ArrayLike, tolerance: float = TOLERANCE
 ) -> Iterator[tuple[int, Solution]]:
-    """Solve for each cost, least first, each from the last: (index in costs, solution).
+    """Solve for each cost, least first: (index in costs, solution). The low ones are solved at once, as so many
+    problems more in each product with K; each of the others starts from the last.
 
     labels, weights  float64 [G, n, P], as solver.solve takes them.
     """
+    costs, problems = np.asarray(costs, np.float64), weights.shape[2]
+    order = np.argsort(costs, kind="stable")
+    low, high = order[costs[order] <= _LOW_COST], order[costs[order] > _LOW_COST]
     solution = None
-    for index in np.argsort(costs, kind="stable").tolist():
+    if len(low):
+        bounds = torch.cat([2 * float(costs[index]) * weights for index in low], 2)
+        together = solve(kernel, labels.expand(weights.shape).repeat(1, 1, len(low)), bounds, None, tolerance)
+        for at, index in enumerate(low.tolist()):
+            solution = together.part(slice(at * problems, (at + 1) * problems))
+            yield index, solution
+    for index in high.tolist():
         solution = solve(kernel, labels, 2 * float(costs[index]) * weights, solution, tolerance)
         yield index, solution
 
@@ -103,20 +114,12 @@ def voc_svm(
 
     scores = np.empty((*positive.shape, len(costs)))  # of each row by the fold that held it out
     held_out = np.stack([stratified_folds(column, FOLDS) for column in positive.T], axis=1)
-    inside = torch.from_numpy(np.stack([held_out != fold for fold in range(FOLDS)], axis=1)).to(device)
     classes, error, products = positive.shape[1], 0.0, 0
-    blocks = np.array_split(np.arange(classes), -(-classes * FOLDS // _BLOCK_COLUMNS))
-    steps = (
-        (block, *step)
-        for block in blocks
-        for step in path(
-            kernel, labels[..., block].repeat(1, 1, FOLDS), (weights[:, :, None] * inside)[..., block].flatten(2), costs
-        )
-    )
-    for block, index, solution in track(steps, len(blocks) * len(costs), "cross-validating costs"):
-        by_fold = solution.scores[0].unflatten(1, (FOLDS, len(block))).cpu().numpy()
-        scores[:, block, index] = np.take_along_axis(by_fold, held_out[:, None, block], 1)[:, 0]
-        error, products = max(error, float(solution.error.max())), products + solution.products
+    steps = FOLDS * len(_blocks(classes)) * len(costs)
+    found = track(_fold_paths(kernel, labels, weights, held_out, costs), steps, "cross-validating costs")
+    for out, block, index, solution, decisions in found:
+        scores[:, block, index] = np.where(out, decisions.cpu().numpy(), scores[:, block, index])
+        error, products = max(error, float(solution.error.max())), products + solution.products + 1
 
     validation = np.array(
         [
@@ -160,6 +163,27 @@ def voc_svm(
         classes * (len(costs) * FOLDS + 1),
         products,
     )
+
+
+def _blocks(classes: int) -> list[NDArray[np.int64]]:
+    return np.array_split(np.arange(classes), -(-classes // _BLOCK_COLUMNS))
+
+
+def _fold_paths(
+    kernel, labels: Tensor, weights: Tensor, held_out: NDArray[np.int64], costs: ArrayLike
+) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.int64], int, Solution, Tensor]]:
+    """Each fold's path of costs: (rows held out [n, P], their classes [P], index in costs, solution, decisions [n, P])."""
+    for fold in range(FOLDS):
+        inside = held_out != fold
+        rows = torch.from_numpy(np.flatnonzero(inside.any(1))).to(labels.device)
+        part = kernel.among(rows)  # two thirds of the rows are four ninths of the matrix
+        for block in _blocks(labels.shape[2]):
+            out = torch.from_numpy(~inside[:, block]).to(labels.device)
+            these = labels[..., block], torch.where(out, 0, weights[..., block])
+            for index, solution in path(part, *(a[:, rows] for a in these), costs):
+                beta = torch.zeros_like(these[0])
+                beta[:, rows] = solution.beta
+                yield out.cpu().numpy(), block, index, solution, kernel.product(beta)[0]
 
 
 def decide(x: Tensor, beta: Tensor, rows: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from sklearn.svm import LinearSVC
 
 from fastrot.errors import Fault
 from fastrot.probes import solver
+from fastrot.probes.factors import Factors
 from fastrot.probes.kernel import Features, Gram, gram, kernel_of
 from fastrot.probes.precision import area_ap
 from fastrot.probes.solver import solve
@@ -145,25 +146,32 @@ def test_groups_of_rows_are_solved_as_if_alone():
         np.testing.assert_allclose(both.scores[group], alone.scores[0], atol=3e-4)
 
 
-def always(answer: bool):
-    return lambda kernel, curve, rounds: torch.full_like(rounds, answer, dtype=torch.bool)
+def factor(when: str):
+    """Another answer to when a new factor pays: never, always, or once, to be kept for all later steps."""
+
+    def tired(self, curve, rounds, columns):
+        due = torch.full_like(rounds, when != "never", dtype=torch.bool)
+        return due & (self.sizes[:, columns] == 0) if when == "once" else due
+
+    return tired
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 999), st.floats(-6, 2), st.booleans())
-def test_factors_and_conjugate_gradients_reach_the_same_optimum(rows, features, seed, exponent, twins):
+def test_factors_new_or_old_and_conjugate_gradients_alone_reach_the_same_optimum(rows, features, seed, exponent, twins):
     rng = np.random.default_rng(seed)
     x = normalised(rng.standard_normal((rows, features)))
     x = torch.cat([x, x]) if twins else x  # K is singular
     y = torch.from_numpy(rng.choice([-1.0, 1.0], (1, len(x), 3)))
     bounds = torch.from_numpy(10.0**exponent * rng.integers(0, 3, (1, len(x), 3)))  # some rows are left out
     kernel, results = Gram(gram(x[None])), []
-    for answer in (False, True):
+    for when in ("never", "always", "once"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(solver, "_factor_is_cheaper", always(answer))
+            patch.setattr(Factors, "tired", factor(when))
             results.append(solve(kernel, y, bounds))
-    a, b = results
-    assert float((a.scores - b.scores).abs().max()) <= 2**0.5 * float((a.error + b.error).max()) + 1e-9
+    a = results[0]
+    for b in results[1:]:
+        assert float((a.scores - b.scores).abs().max()) <= 2**0.5 * float((a.error + b.error).max()) + 1e-9
 
 
 @pytest.mark.parametrize("dtype, far", [(torch.float64, 1e-8), (torch.float32, 1e-3)])
@@ -174,19 +182,28 @@ def test_a_newton_step_is_the_same_by_a_factor_as_by_conjugate_gradients(dtype, 
     residual = as_problem(rng.standard_normal(y.shape))
     pull = kernel.product(residual)
     scale = (residual * pull).sum(1, keepdim=True).sqrt()
-    by_factor = solver._factored(kernel, dtype, curve, residual)
-    by_rounds, _ = solver._conjugate_gradients(kernel, dtype, curve, residual, pull, 1e-10 * scale, scale)
+    names = torch.arange(y.shape[1])
+    fresh, stale = (Factors(1, y.shape[1], curve.device) for _ in range(2))
+    fresh.renew(kernel, dtype, curve, torch.ones(1, y.shape[1], dtype=torch.bool), names)
+    other = torch.where(torch.rand(curve.shape, generator=torch.Generator().manual_seed(0)) < 0.1, 1.0, 0.1 * curve)
+    stale.renew(kernel, dtype, other, torch.ones(1, y.shape[1], dtype=torch.bool), names)
+    (by_factor, one, _), (by_old, few, _), (by_rounds, many, _) = (
+        solver._conjugate_gradients(kernel, dtype, curve, residual, pull, 1e-10 * scale, scale, factors, names)
+        for factors in (fresh, stale, None)
+    )
+    if dtype == torch.float64:
+        assert (one <= 2).all() and (few < many).all()
     want = torch.linalg.solve(torch.eye(len(y)) + curve[0].T[:, :, None] * kernel.matrix, residual[0].T[..., None])[
         ..., 0
     ].T[None]
-    for got in (by_factor, by_rounds):
+    for got in (by_factor, by_old, by_rounds):
         assert float((got - want).norm() / want.norm()) <= far
 
 
 @pytest.mark.parametrize("rows, seed", [(3, 429), (34, 0), (1, 0)])
-@pytest.mark.parametrize("by_factor", [False, True])
-def test_problems_whose_weights_cancel_are_solved(rows, seed, by_factor, monkeypatch):
-    monkeypatch.setattr(solver, "_factor_is_cheaper", always(by_factor))
+@pytest.mark.parametrize("when", ["never", "always", "once"])
+def test_problems_whose_weights_cancel_are_solved(rows, seed, when, monkeypatch):
+    monkeypatch.setattr(Factors, "tired", factor(when))
     x = normalised(np.random.default_rng(seed).standard_normal((rows, 1)))
     x, y = torch.cat([x, x]), torch.ones(1, 2 * rows, 1, dtype=torch.float64)
     y[:, rows:] = -1  # every row is also there with the other label: w = b = 0
@@ -194,27 +211,36 @@ def test_problems_whose_weights_cancel_are_solved(rows, seed, by_factor, monkeyp
     assert float(got.scores.abs().max()) <= 1e-6
 
 
-def test_a_path_takes_both_branches(monkeypatch):
-    choices, choose = [], solver._factor_is_cheaper
-
-    def watched(*args):
-        choices.append(choose(*args))
-        return choices[-1]
-
-    monkeypatch.setattr(solver, "_factor_is_cheaper", watched)
+def test_a_path_gets_factors_at_its_end_and_keeps_them():
     x, y = problem(*WIDE)
-    for _ in path(kernel_of(x[None]), as_problem(y), as_problem(bounds_of(y, 0.5)), COSTS):
-        pass
-    assert not choices[0].any() and choices[-1].all()
+    labels, weights = as_problem(y), as_problem(bounds_of(y, 0.5))
+    solutions = path(kernel_of(x[None]), labels, weights, COSTS)
+    held = [bool(solution.factors.sizes.all()) for _, solution in solutions]
+    assert not any(held[:10]) and held[-1] and held == sorted(held)
 
 
 def test_a_block_that_is_singular_to_float32_is_factored_in_float64():
     x = normalised(np.random.default_rng(4).standard_normal((20, 5)))
     kernel = Gram(gram(torch.cat([x, x])[None]))
     curve, residual = torch.full((1, 40, 1), 1e10, dtype=torch.float64), torch.ones(1, 40, 1, dtype=torch.float64)
-    got = solver._factored(kernel, torch.float32, curve, residual)
+    factors, which, names = (
+        Factors(1, 1, x.device),
+        torch.ones(1, 1, dtype=torch.bool),
+        torch.zeros(1, dtype=torch.int64),
+    )
+    factors.renew(kernel, torch.float32, curve, which, names)
+    got = factors.solved(residual, kernel.product(residual), which, names)
     left = residual - got - curve * kernel.product(got)
     assert float(kernel.product(left).norm()) <= 1e-3 * float(kernel.product(residual).norm())
+
+
+@pytest.mark.parametrize("rows", [(), (3,), (0, 7, 8, 59)])
+def test_a_kernel_among_some_rows_is_that_of_those_rows(rows):
+    x = problem(*WIDE)[0][None]
+    rows = torch.tensor(rows, dtype=torch.int64)
+    v = torch.ones(1, len(rows), 2, dtype=torch.float64)
+    for kernel in (Gram(gram(x)), Features(x)):
+        torch.testing.assert_close(kernel.among(rows).product(v), gram(x[:, rows]) @ v)
 
 
 def test_a_solver_that_does_not_get_there_says_so(monkeypatch):
