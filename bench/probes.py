@@ -4,9 +4,9 @@ svm       one VOC07 layer: 5,011 x 9,216 features, 20 classes, 19 costs, 3 folds
           scikit-learn's LinearSVC, as the protocol sets it, is timed on a sample: at every cost some fits of one fold,
           spread over the classes; its total is the sum over costs of the mean seconds a fit times the fits there:
           "every" as the published scripts do it (3 folds and all rows at each cost: 1,520 for 20 classes), and "chosen"
-          if only the chosen cost is fitted on all rows (1,160). Gates: decisions within 1e-3 and AP within 0.01 points of a LinearSVC run to
-          convergence, for some classes at their chosen cost; at 10 and 100, on the sample's problems, an objective no
-          higher than LIBLINEAR's.
+          if only the chosen cost is fitted on all rows (1,160). Gates: decisions within 1e-3 and AP within 0.01 points
+          of a LinearSVC run to convergence, for some classes at their chosen cost; at 10 and 100, on the sample's
+          problems, an objective no higher than LIBLINEAR's.
 low-shot  the same features, some k of the protocol's eight with all draws: 19 costs, 20 classes, 5 draws. Ours also
           cross-validates; LinearSVC is timed for one class of one draw at every cost, and its total is that times
           classes and draws. Gate: mean AP of the first draw, at one cost, LinearSVC run to convergence.
@@ -107,7 +107,8 @@ def svm(args) -> dict:
     every = folds_only + classes * sum(mean.values())  # a refit taken at a fold's price, two thirds of the rows
     chosen = folds_only + sum(mean[cost] for cost in ours.costs)
     return {
-        "rows": [len(unit), len(unit_test)], "features": x.shape[1], "of": source(args), "classes": classes, "costs": len(COSTS),
+        "rows": [len(unit), len(unit_test)], "features": x.shape[1], "of": source(args), "classes": classes,
+        "costs": len(COSTS),
         "ours_s": clock, "ours_processor_s": cpu, "ours_error": ours.error, "ours_products": ours.products,
         "gate": gates, "objectives": objectives, "linear_svc": by_cost,
         "linear_svc_every_s": every, "linear_svc_chosen_s": chosen,
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--gate-classes", type=int, default=2, help="classes fitted to convergence")
     parser.add_argument("--ks", help="of low-shot's eight (default: 8,96)")
     parser.add_argument("--gate-cost", type=float, default=0.5**4, help="low-shot's, of the protocol's costs")
-    parser.add_argument("--store", help="a folder of `fastrot features` with 9,216 of over 5,011 images, for svm, low-shot")
+    parser.add_argument("--store", help="a folder of `fastrot features`, over 5,011 images, for svm and low-shot")
     parser.add_argument("--tap", default="feature1", help="the tap of --store")
     parser.add_argument("--data", type=Path, help="a folder of JPEG files, for the part features")
     parser.add_argument("--images", type=int, default=96, help="how many of them")
