@@ -159,14 +159,14 @@ def start(launcher, *words):
 
 @pytest.mark.slow
 def test_real_kills_and_two_ranks_change_no_byte(fastrot, checkpoint, tmp_path):
-    images = write_folder(tmp_path / "images", classes=4, per_class=50)
+    images = write_folder(tmp_path / "images", classes=4, per_class=200)
     words = ["features", "--checkpoint", checkpoint, "--data", images, *SMALL, "--out"]
     assert fastrot(*words, tmp_path / "whole").code == 0
     two = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
     for launcher in ((), two):
         process = start(launcher, *words, tmp_path / "killed")
         while process.poll() is None:
-            if len(store.finished_blocks(tmp_path / "killed", 2)) > (60 if launcher else 10):
+            if len(store.finished_blocks(tmp_path / "killed", 2)) > (150 if launcher else 20):
                 os.killpg(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.05)
