@@ -1,11 +1,11 @@
 """Feature stores: the numbers of a plain loop, whatever was killed and however many ranks worked."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -169,7 +169,8 @@ def test_real_kills_and_two_ranks_change_no_byte(fastrot, checkpoint, tmp_path):
             if len(store.finished_blocks(tmp_path / "killed", 2)) > (150 if launcher else 20):
                 os.killpg(process.pid, signal.SIGKILL)
                 break
-            time.sleep(0.05)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.05)
         process.communicate()
     assert not (tmp_path / "killed" / "manifest.json").exists(), "both runs were to be killed"
     process = start(two, *words, tmp_path / "killed")
