@@ -218,12 +218,15 @@ def _constants(moments, weight, bias, C, c, eps):
 
 
 @triton.jit
-def _through_relu(dy, xhat, y, w, b, RELU: tl.constexpr, KEPT: tl.constexpr):
-    """The gradient before the ReLU. A NaN is not below 0: it passes, as torch's does."""
+def _xhat_and_gradient(dy, x, y, at, inside, mean, rstd, w, b, RELU: tl.constexpr, KEPT: tl.constexpr):
+    """The normalised values of a tile, and its gradient before the ReLU. A NaN is not below 0: it passes, as torch's
+    does."""
+    xhat = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
+    g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
     if RELU:
-        out = y if KEPT else xhat * w[None, :] + b[None, :]
-        dy = tl.where(out <= 0, 0.0, dy)
-    return dy
+        out = tl.load(y + at, mask=inside, other=0.0) if KEPT else xhat * w[None, :] + b[None, :]
+        g = tl.where(out <= 0, 0.0, g)
+    return xhat, g
 
 
 @triton.jit
@@ -291,10 +294,7 @@ def gradient_sums_kernel(
     level = tl.zeros((BM, BC), tl.float32)
     for start in range(0, count, BM):
         inside = (start + r < count)[:, None] & (c < C)[None, :]
-        xhat = (tl.load(x + base + offset, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
-        g = tl.load(dy + base + offset, mask=inside, other=0.0).to(tl.float32)
-        kept = tl.load(y + base + offset, mask=inside, other=0.0) if KEPT else g
-        g = _through_relu(g, xhat, kept, w, b, RELU, KEPT)
+        xhat, g = _xhat_and_gradient(dy, x, y, base + offset, inside, mean, rstd, w, b, RELU, KEPT)
         along += g * xhat
         level += g
         base += BM * C
@@ -333,10 +333,7 @@ def gradients_kernel(
     count, mean, rstd, w, b = _constants(moments, weight, bias, C, c, eps)
     along = tl.load(sums + c, mask=c < C, other=0.0) / count
     level = tl.load(sums + C + c, mask=c < C, other=0.0) / count
-    xhat = (tl.load(x + base + offset, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
-    g = tl.load(dy + base + offset, mask=inside, other=0.0).to(tl.float32)
-    kept = tl.load(y + base + offset, mask=inside, other=0.0) if KEPT else g
-    g = _through_relu(g, xhat, kept, w, b, RELU, KEPT)
+    xhat, g = _xhat_and_gradient(dy, x, y, base + offset, inside, mean, rstd, w, b, RELU, KEPT)
     z = (g - level[None, :] - xhat * along[None, :]) * (w * rstd)[None, :]
     tl.store(dx + base + offset, z.to(dx.dtype.element_ty), mask=inside)
     if KEPT:
