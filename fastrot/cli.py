@@ -164,11 +164,12 @@ def _hand_over(args, config, sources, ranks) -> dict:
 
 
 def entry(argv: list[str] | None = None) -> None:
-    """Run a command and leave; after a fault at once, since a stuck reader would hold up the exit."""
+    """Run a command and leave. At once after a fault, since a stuck reader would hold up the exit; and under a
+    launcher, where a library's thread that outlives the interpreter may abort a rank whose work is done."""
     code = main(argv)
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == Fault.exit_code:
+    if code == Fault.exit_code or "RANK" in os.environ:
         os._exit(code)
     sys.exit(code)
 
