@@ -5,28 +5,48 @@ from torch import Tensor
 
 from fastrot.probes.kernel import Gram
 
-# A round's time in operations of a factor: products of few columns and triangular solves wait for memory.
-# Measured on one core of a Xeon of 2023, n = 3,400 and 20 problems; a factor of two either way costs little.
-_PRODUCT, _SOLVES = 8, 40
+# Time in operations of a factor: its blocks gathered, a value; a pair of products, a value of K, each and for each
+# problem; a pair of triangular solves, a value. Products of few columns wait for memory and for the calls around
+# them, solves for memory. Measured on two threads of a Xeon of 2023, n = 3,400, 10 problems.
+_GATHER, _PAIR, _COLUMN, _SOLVES = 250, 24, 5, 38
+_BARE = 10  # conjugate gradients without a factor take about so many times √D pairs of products a step
 
 
 class Factors:
     """For each of P problems on each of G groups of n rows, M = K_BB + 1/D_B of some rows B, factored, or nothing.
 
-    sizes  float64 [G, P]: the rows of B; 0 where nothing is held.
+    curve  float64 [G, n, P]: D on the rows B, 0 elsewhere; 0 on all where nothing is held.
     """
 
-    def __init__(self, groups: int, problems: int, device: torch.device):
-        self.sizes = torch.zeros(groups, problems, dtype=torch.float64, device=device)
+    def __init__(self, groups: int, rows: int, problems: int, device: torch.device):
+        self.curve = torch.zeros(groups, rows, problems, dtype=torch.float64, device=device)
         self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def tired(self, curve: Tensor, rounds: Tensor, columns: Tensor) -> Tensor:
-        """Bool [G, P']: would a new factor cost less than the rounds that the last Newton step took? P' of columns.
+    def tired(self, curve: Tensor, wanted: Tensor, columns: Tensor) -> Tensor:
+        """Bool [G, P']: would a new factor cost less than the rounds that the Newton step takes without? P' of columns.
 
-        A factor takes |A|³ / 3 operations for the |A| rows of curve > 0.
+        wanted  bool [G, P']: the problems that step at all.
+
+        An old factor leaves an eigenvalue other than 1 for each row whose D has changed, spread over about 1 to D:
+        conjugate gradients take a few rounds for each, or √D. Products are shared: the problem of most rounds pays
+        for them, so those are renewed first, as many as make the whole cheapest.
         """
-        a_round = _PRODUCT * curve.shape[1] ** 2 + _SOLVES * self.sizes[:, columns] ** 2
-        return (curve > 0).sum(1).double() ** 3 / 3 < rounds * a_round
+        groups, rows, problems = curve.shape
+        held = self.curve[..., columns]
+        size, old = ((c > 0).sum(1).double() for c in (curve, held))
+        strength = curve.amax(1).sqrt()
+        few = 1 + torch.minimum(2 * (held != curve).sum(1), strength)
+        rounds = torch.where(wanted, torch.where(old > 0, few, _BARE * strength), 0).flatten()
+        order = rounds.argsort(descending=True)
+        price = torch.where(wanted, size**3 / 3 + _GATHER * size**2, 0).flatten()[order]
+        solves = _SOLVES * rounds[order] * old.flatten()[order] ** 2
+        products = rounds[order].clamp(min=1) * groups * (_PAIR + _COLUMN * problems) * rows**2
+        nothing = torch.zeros_like(price[:1])
+        renewed = torch.cat([nothing, price.cumsum(0)])  # the first k of them, for k = 0, 1, ...
+        kept = torch.cat([products + solves.flip(0).cumsum(0).flip(0), nothing])
+        tired = torch.zeros_like(wanted).flatten()
+        tired[order[: int((renewed + kept).argmin())]] = True
+        return tired.view_as(wanted) & wanted
 
     def renew(self, kernel: Gram, dtype: torch.dtype, curve: Tensor, which: Tensor, columns: Tensor) -> None:
         """Factor the rows where D = curve > 0 of the problems which, bool [G, P']; P' of columns."""
@@ -41,13 +61,19 @@ class Factors:
                 matrix.diagonal().add_(ridge)
                 factor = torch.linalg.cholesky(matrix)
             self._held[group, names[at]] = rows, factor
-            self.sizes[group, names[at]] = len(rows)
+            self.curve[group, :, names[at]] = curve[group, :, at]
+
+    def any(self, columns: Tensor) -> bool:
+        """Whether any of the problems has one."""
+        return bool((self.curve[..., columns] > 0).any())
 
     def part(self, columns: slice) -> "Factors":
         """Those of neighbouring problems."""
-        out = Factors(*self.sizes[:, columns].shape, self.sizes.device)
-        out.sizes, first = self.sizes[:, columns].clone(), columns.start
-        out._held = {(g, c - first): held for (g, c), held in self._held.items() if first <= c < columns.stop}
+        groups, rows, _ = self.curve.shape
+        first, last, _ = columns.indices(self.curve.shape[2])
+        out = Factors(groups, rows, last - first, self.curve.device)
+        out.curve = self.curve[..., columns].clone()
+        out._held = {(g, c - first): held for (g, c), held in self._held.items() if first <= c < last}
         return out
 
     def solved(self, rest: Tensor, pull: Tensor, which: Tensor, columns: Tensor) -> Tensor:

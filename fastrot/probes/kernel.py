@@ -22,7 +22,8 @@ class Gram:
 
     def block(self, group: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """K of some rows of a group with themselves, [m, m] of dtype; rows int64 [m]."""
-        return (self.matrix if dtype == torch.float64 else self._single)[group, rows[:, None], rows]
+        whole = (self.matrix if dtype == torch.float64 else self._single)[group]
+        return whole.index_select(0, rows).index_select(1, rows)  # whole rows first: twice as fast as both at once
 
 
 class Features:

@@ -32,8 +32,9 @@ from fastrot.probes.kernel import Features, Gram
 TOLERANCE = 1e-4  # of (w, b), absolute, and relative where they are shorter than 1
 _NEWTON_STEPS = 200
 _CG_STEPS = 1000
-# of the gradient left after a step; steps less exact put rows on the wrong side of their margin at high costs
-_FORCING = 1e-2
+# of the gradient left after a step, and after the first, whose active rows are a guess; steps less exact put rows on
+# the wrong side of their margin at high costs
+_FORCING, _FORCING_FIRST = 3e-2, 0.1
 _SINGLE_STEPS = 8  # Newton steps that may be float32; a problem that needs more gets float64
 _DROWNED = 100  # times the gradient: a residual whose gradient float32 products would lose in rounding
 _SEARCH_STEPS = 30
@@ -49,7 +50,6 @@ class Solution:
     beta, scores  float64 [G, n, P]: w = Xᵀβ, b = 1ᵀβ, and f on every row, those left out too.
     error         float64 [G, P]: the gradient's norm; at most this far from the optimum is (w, b).
     factors       of K, for the next problems.
-    rounds        float64 [G, P]: conjugate-gradient steps of the last Newton step; without a factor, the most of any.
     products      how often K was multiplied by a block of vectors.
     """
 
@@ -57,14 +57,19 @@ class Solution:
     scores: Tensor
     error: Tensor
     factors: Factors
-    rounds: Tensor
     products: int
 
     def part(self, columns: slice) -> "Solution":
         """Of neighbouring problems; the products of all count with the first."""
         arrays = (a[..., columns] for a in (self.beta, self.scores, self.error))
         products = self.products if columns.start == 0 else 0
-        return Solution(*arrays, self.factors.part(columns), self.rounds[:, columns], products)
+        return Solution(*arrays, self.factors.part(columns), products)
+
+
+def beginning(kernel: Gram | Features, beta: Tensor) -> Solution:
+    """A guess at some solutions, float64 [G, n, P], for Newton to begin at; its error is not known."""
+    factors = Factors(*beta.shape, beta.device)
+    return Solution(beta, kernel.product(beta), torch.full_like(beta[:, 0], torch.inf), factors, 1)
 
 
 def solve(
@@ -80,15 +85,10 @@ def solve(
     """
     labels = labels.expand(bounds.shape)
     if start is None:
-        beta = scores = torch.zeros_like(bounds)
-        factors = Factors(len(bounds), bounds.shape[-1], bounds.device)
-        rounds = torch.zeros_like(bounds[:, 0])
-    else:
-        beta, scores = start.beta, start.scores
-        factors, rounds = start.factors, start.rounds.clone()
-    final = Solution(
-        torch.empty_like(bounds), torch.empty_like(bounds), torch.empty_like(bounds[:, 0]), factors, rounds, 0
-    )
+        nought = torch.zeros_like(bounds)
+        start = Solution(nought, nought, nought[:, 0], Factors(*bounds.shape, bounds.device), 0)
+    beta, scores, factors = start.beta, start.scores, start.factors
+    final = Solution(torch.empty_like(bounds), torch.empty_like(bounds), torch.empty_like(bounds[:, 0]), factors, 0)
     columns, products = torch.arange(bounds.shape[-1], device=bounds.device), 0
     for newton_step in range(_NEWTON_STEPS):
         residual = bounds * _shortfall(labels, scores) - beta
@@ -106,23 +106,17 @@ def solve(
         )
         curve = torch.where(labels * scores < 1, bounds, 0)
         linear = (curve == bounds).all(1, keepdim=True)  # no row is at its margin: the step may be the last
-        forcing = torch.where(linear, min(_FORCING, 0.5 * tolerance), _FORCING)
+        forcing = _FORCING if newton_step else _FORCING_FIRST
+        forcing = torch.where(linear, min(forcing, 0.5 * tolerance), forcing)
         goal = torch.where(done, torch.inf, torch.maximum(forcing * error, 0.5 * target))
-        way = torch.empty_like(beta)
         drowned = (residual.norm(dim=1, keepdim=True) > _DROWNED * error) & ~done  # K takes nearly all of it to nought
         single = kernel.dense and newton_step < _SINGLE_STEPS and not drowned.any()
         dtype = torch.float32 if single else torch.float64
         if kernel.dense:
-            tired = factors.tired(curve, rounds[:, columns], columns) & ~done[:, 0]
-            factors.renew(kernel, dtype, curve, tired, columns)
-        held = (factors.sizes[:, columns] > 0).any(0)
-        for some, at_hand in ((~held, None), (held, factors)):
-            if some.any():
-                parts = (a[..., some] for a in (curve, residual, pull, goal, torch.maximum(error, target)))
-                way[..., some], taken, used = _conjugate_gradients(kernel, dtype, *parts, at_hand, columns[some])
-                most = taken if at_hand else torch.maximum(rounds[:, columns[some]], taken)
-                rounds[:, columns[some]] = most
-                products += used
+            factors.renew(kernel, dtype, curve, factors.tired(curve, ~done[:, 0], columns), columns)
+        parts = curve, residual, pull, goal, torch.maximum(error, target)
+        way, used = _conjugate_gradients(kernel, dtype, *parts, factors if factors.any(columns) else None, columns)
+        products += used
         moved = kernel.product(way)
         length = _search(labels, bounds, beta, scores, way, moved, torch.ones_like(error))
         beta, scores = beta + length * way, scores + length * moved
@@ -150,18 +144,18 @@ def _conjugate_gradients(
     scale: Tensor,
     factors: Factors | None,
     names: Tensor,
-) -> tuple[Tensor, Tensor, int]:
+) -> tuple[Tensor, int]:
     """δ of (I + D K) δ = residual, D = diag(curve), until the gradient left is below goal.
 
     pull = K residual; scale is the gradient's size; names are the problems' places in factors.
-    Returns δ, the rounds of each problem, float64 [G, P], and how often K was multiplied by a block of vectors.
+    Returns δ and how often K was multiplied by a block of vectors.
 
     I + D K is self-adjoint in the inner product aᵀ K b, which is that of the weights Xᵀa and Xᵀb: these are the
     conjugate gradients of the primal Newton system. Its inverse for the rows of a factor is self-adjoint, too: the
     preconditioner. In float32 they run at twice the rate, and the next Newton step, whose gradient is
     float64, mends what they left.
     """
-    solution, taken, products = torch.zeros_like(residual), torch.zeros_like(residual[:, 0]), 0
+    solution, products = torch.zeros_like(residual), 0
     rest = residual / scale
     rest = torch.where(rest.abs() < _SPECK, 0, rest)
     curve, rest, pull, goal = (a.to(dtype) for a in (curve, rest, pull / scale, (goal / scale) ** 2))
@@ -180,7 +174,6 @@ def _conjugate_gradients(
                 a[..., alive] for a in (step, rest, pull, way, moved, curve, square, goal, open_)
             )
             last = last[..., alive] if products else 0
-        taken[:, columns] += open_[:, 0]
         if factors is None:
             near, near_moved, descent = rest, pull, square
         else:
@@ -199,7 +192,7 @@ def _conjugate_gradients(
         products += 1
         last, square = descent, _inner(rest, pull).clamp(min=0)
     solution[..., columns] = step.double()
-    return solution * scale, taken, products
+    return solution * scale, products
 
 
 def _search(

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastrot.errors import UserError
 from fastrot.probes.kernel import kernel_of
 from fastrot.probes.precision import area_ap, eleven_point_ap, step_ap
-from fastrot.probes.solver import TOLERANCE, Solution, solve
+from fastrot.probes.solver import TOLERANCE, Solution, beginning, solve
 
 # MMSelfSup 0.11, svm_voc07/tools/svm_helper.py; the first of equals is taken, so the order matters
 COSTS = (1.0, 10.0, 100.0, *(0.5**n for n in range(4, 20)))
@@ -48,7 +48,7 @@ class SvmResult:
 def normalised(x: ArrayLike, device: torch.device | str = "cpu") -> Tensor:
     """Rows x / (‖x‖₂ + 1e-5), float64 [n, D]."""
     x = torch.from_numpy(np.array(x, np.float64)).to(device)
-    return x / (x.norm(dim=1, keepdim=True) + 1e-5)
+    return x.div_(x.norm(dim=1, keepdim=True) + 1e-5)
 
 
 def stratified_folds(positive: NDArray[np.bool_], folds: int) -> NDArray[np.int64]:
@@ -112,14 +112,19 @@ def voc_svm(
     labels = torch.from_numpy(np.where(positive, 1.0, -1.0)).to(device)[None]
     weights = torch.where(labels > 0, POSITIVE_WEIGHT, 1.0).double()
 
-    scores = np.empty((*positive.shape, len(costs)))  # of each row by the fold that held it out
     held_out = np.stack([stratified_folds(column, FOLDS) for column in positive.T], axis=1)
-    classes, error, products = positive.shape[1], 0.0, 0
+    n, classes = positive.shape
+    betas = torch.zeros(FOLDS, n, classes, len(costs), dtype=torch.float64, device=device)  # w = Xᵀβ
+    error, products = 0.0, 0
     steps = FOLDS * len(_blocks(classes)) * len(costs)
     found = track(_fold_paths(kernel, labels, weights, held_out, costs), steps, "cross-validating costs")
-    for out, block, index, solution, decisions in found:
-        scores[:, block, index] = np.where(out, decisions.cpu().numpy(), scores[:, block, index])
-        error, products = max(error, float(solution.error.max())), products + solution.products + 1
+    for fold, rows, block, index, solution in found:
+        betas[fold, rows[:, None], block, index] = solution.beta[0]
+        error, products = max(error, float(solution.error.max())), products + solution.products
+    scores = np.empty((n, classes, len(costs)))  # of each row by the fold that held it out
+    for fold in range(FOLDS):
+        decisions = kernel.product(betas[fold].flatten(1)[None]).view_as(betas[fold]).cpu().numpy()
+        scores = np.where((held_out == fold)[..., None], decisions, scores)
 
     validation = np.array(
         [
@@ -135,14 +140,16 @@ def voc_svm(
             for c in range(classes)
         ]
     )
-    chosen = costs[validation.argmax(1)]
+    best = validation.argmax(1)
 
-    start = None
-    for cost in np.unique(chosen):  # each class stops at its own cost
-        bounds = 2 * torch.from_numpy(np.minimum(chosen, cost)).to(device) * weights
-        start = solve(kernel, labels, bounds, start)
-        error, products = max(error, float(start.error.max())), products + start.products
-    test_scores = decide(x, start.beta[0], normalised(test_x, device)).cpu().numpy()
+    beta = torch.empty(1, n, classes, dtype=torch.float64, device=device)
+    for index in np.unique(best):  # each row is in all folds but one: their mean is near the optimum
+        those = torch.from_numpy(np.flatnonzero(best == index)).to(device)
+        start = beginning(kernel, betas[:, :, those, index].sum(0, keepdim=True) / (FOLDS - 1))
+        final = solve(kernel, labels[..., those], 2 * float(costs[index]) * weights[..., those], start)
+        beta[..., those] = final.beta
+        error, products = max(error, float(final.error.max())), products + final.products
+    test_scores = decide(x, beta[0], normalised(test_x, device)).cpu().numpy()
     kept = [test_y[:, c] != -1 for c in range(classes)]
     area, eleven = (
         np.array([ap(test_y[rows, c] > 0, test_scores[rows, c]) for c, rows in enumerate(kept)])
@@ -157,7 +164,7 @@ def voc_svm(
         100 * float(np.nanmean(eleven)),
         area,
         eleven,
-        chosen,
+        costs[best],
         validation,
         error,
         classes * (len(costs) * FOLDS + 1),
@@ -171,19 +178,18 @@ def _blocks(classes: int) -> list[NDArray[np.int64]]:
 
 def _fold_paths(
     kernel, labels: Tensor, weights: Tensor, held_out: NDArray[np.int64], costs: ArrayLike
-) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.int64], int, Solution, Tensor]]:
-    """Each fold's path of costs: (rows held out [n, P], their classes [P], index in costs, solution, decisions [n, P])."""
+) -> Iterator[tuple[int, Tensor, Tensor, int, Solution]]:
+    """Each fold's path of costs: (fold, rows of the solution, its classes, index in costs, solution)."""
+    device = labels.device
     for fold in range(FOLDS):
         inside = held_out != fold
-        rows = torch.from_numpy(np.flatnonzero(inside.any(1))).to(labels.device)
+        rows = torch.from_numpy(np.flatnonzero(inside.any(1))).to(device)
         part = kernel.among(rows)  # two thirds of the rows are four ninths of the matrix
+        used = weights * torch.from_numpy(inside).to(device)
         for block in _blocks(labels.shape[2]):
-            out = torch.from_numpy(~inside[:, block]).to(labels.device)
-            these = labels[..., block], torch.where(out, 0, weights[..., block])
-            for index, solution in path(part, *(a[:, rows] for a in these), costs):
-                beta = torch.zeros_like(these[0])
-                beta[:, rows] = solution.beta
-                yield out.cpu().numpy(), block, index, solution, kernel.product(beta)[0]
+            block = torch.from_numpy(block).to(device)
+            for index, solution in path(part, *(a[:, rows[:, None], block] for a in (labels, used)), costs):
+                yield fold, rows, block, index, solution
 
 
 def decide(x: Tensor, beta: Tensor, rows: Tensor) -> Tensor:
