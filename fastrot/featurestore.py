@@ -1,6 +1,7 @@
 """A folder of features on disk: one memory-mapped array a tap, a row for each image (in each of several passes).
 
-feature1.npy ... feature5.npy, avg.npy   float16 or float32 [N, D]
+feature1.npy ... feature5.npy, avg.npy   float32, float16 or bfloat16 [N, D]; numpy's files know no bfloat16 and hold
+                                         it as two raw bytes, for .view(ml_dtypes.bfloat16)
 labels.npy                               int64 [N], or int8 [N, classes] of 1, 0 and -1 (difficult)
 manifest.json                            {"classes": [names], ...}
 """
@@ -9,17 +10,20 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrot.errors import UserError
 
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = {dtype.name: dtype for dtype in (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)}
 _BESIDE = ("labels", "ids")  # arrays that are no features
 
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """features: tap -> float16 or float32 [N, D], mapped; labels as in the file; class names, or none."""
+    """features: tap -> [N, D] of one of DTYPES, mapped; labels as in the file; class names, or none."""
 
     folder: Path
     features: dict[str, NDArray]
@@ -34,14 +38,14 @@ def open_store(folder: str | Path) -> FeatureStore:
         raise UserError(f"{folder}: its features are not all there; run the same fastrot features again")
     if not (folder / "labels.npy").is_file():
         raise UserError(f"{folder}: no feature store: expected labels.npy and one array a tap, such as feature1.npy")
-    labels = _load(folder / "labels.npy")
-    features = {path.stem: _load(path) for path in sorted(folder.glob("*.npy")) if path.stem not in _BESIDE}
+    labels = mapped(folder / "labels.npy")
+    features = {path.stem: mapped(path) for path in sorted(folder.glob("*.npy")) if path.stem not in _BESIDE}
     if not features:
         raise UserError(f"{folder}: no features beside labels.npy")
     for tap, x in features.items():
-        if x.ndim != 2 or len(x) != len(labels) or x.dtype not in (np.float16, np.float32):
+        if x.ndim != 2 or len(x) != len(labels) or x.dtype not in DTYPES.values():
             raise UserError(
-                f"{folder / tap}.npy: expected float16 or float32 [{len(labels)}, D], found {x.dtype} {list(x.shape)}"
+                f"{folder / tap}.npy: expected {', '.join(DTYPES)} [{len(labels)}, D], found {x.dtype} {list(x.shape)}"
             )
     manifest = folder / "manifest.json"
     try:
@@ -51,8 +55,10 @@ def open_store(folder: str | Path) -> FeatureStore:
     return FeatureStore(folder, features, labels, classes)
 
 
-def _load(path: Path) -> NDArray:
+def mapped(path: Path) -> NDArray:
+    """The array of a store's file, mapped to read. Raises UserError where it is none."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise UserError(f"{path}: not a plain numpy array ({error})") from None
+    return array.view(BFLOAT16) if array.dtype == np.dtype("V2") else array

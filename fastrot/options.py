@@ -185,7 +185,7 @@ def _add_features(commands, common, page) -> None:
         metavar="N",
         help="N passes with the plan's random windows and flips, epoch = pass, instead of one as evaluation shows images",
     )
-    features.add_argument("--dtype", choices=("float16", "float32"), default="float32")
+    features.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     features.add_argument("--out", required=True, metavar="DIR", help="the feature store; one that was begun goes on")
 
 

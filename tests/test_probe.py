@@ -123,7 +123,7 @@ def test_what_cannot_be_probed_is_one_line(fastrot, stores, tmp_path):
         (("knn", "--train", train, "--test", test), "expected one label a row"),
         (("knn", "--train", bank, "--test", queries, "--layers", "feature9"), "--layers feature9: not in both stores"),
         (("knn", "--train", bank, "--test", narrow, "--layers", "feature4"), "90 features a row"),
-        (("knn", "--train", broken, "--test", queries), "expected float16 or float32 [5, D]"),
+        (("knn", "--train", broken, "--test", queries), "expected float32, float16, bfloat16 [5, D]"),
         (("knn", "--train", pickled, "--test", queries), "not a plain numpy array"),
         (("knn", "--train", bank, "--test", queries, "--k", "500"), "k = 500 needs as many rows"),
         (("knn", "--train", bank, "--test", queries, "--out", tmp_path / "no" / "x.json"), "create it first"),

@@ -35,7 +35,7 @@ class Request:
     """What to compute.
 
     checkpoint  a path, or None for the control drawn from `seed`.
-    taps        of TAPS or AVERAGE; pool: a name of POOLS; transform: test or svm; dtype: float16 or float32.
+    taps        of TAPS or AVERAGE; pool: a name of POOLS; transform: test or svm; dtype: a name of featurestore.DTYPES.
     passes      as training shows the images, epoch = pass; None: one, as evaluation does.
     """
 

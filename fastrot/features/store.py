@@ -1,6 +1,6 @@
 """Writing a feature store (featurestore.py reads it): whole, or resumable.
 
-DIR/feature1.npy ..  [N, D] float16 or float32, C order, to be memory-mapped; N = passes * images,
+DIR/feature1.npy ..  [N, D] of the dtype asked for, C order, to be memory-mapped; N = passes * images,
                      row p * images + r is image r in pass p
 DIR/labels.npy       int64 [N], or int8 [N, classes] where an image has many
 DIR/rows/            the manifest of the images: paths, sizes, classes
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from fastrot.checkpoint import write_text
 from fastrot.data.manifest import Manifest
 from fastrot.errors import Fault, UserError
+from fastrot.featurestore import BFLOAT16, DTYPES, mapped
 
 _DONE = re.compile(r"block (\d+) of (\d+) rows is on disk")
 _COMMIT_S = 1.0  # between two fsyncs: what a kill may cost
@@ -60,7 +61,7 @@ def prepare(folder: Path, facts: dict, manifest: Manifest) -> bool:
             for stale in folder.glob("progress-*.txt"):
                 stale.unlink()
             for name, tap in facts["taps"].items():
-                _allocate(folder / f"{name}.npy", (passes * len(manifest), tap["width"]), np.dtype(facts["dtype"]))
+                _allocate(folder / f"{name}.npy", (passes * len(manifest), tap["width"]), DTYPES[facts["dtype"]])
             labels = np.concatenate([manifest.label] * passes)
             np.save(folder / "labels.npy", labels, allow_pickle=False)
             manifest.save(folder / "rows")
@@ -72,7 +73,8 @@ def prepare(folder: Path, facts: dict, manifest: Manifest) -> bool:
 
 def _allocate(path: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
     """An .npy whose space is taken, so that a full disk is found before the work."""
-    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    held = np.dtype("V2") if dtype == BFLOAT16 else dtype
+    np.lib.format.open_memmap(path, mode="w+", dtype=held, shape=shape)
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, max(1, os.fstat(file.fileno()).st_size))
 
@@ -98,7 +100,7 @@ class BlockWriter:
         self._block = block
         self._files = {}
         for tap in taps:
-            array = np.load(folder / f"{tap}.npy", mmap_mode="r", allow_pickle=False)
+            array = mapped(folder / f"{tap}.npy")
             handle = os.open(folder / f"{tap}.npy", os.O_WRONLY)
             self._files[tap] = (handle, array.offset, array.dtype, array.shape[1] * array.dtype.itemsize)
         self._progress = os.open(folder / f"progress-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -152,9 +154,9 @@ class BlockWriter:
         with np.errstate(over="ignore"):
             rows = np.ascontiguousarray(array.astype(dtype, copy=False))
         if not np.isfinite(rows).all():
-            what = "overflow float16; use --dtype float32" if np.isfinite(array).all() else "are not finite"
+            what = f"overflow {dtype}; use --dtype float32" if np.isfinite(array).all() else "are not finite"
             raise UserError(f"{tap}: features of rows from {number * self._block} on {what}")
-        view, at = memoryview(rows).cast("B"), offset + number * self._block * stride
+        view, at = memoryview(rows.view(np.uint8)).cast("B"), offset + number * self._block * stride
         while view:
             count = os.pwrite(handle, view, at)
             view, at = view[count:], at + count

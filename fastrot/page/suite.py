@@ -25,7 +25,7 @@ class Set(Section):
     """As in fastrot features."""
     taps: tuple[Tap, ...] = ("feature1", "feature2", "feature3", "feature4", "feature5")
     """Layers to read."""
-    dtype: Literal["float16", "float32"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the stored features."""
     overrides: tuple[str, ...] = ()
     """Config keys for its features, as in data.crop=128."""

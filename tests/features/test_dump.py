@@ -207,6 +207,20 @@ def test_half_precision_rounds_and_refuses_to_overflow(fastrot, images, checkpoi
     assert done.code == 2 and "overflow float16; use --dtype float32" in done.err
 
 
+def test_bfloat16_features_are_those_of_float32_rounded_and_probed_like_them(fastrot, images, checkpoint, tmp_path):
+    words = ["features", "--data", images, "--taps", "avg", *SMALL, "--checkpoint", checkpoint]
+    for dtype in ("float32", "bfloat16"):
+        assert fastrot(*words, "--dtype", dtype, "--out", tmp_path / dtype).code == 0
+    single, short = (open_store(tmp_path / dtype).features["avg"] for dtype in ("float32", "bfloat16"))
+    want = torch.from_numpy(np.array(single)).bfloat16()
+    assert torch.equal(torch.from_numpy(np.array(short, np.float32)), want.float())
+    raw = np.load(tmp_path / "bfloat16" / "avg.npy")  # as a program without ml_dtypes reads it
+    assert torch.equal(torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16), want)
+    stores = ["--train", tmp_path / "bfloat16", "--test", tmp_path / "bfloat16", "--json"]
+    assert fastrot("knn", *stores, "--k", "1").code == 0
+    assert fastrot("linear", "--features", *stores[1:], "--epochs", "1").code == 0
+
+
 def test_what_a_user_may_get_wrong_is_one_line(fastrot, images, checkpoint, tmp_path):
     words = ["features", "--data", images, *SMALL]
     mine = [*words, "--checkpoint", checkpoint, "--taps", "avg", "--out", tmp_path / "f"]
