@@ -130,6 +130,10 @@ class Engine(Section):
     """DeepSpeed's ZeRO stage; 1 splits the momentum over the ranks and saves under 100 MB here."""
     images_per_micro_step: Annotated[int, Field(ge=2)] | None = None
     """Most images a rank holds at once; default: its whole share. Batch norm sees a micro-step's views."""
+    bucket_mb: NonNegativeFloat = 25.0
+    """Several ranks average their gradients in buckets of so many MiB while the backward pass still fills the next
+    (ZeRO 1: after it; a compiled backward pass gives all at its end, but where synchronised norms divide it);
+    0: in one piece after it."""
     compile: bool = False
     """torch.compile the network."""
     channels_last: bool = True

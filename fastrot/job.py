@@ -262,7 +262,9 @@ class Job:
             trust=o.trust,
             fused=e.precision != "fp16",
         )
-        settings = StepSettings(e.precision, e.zero, o.clip, o.momentum, e.channels_last, e.cuda_graphs)
+        if e.cuda_graphs and ranks.world > 1:
+            self.say("engine.cuda_graphs averages gradients in one piece after the backward pass, not by engine.bucket_mb")
+        settings = StepSettings(e.precision, e.zero, o.clip, o.momentum, e.channels_last, e.cuda_graphs, e.bucket_mb)
         batch = {
             "train_batch_size": self.numbers.images,
             "gradient_accumulation_steps": self.numbers.micro_steps,

@@ -10,6 +10,7 @@ from torch import nn
 
 from conftest import ROOT
 from fastrot.engine import StepSettings
+from fastrot.engine.buckets import Buckets
 from fastrot.engine.deepspeed import merged, settings_to_json
 from fastrot.errors import UserError
 from workers.steps import IMAGES, STEPS, batch, network
@@ -27,6 +28,21 @@ EXACT = [
     "plain-fp32-0-sgd-fused",
     "deepspeed-fp32-0-sgd-fused",
 ]
+BUCKETS = [
+    "plain-fp32-0-sgd-small",
+    "plain-fp32-0-sgd-whole",
+    "plain-fp32-0-sgd-micro-small",
+    "plain-fp32-0-sgd-micro-whole",
+    "deepspeed-fp32-0-sgd-small",
+    "deepspeed-fp32-0-sgd-whole",
+    "deepspeed-fp32-0-sgd-micro-small",
+    "deepspeed-fp32-0-sgd-micro-whole",
+    "deepspeed-fp32-1-sgd-micro-small",
+    "deepspeed-fp32-1-sgd-micro-whole",
+    "plain-fp32-0-sgd-fused-small",
+    "plain-fp16-0-sgd-small",
+    "plain-fp16-0-sgd-whole",
+]
 LARS = ["plain-fp32-0-lars", "deepspeed-fp32-0-lars"]
 LOW = ["plain-bf16-0-sgd", "deepspeed-bf16-0-sgd", "deepspeed-bf16-1-sgd", "plain-fp16-0-sgd", "deepspeed-fp16-0-sgd"]
 
@@ -43,6 +59,7 @@ def results(tmp_path_factory):
         "tests/workers/steps.py",
         str(out),
         *EXACT,
+        *BUCKETS,
         *LARS,
         *LOW,
     ]
@@ -68,9 +85,9 @@ def oracle(clip: float | None, micro: bool):
     return losses, norms, model.state_dict(), momenta
 
 
-@pytest.mark.parametrize("mode", EXACT)
+@pytest.mark.parametrize("mode", [*EXACT, *(mode for mode in BUCKETS if "fp32" in mode)])
 def test_two_uneven_ranks_are_one_process_on_the_whole_batch(results, mode):
-    losses, norms, weights, momenta = oracle(0.3 if mode.endswith("clip") else None, mode.endswith("micro"))
+    losses, norms, weights, momenta = oracle(0.3 if "clip" in mode else None, "micro" in mode)
     got = results[mode]["whole"]
     torch.testing.assert_close(got["losses"], losses, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got["norms"], norms, rtol=1e-3, atol=1e-5)
@@ -78,6 +95,53 @@ def test_two_uneven_ranks_are_one_process_on_the_whole_batch(results, mode):
         torch.testing.assert_close(got["weights"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
     for name, value in momenta.items():
         torch.testing.assert_close(got["momenta"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("mode", [mode.removesuffix("-whole") for mode in BUCKETS if mode.endswith("-whole")])
+def test_buckets_average_to_the_bit_what_one_piece_does(results, mode):
+    small, whole = (results[f"{mode}-{size}"]["whole"] for size in ("small", "whole"))
+    assert small["losses"] == whole["losses"] and small["norms"] == whole["norms"]
+    for part in ("weights", "momenta"):
+        for name, value in whole[part].items():
+            assert torch.equal(small[part][name], value), name
+
+
+def test_every_gradient_is_averaged_once_a_step(results):
+    """However many micro-steps it has."""
+    gradients = sum(p.numel() for p in network(micro=True).parameters())
+    for mode in BUCKETS:
+        if "-0-" in mode and "micro" in mode:
+            assert results[mode]["whole"]["reduced"] == [gradients] * STEPS, mode
+
+
+def test_a_bucket_is_on_its_way_before_the_first_layers_gradient_is_there(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False), nn.Linear(4, 1))
+    parameters = list(model.parameters())
+    there = []
+
+    class Done:
+        def wait(self):
+            pass
+
+    def all_reduce(flat, async_op):
+        there.append([p.grad is not None for p in parameters])
+        flat *= 2  # two ranks alike
+        return Done()
+
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    buckets = Buckets(parameters, 64 / 2**20, 2)
+    x = torch.randn(3, 4)
+    model(x).sum().backward()
+    assert not there  # not the step's last
+    model.zero_grad()
+    want = torch.autograd.grad(model(x).sum(), parameters)
+    buckets.expect()
+    model(x).sum().backward()
+    assert there == [[False, True, True, True], [True] * 4]
+    buckets.finish()
+    assert len(there) == 2
+    for parameter, gradient in zip(parameters, want, strict=True):
+        assert torch.equal(parameter.grad, gradient)
 
 
 def test_deepspeeds_lars_is_plain_torchs(results):
@@ -94,7 +158,7 @@ def test_low_precision_stays_near_fp32_and_keeps_fp32_weights(results, mode):
     torch.testing.assert_close(got["losses"], want, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("mode", [*EXACT, *LARS, *LOW])
+@pytest.mark.parametrize("mode", [*EXACT, *BUCKETS, *LARS, *LOW])
 def test_resumed_from_the_middle_is_equal_bit_for_bit(results, mode):
     whole, resumed = results[mode]["whole"], results[mode]["resumed"]
     assert resumed["losses"] == whole["losses"][2:]
@@ -103,6 +167,12 @@ def test_resumed_from_the_middle_is_equal_bit_for_bit(results, mode):
         assert whole[part].keys() == resumed[part].keys()
         for name, value in whole[part].items():
             assert torch.equal(value, resumed[part][name]), name
+
+
+@pytest.mark.parametrize("zero, mib, given", [(0, 25.0, None), (1, 0.0, None), (1, 25.0, 25 * 2**20 // 4), (1, 1e-9, 1)])
+def test_zero_1_reads_the_buckets_size_in_elements(zero, mib, given):
+    json = settings_to_json(StepSettings(zero=zero, bucket_mb=mib), 2)
+    assert json["zero_optimization"].get("reduce_bucket_size") == given
 
 
 def test_a_deepspeed_config_may_add_but_not_contradict(tmp_path):
