@@ -51,11 +51,16 @@ class Engine:
         """
         self._measure = measure
         self.grad_norm = math.inf  # stays so where fp16 skips the update
-        if self._buckets:
-            self._buckets.finish()
+        self._average()
         self._step()
 
+    def _average(self) -> None:
+        """Average the gradients over ranks, or wait for what the backward pass has sent."""
+        if self._buckets:
+            self._buckets.finish()
+
     def _step(self) -> None:
+        """Clip, update, forget; DeepSpeed averages here what has no buckets."""
         raise NotImplementedError
 
     def _fill_buckets(self) -> None:

@@ -28,7 +28,7 @@ class PlainEngine(Engine):
     def _backward(self, loss):
         (self._grad_scaler.scale(loss) if self._grad_scaler else loss).backward()
 
-    def _step(self):
+    def _average(self):
         if self._ranks.world > 1 and not self._buckets:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             flat = torch._utils._flatten_dense_tensors(grads)
@@ -36,6 +36,9 @@ class PlainEngine(Engine):
             flat /= self._ranks.world
             for grad, mean in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
                 grad.copy_(mean)
+        super()._average()
+
+    def _step(self):
         if self._grad_scaler:
             self._grad_scaler.step(self.optimizer)
             self._grad_scaler.update()
