@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from fastrot.engine import StepSettings
 from fastrot.engine.buckets import Buckets
 from fastrot.engine.deepspeed import merged, settings_to_json
 from fastrot.errors import UserError
+from fastrot.model import build_model
+from fastrot.recompute import recompute_blocks
 from workers.steps import IMAGES, STEPS, batch, network
 
 EXACT = [
@@ -40,6 +43,9 @@ BUCKETS = [
     "deepspeed-fp32-1-sgd-micro-small",
     "deepspeed-fp32-1-sgd-micro-whole",
     "plain-fp32-0-sgd-fused-small",
+    "plain-fp32-0-sgd-compiled-small",
+    "plain-fp32-0-sgd-compiled-whole",
+    "deepspeed-fp32-0-sgd-compiled-small",
     "plain-fp16-0-sgd-small",
     "plain-fp16-0-sgd-whole",
 ]
@@ -114,34 +120,51 @@ def test_every_gradient_is_averaged_once_a_step(results):
             assert results[mode]["whole"]["reduced"] == [gradients] * STEPS, mode
 
 
-def test_a_bucket_is_on_its_way_before_the_first_layers_gradient_is_there(monkeypatch):
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False), nn.Linear(4, 1))
-    parameters = list(model.parameters())
-    there = []
-
-    class Done:
-        def wait(self):
-            pass
+@pytest.fixture
+def sent(monkeypatch):
+    """Sizes of what goes to a second rank that is like the first."""
+    sizes = []
 
     def all_reduce(flat, async_op):
-        there.append([p.grad is not None for p in parameters])
-        flat *= 2  # two ranks alike
-        return Done()
+        sizes.append(flat.numel())
+        flat *= 2
+        return SimpleNamespace(wait=lambda: None)
 
     monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    return sizes
+
+
+def test_a_bucket_is_on_its_way_before_the_first_layers_gradient_is_there(sent):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False), nn.Linear(4, 1))
+    parameters = list(model.parameters())
     buckets = Buckets(parameters, 64 / 2**20, 2)
     x = torch.randn(3, 4)
     model(x).sum().backward()
-    assert not there  # not the step's last
+    assert not sent  # not the step's last
     model.zero_grad()
     want = torch.autograd.grad(model(x).sum(), parameters)
     buckets.expect()
+    before_first = []
+    parameters[0].register_hook(lambda _: before_first.extend(sent))
     model(x).sum().backward()
-    assert there == [[False, True, True, True], [True] * 4]
+    assert before_first == [21] and sent == [21, 16]
     buckets.finish()
-    assert len(there) == 2
+    assert sent == [21, 16]
     for parameter, gradient in zip(parameters, want, strict=True):
         assert torch.equal(parameter.grad, gradient)
+
+
+def test_blocks_that_are_computed_again_give_each_gradient_once(sent):
+    model = recompute_blocks(build_model("resnet18", 4, 0))
+    parameters = list(model.parameters())
+    buckets = Buckets(parameters, 4.0, 2)
+    buckets.expect()
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    want = [p.grad.clone() for p in parameters]
+    assert len(sent) > 4 and sum(sent) == sum(p.numel() for p in parameters)
+    buckets.finish()
+    for parameter, gradient in zip(parameters, want, strict=True):
+        assert torch.equal(parameter.grad, gradient) and parameter.grad.stride() == parameter.stride()
 
 
 def test_deepspeeds_lars_is_plain_torchs(results):

@@ -1,8 +1,9 @@
 """One rank of the engine tests: trains a tiny network in one mode and writes what came out.
 
-torchrun ... steps.py OUT MODE ...   MODE is kind-precision-zero-optimizer[-clip|-micro|-fused|-small|-whole]
+torchrun ... steps.py OUT MODE ...   MODE is kind-precision-zero-optimizer[-clip|-micro|-fused|-small|-whole|-compiled]
 micro: two micro-steps a step, on a network without batch norm (which sees a micro-step's views).
 fused: batch norm and ReLU as one function.
+compiled: by torch.compile, but for the kernels.
 small: gradients averaged in several buckets; whole: in one piece after the backward pass.
 """
 
@@ -85,6 +86,8 @@ def train(mode: str, ranks, first: int = 0, state=None):
     bucket_mb = SMALL_MB if "small" in more else 0.0 if "whole" in more else StepSettings.bucket_mb
     settings = StepSettings(precision, int(zero), 0.3 if "clip" in more else None, 0.9, bucket_mb=bucket_mb)
     engine = make_engine(kind, model, optimizer, settings, ranks, {})
+    if "compiled" in more:
+        model.compile(backend="aot_eager", dynamic=False)
     if state:
         engine.load_state(*state)
     losses, norms, reduced, middle = [], [], [], None
