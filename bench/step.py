@@ -86,9 +86,7 @@ class Step:
             decay_norms=True, trust=0.001, fused=kind == "fused",
         )  # fmt: skip
         graphs = switches["cuda_graphs"]
-        settings = StepSettings(
-            precision, 0, None, 0.9, switches["channels_last"], graphs, switches["bucket_mb"]
-        )
+        settings = StepSettings(precision, 0, None, 0.9, switches["channels_last"], graphs, switches["bucket_mb"])
         self._engine = PlainEngine(model, optimizer, settings, ranks)
         self._replay = Graphed(self._learn, device, capture) if graphs else None
         if mode := switches["compile"]:
@@ -151,7 +149,7 @@ def over_ranks(mean: torch.Tensor, world: int) -> float:
 
 
 def resident(images: int, side: int, ranks: distributed.Ranks) -> torch.Tensor:
-    """Upright crops, uint8 [n, S, S, 3]: smooth, as photographs are."""
+    """Upright crops, uint8 [n, S, S, 3], on the device: smooth, so that a wrong turn moves the gradient."""
     generator = torch.Generator().manual_seed(ranks.rank)
     coarse = torch.rand(images, 3, 5, 5, generator=generator)
     pixels = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1)
@@ -188,9 +186,13 @@ def able(switches: dict, world: int, cuda: bool) -> bool:
     return (holds or not graphs) and (world > 1 or switches["bucket_mb"] == BASE["bucket_mb"])
 
 
+def same_views(switches: dict) -> bool:
+    return switches["batch"] == switches["crop"] == 1
+
+
 def gate(name: str, learnt: tuple, base: tuple, switches: dict, world: int) -> None:
     """The losses and the first gradient are base's, where views and arithmetic must give the same."""
-    if switches["batch"] != 1 or switches["crop"] != 1:
+    if not same_views(switches):
         return
     (losses, norm), (base_losses, base_norm) = learnt, base
     # LARS and other arithmetic part ways with base as they learn; before the first update nothing has
@@ -248,7 +250,7 @@ def main() -> None:
 
 
 def race(arguments, ranks: distributed.Ranks, clock) -> dict:
-    device, world = ranks.device, ranks.world
+    device, world, machine = ranks.device, ranks.world, harness.facts()
     capture = Capture(device) if device.type == "cuda" else None
     make = functools.partial(Step, arguments.arch, arguments.images, arguments.side, ranks, capture)
     chosen = {name: BASE | SWITCHES[name] for name in dict.fromkeys(["base", *arguments.only])}
@@ -270,29 +272,35 @@ def race(arguments, ranks: distributed.Ranks, clock) -> dict:
     views = {name: steps["base" if name in peers else name].views for name in times}
     views_per_s = {name: views[name] / each["step"]["median_s"] for name, each in times.items()}
     plain = max(peers, key=views_per_s.get)
-    alike = [name for name, switches in chosen.items() if switches["batch"] == switches["crop"] == 1]
+
+    def follows(name: str) -> bool:
+        """Whether it trains as base does: what is fast by another recipe is no faster step."""
+        switches = chosen[name]
+        same = all(switches[key] == BASE[key] for key in ("precision", "sync_batchnorm"))
+        return same and same_views(switches) and switches["optimizer"] != "lars"
 
     def line(name: str) -> dict:
         line = times[name] | {"views_per_s": views_per_s[name], "times_base": views_per_s[name] / views_per_s["base"]}
-        if name in alike:
+        if name in chosen and same_views(chosen[name]):
             line["times_plain"] = views_per_s[name] / views_per_s[plain]
         return line | ({"memory_gib": memory[name]} if name in memory else {})
 
+    fastest = distributed.on_first(ranks, lambda: max(filter(follows, chosen), key=views_per_s.get))  # clocks differ
     result = {
-        "machine": harness.facts(),
+        "machine": machine,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "ranks": world,
         "base": BASE,
         "roof": roof(arguments, device, times["base"]["step"]["median_s"]),
         "switches": {name: line(name) for name in steps},
         "plain": {name: line(name) for name in peers},
+        "fastest": fastest,
     }
     if arguments.data:
-        fastest = distributed.on_first(ranks, lambda: max(alike, key=views_per_s.get))  # clocks differ by rank
         batches, says = batches_of(arguments.data, arguments.images, arguments.side, ranks)
         times = fed(steps[fastest], batches, 4 * arguments.lap, arguments.rounds, device)
         rates = {name: views["base"] / times[name]["median_s"] for name in ("data_alone", "step_alone", "both")}
-        result["data"] = {"switch": fastest, "loader": says, **times, "views_per_s": rates}
+        result["data"] = {"loader": says, **times, "views_per_s": rates}
     return result
 
 
