@@ -48,6 +48,7 @@ SWITCHES = {
     "SGD unfused": {"optimizer": "unfused"},
     "LARS": {"optimizer": "lars"},
     "bucket_mb=0": {"bucket_mb": 0.0},
+    "bucket_mb=5": {"bucket_mb": 5.0},
     "half the images": {"batch": 1 / 2},
     "a quarter of the images": {"batch": 1 / 4},
     "crop 160/224": {"crop": 160 / 224},
@@ -190,7 +191,19 @@ def same_views(switches: dict) -> bool:
     return switches["batch"] == switches["crop"] == 1
 
 
-def gate(name: str, learnt: tuple, base: tuple, switches: dict, world: int) -> None:
+def trains_alike(name: str) -> bool:
+    """Whether by base's recipe: what is fast by another is no faster step."""
+    switches = BASE | SWITCHES[name]
+    same = all(switches[key] == BASE[key] for key in ("precision", "sync_batchnorm"))
+    return same and same_views(switches) and switches["optimizer"] != "lars"
+
+
+def same_norms(switches: dict, ranks: distributed.Ranks) -> bool:
+    """As plain PyTorch's, which synchronises them on GPUs alone."""
+    return ranks.world == 1 or switches["sync_batchnorm"] == (ranks.device.type == "cuda")
+
+
+def gate(name: str, learnt: tuple, base: tuple, switches: dict, ranks: distributed.Ranks) -> None:
     """The losses and the first gradient are base's, where views and arithmetic must give the same."""
     if not same_views(switches):
         return
@@ -199,7 +212,7 @@ def gate(name: str, learnt: tuple, base: tuple, switches: dict, world: int) -> N
     many, share = (GATED_STEPS, 0.05) if switches["cuda_graphs"] else (1, 0.02)
     near = all(abs(a - b) < share * b for a, b in zip(losses[:many], base_losses[:many], strict=True))
     harness.gate(near, f"{name}: the losses {losses[:many]} are base's {base_losses[:many]} within {share:.0%}")
-    if world == 1 or switches["sync_batchnorm"]:
+    if ranks.world == 1 or switches["sync_batchnorm"]:
         near = abs(norm - base_norm) < NORM_SHARE * base_norm
         harness.gate(near, f"{name}: the first gradient's norm {norm:.4g} is base's {base_norm:.4g} within {NORM_SHARE:.0%}")
 
@@ -250,46 +263,28 @@ def main() -> None:
 
 
 def race(arguments, ranks: distributed.Ranks, clock) -> dict:
-    device, world, machine = ranks.device, ranks.world, harness.facts()
-    capture = Capture(device) if device.type == "cuda" else None
-    make = functools.partial(Step, arguments.arch, arguments.images, arguments.side, ranks, capture)
+    """The result, whole."""
+    device, machine = ranks.device, harness.facts()
     chosen = {name: BASE | SWITCHES[name] for name in dict.fromkeys(["base", *arguments.only])}
-    steps, memory, base = {}, {}, None
-    for name, switches in progress(chosen.items(), "gates"):
-        steps[name] = make(**switches)
-        learnt, memory[name] = with_memory(functools.partial(steps[name].learnt, GATED_STEPS if capture else 1), device)
-        base = base or learnt
-        gate(name, learnt, base, switches, world)
-    weights = RotationTask.build_model(arguments.arch, 0).state_dict()
-    pixels, peers = resident(arguments.images, arguments.side, ranks), {}
-    for compiled in (False, True) if any(switches["compile"] for switches in chosen.values()) else (False,):
-        name = "plain PyTorch, compiled" if compiled else "plain PyTorch"
-        peers[name], model = plain_pytorch(arguments.arch, weights, pixels, ranks, compiled)
-        loss = over_ranks(peers[name](), world)
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
-        gate(name, ([loss], norm), base, BASE | {"sync_batchnorm": device.type == "cuda"}, world)
+    steps, memory, base = gated_steps(arguments, chosen, ranks)
+    compiled = any(switches["compile"] for switches in chosen.values())
+    peers = gated_peers(arguments, base, compiled, ranks)
     times = measure(steps | peers, arguments.rounds, arguments.lap, clock)
-    views = {name: steps["base" if name in peers else name].views for name in times}
-    views_per_s = {name: views[name] / each["step"]["median_s"] for name, each in times.items()}
-    plain = max(peers, key=views_per_s.get)
-
-    def follows(name: str) -> bool:
-        """Whether it trains as base does: what is fast by another recipe is no faster step."""
-        switches = chosen[name]
-        same = all(switches[key] == BASE[key] for key in ("precision", "sync_batchnorm"))
-        return same and same_views(switches) and switches["optimizer"] != "lars"
+    views = {name: steps.get(name, steps["base"]).views for name in times}
+    speed = {name: views[name] / each["step"]["median_s"] for name, each in times.items()}
+    fastest = distributed.on_first(ranks, lambda: max(filter(trains_alike, steps), key=speed.get))  # clocks differ
+    plain = max(speed[name] for name in peers)
 
     def line(name: str) -> dict:
-        line = times[name] | {"views_per_s": views_per_s[name], "times_base": views_per_s[name] / views_per_s["base"]}
-        if name in chosen and same_views(chosen[name]):
-            line["times_plain"] = views_per_s[name] / views_per_s[plain]
+        line = times[name] | {"views_per_s": speed[name], "times_base": speed[name] / speed["base"]}
+        if name in chosen and same_views(chosen[name]) and same_norms(chosen[name], ranks):
+            line["times_plain"] = speed[name] / plain
         return line | ({"memory_gib": memory[name]} if name in memory else {})
 
-    fastest = distributed.on_first(ranks, lambda: max(filter(follows, chosen), key=views_per_s.get))  # clocks differ
     result = {
         "machine": machine,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "ranks": world,
+        "ranks": ranks.world,
         "base": BASE,
         "roof": roof(arguments, device, times["base"]["step"]["median_s"]),
         "switches": {name: line(name) for name in steps},
@@ -298,10 +293,37 @@ def race(arguments, ranks: distributed.Ranks, clock) -> dict:
     }
     if arguments.data:
         batches, says = batches_of(arguments.data, arguments.images, arguments.side, ranks)
-        times = fed(steps[fastest], batches, 4 * arguments.lap, arguments.rounds, device)
-        rates = {name: views["base"] / times[name]["median_s"] for name in ("data_alone", "step_alone", "both")}
-        result["data"] = {"loader": says, **times, "views_per_s": rates}
+        spent = fed(steps[fastest], batches, 4 * arguments.lap, arguments.rounds, device)
+        rates = {name: views["base"] / spent[name]["median_s"] for name in ("data_alone", "step_alone", "both")}
+        result["data"] = {"loader": says, **spent, "views_per_s": rates}
     return result
+
+
+def gated_steps(arguments, chosen: dict[str, dict], ranks: distributed.Ranks) -> tuple[dict, dict, tuple]:
+    """({switch: step}, {switch: GiB of a GPU's memory}, what base learnt)."""
+    capture = Capture(ranks.device) if ranks.device.type == "cuda" else None
+    make = functools.partial(Step, arguments.arch, arguments.images, arguments.side, ranks, capture)
+    steps, memory, base = {}, {}, None
+    for name, switches in progress(chosen.items(), "gates"):
+        steps[name] = make(**switches)
+        learn = functools.partial(steps[name].learnt, GATED_STEPS if capture else 1)
+        learnt, memory[name] = with_memory(learn, ranks.device)
+        base = base or learnt
+        gate(name, learnt, base, switches, ranks)
+    return steps, memory, base
+
+
+def gated_peers(arguments, base: tuple, compiled: bool, ranks: distributed.Ranks) -> dict:
+    """{name: a step in plain PyTorch}; compiled: also by torch.compile."""
+    weights = RotationTask.build_model(arguments.arch, 0).state_dict()
+    pixels, peers = resident(arguments.images, arguments.side, ranks), {}
+    for compile_it in (False, True) if compiled else (False,):
+        name = "plain PyTorch, compiled" if compile_it else "plain PyTorch"
+        peers[name], model = plain_pytorch(arguments.arch, weights, pixels, ranks, compile_it)
+        loss = over_ranks(peers[name](), ranks.world)
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+        gate(name, ([loss], norm), base, BASE | {"sync_batchnorm": ranks.device.type == "cuda"}, ranks)
+    return peers
 
 
 def roof(arguments, device: torch.device, step_s: float) -> dict:
