@@ -63,8 +63,8 @@ class Engine:
         """Clip, update, forget; DeepSpeed averages here what has no buckets."""
         raise NotImplementedError
 
-    def _fill_buckets(self) -> None:
-        """Average gradients in buckets, where there is something to average; once the weights' layout is final."""
+    def _make_buckets(self) -> None:
+        """Over several ranks, once the layout of the weights is final: the buckets take it over."""
         if self._ranks.world > 1 and self._settings.bucket_mb:
             trained = [p for p in self.model.parameters() if p.requires_grad]
             self._buckets = Buckets(trained, self._settings.bucket_mb, self._ranks.world)

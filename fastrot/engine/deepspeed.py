@@ -99,8 +99,8 @@ class DeepSpeedEngine(Engine):
         if settings.channels_last and not settings.zero:  # not before: DeepSpeed's broadcast wants rows
             model.to(memory_format=torch.channels_last)
         if not settings.zero:
-            self._fill_buckets()
-            self.module.enable_backward_allreduce = self._buckets is None  # else ours is the only one
+            self._make_buckets()
+            self.module.enable_backward_allreduce = self._buckets is None  # it would be a second one
         if settings.zero and settings.momentum:
             self._make_momentum()
 

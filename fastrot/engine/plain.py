@@ -19,7 +19,7 @@ class PlainEngine(Engine):
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)
         if not settings.cuda_graphs:  # they add gradients where those lay at capture
-            self._fill_buckets()
+            self._make_buckets()
 
     def _forward(self, images):
         with torch.autocast(self._ranks.device.type, self._autocast, enabled=self._autocast is not None):
