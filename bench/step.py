@@ -1,32 +1,42 @@
-"""Where does a training step's time go, and which switch of the config pays?"""
+"""Where does a training step's time go, which switch of the config pays, and what does plain PyTorch take?"""
 
 import functools
+import os
 
 import harness
 import torch
+import torch.distributed as dist
+from step_arms import batches_of, fed, plain_pytorch
 
 from fastrot import distributed, optim
+from fastrot.config import GRAPHING_MODES
 from fastrot.data.loader import MicroBatch
 from fastrot.engine import AUTOCAST, StepSettings
 from fastrot.engine.plain import PlainEngine
+from fastrot.errors import UserError
 from fastrot.fused import fuse_norms
 from fastrot.graphs import WARM_UPS, Capture, Graphed
 from fastrot.model import pad_stem, synchronise_batchnorm
 from fastrot.profiling import roofline
 from fastrot.recompute import recompute_blocks
+from fastrot.runlog import track
 from fastrot.tasks.rotation import RotationTask
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 BASE = {
     "channels_last": True, "precision": "bf16", "compile": False, "sync_batchnorm": True, "optimizer": "fused",
-    "norm": "torch", "stem_channels": 3, "cuda_graphs": False, "recompute": False,
+    "norm": "torch", "stem_channels": 3, "cuda_graphs": False, "recompute": False, "bucket_mb": 25.0,
+    "batch": 1.0, "crop": 1.0,
 }  # fmt: skip
-# One switch turned at a time, from BASE.
+# One switch turned at a time, from BASE; batch and crop are shares of --images and --side.
 SWITCHES = {
     "base": {},
     "channels_last=false": {"channels_last": False},
     "precision=fp32": {"precision": "fp32"},
     "compile=true": {"compile": True},
+    "compile=max-autotune-no-cudagraphs": {"compile": "max-autotune-no-cudagraphs"},
+    "compile=reduce-overhead": {"compile": "reduce-overhead"},
+    "compile=max-autotune": {"compile": "max-autotune"},
     "sync_batchnorm=false": {"sync_batchnorm": False},
     "norm=fused": {"norm": "fused"},
     "norm=fused compile=true": {"norm": "fused", "compile": True},
@@ -37,9 +47,17 @@ SWITCHES = {
     "norm=fused stem_channels=4 cuda_graphs=true": {"norm": "fused", "stem_channels": 4, "cuda_graphs": True},
     "SGD unfused": {"optimizer": "unfused"},
     "LARS": {"optimizer": "lars"},
+    "bucket_mb=0": {"bucket_mb": 0.0},
+    "bucket_mb=5": {"bucket_mb": 5.0},
+    "half the images": {"batch": 1 / 2},
+    "a quarter of the images": {"batch": 1 / 4},
+    "crop 160/224": {"crop": 160 / 224},
+    "crop 192/224": {"crop": 192 / 224},
 }
-STAGES = ("rotate", "forward", "backward", "update")  # a graph's backward is part of its forward
+# a graph's backward is part of its forward; what the backward pass hides of the communication is part of that
+STAGES = ("rotate", "forward", "backward", "communicate", "update")
 GATED_STEPS = WARM_UPS + 2  # the last of them are replayed
+NORM_SHARE = 0.05  # of a gradient's norm, that bf16 and its order of additions may move
 
 
 class Step:
@@ -49,6 +67,8 @@ class Step:
         self, arch: str, images: int, side: int, ranks: distributed.Ranks, capture: Capture | None, **switches
     ):
         device, precision = ranks.device, switches["precision"]
+        self.images, self.side = max(1, round(images * switches["batch"])), round(side * switches["crop"])
+        self.views, self._world = 4 * self.images * ranks.world, ranks.world
         dtype = AUTOCAST.get(precision, torch.float32)
         self._task = RotationTask(MEAN, STD, dtype, device, channels=switches["stem_channels"])
         model = self._task.build_model(arch, 0)
@@ -67,16 +87,15 @@ class Step:
             decay_norms=True, trust=0.001, fused=kind == "fused",
         )  # fmt: skip
         graphs = switches["cuda_graphs"]
-        settings = StepSettings(precision, 0, None, 0.9, switches["channels_last"], graphs)
+        settings = StepSettings(precision, 0, None, 0.9, switches["channels_last"], graphs, switches["bucket_mb"])
         self._engine = PlainEngine(model, optimizer, settings, ranks)
         self._replay = Graphed(self._learn, device, capture) if graphs else None
-        if switches["compile"]:
-            model.compile(dynamic=False)
-        generator = torch.Generator().manual_seed(0)
-        pixels = torch.randint(0, 256, (images, side, side, 3), dtype=torch.uint8, generator=generator)
-        flips = torch.zeros(images, dtype=torch.uint8)
-        turns = torch.arange(4, dtype=torch.uint8).repeat(images, 1)
-        self._batch = MicroBatch(pixels, flips, turns, None, None, 4 * images).to(device)
+        if mode := switches["compile"]:
+            model.compile(dynamic=False, mode="default" if mode is True else mode)
+        pixels = resident(self.images, self.side, ranks)
+        flips = torch.zeros(self.images, dtype=torch.uint8)
+        turns = torch.arange(4, dtype=torch.uint8).repeat(self.images, 1)
+        self._resident = self._batch = MicroBatch(pixels, flips, turns, None, None, self.views, last=True).to(device)
         self._views = self._loss = self._sums = None
 
     def rotate(self) -> None:
@@ -90,29 +109,52 @@ class Step:
 
     def backward(self) -> None:
         if not self._replay:
-            self._engine.backward(self._loss, self._batch.views_of_step)
+            self._engine.backward(self._loss, self._batch.views_of_step, self._batch.last)
 
     def _learn(self, views, batch):
         loss, sums = self._task.loss(self._engine.module, views, batch)
-        self._engine.backward(loss, batch.views_of_step)
+        self._engine.backward(loss, batch.views_of_step, batch.last)
         return sums
 
-    def update(self) -> None:
-        self._engine.step(measure=False)
+    def communicate(self) -> None:
+        self._engine._average()
 
-    def losses(self) -> list[float]:
-        """Mean loss over the views, step by step; the first steps compile and capture."""
-        out = []
-        for _ in range(GATED_STEPS):
-            self.rotate()
-            self.forward()
-            out.append(self._sums[0].item() / self._batch.views_of_step)
-            self.backward()
-            self.update()
-        return out
+    def update(self) -> None:
+        self._engine._step()
+
+    def whole(self, batch: MicroBatch | None = None) -> None:
+        """A step on a batch, else on the resident one."""
+        self._batch = batch or self._resident
+        for stage in STAGES:
+            getattr(self, stage)()
+
+    def learnt(self, steps: int) -> tuple[list[float], float]:
+        """(mean loss over the views, step by step; the first gradient's norm). The first steps compile and capture."""
+        losses, norms = [], []
+        for _ in range(steps):
+            self.whole()
+            losses.append(over_ranks(self._sums[0] * self._world / self.views, self._world))
+            norms.append(float(self._engine.grad_norm))
+        self._engine._measure = False
+        return losses, norms[0]
 
     def seconds(self, clock) -> dict[str, float]:
         return {stage: clock(getattr(self, stage)) for stage in STAGES}
+
+
+def over_ranks(mean: torch.Tensor, world: int) -> float:
+    """The mean of the ranks' means."""
+    total = mean.detach().double().clone()
+    dist.all_reduce(total)
+    return total.item() / world
+
+
+def resident(images: int, side: int, ranks: distributed.Ranks) -> torch.Tensor:
+    """Upright crops, uint8 [n, S, S, 3], on the device: smooth, so that a wrong turn moves the gradient."""
+    generator = torch.Generator().manual_seed(ranks.rank)
+    coarse = torch.rand(images, 3, 5, 5, generator=generator)
+    pixels = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1)
+    return (255 * pixels).byte().permute(0, 2, 3, 1).contiguous().to(ranks.device)
 
 
 def device_clock(work) -> float:
@@ -125,86 +167,180 @@ def device_clock(work) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def learnt(step: Step, device: torch.device) -> tuple[list[float], float | None]:
-    """The first losses of a way to train, and the GPU memory it took at most beside what was there, GiB."""
+def progress(items, title: str):
+    return track(items, len(items), title) if dist.get_rank() == 0 else items
+
+
+def with_memory(work, device: torch.device):
+    """(its result, the GPU memory it took at most beside what was there, GiB)."""
     if device.type != "cuda":
-        return step.losses(), None
+        return work(), None
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    return step.losses(), (torch.cuda.max_memory_allocated(device) - before) / 2**30
+    return work(), (torch.cuda.max_memory_allocated(device) - before) / 2**30
 
 
-def measure(steps: dict[str, Step], rounds: int, clock) -> dict[str, dict]:
-    """{switch: {stage: spread}}; each switch once a round, after a round that warms up."""
-    taken = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            times = step.seconds(clock)
+def able(switches: dict, world: int, cuda: bool) -> bool:
+    """Whether it can be measured here: graphs hold no norms that talk to other ranks, and one rank has no buckets."""
+    graphs = switches["cuda_graphs"] or switches["compile"] in GRAPHING_MODES
+    holds = cuda and not (world > 1 and switches["sync_batchnorm"])
+    return (holds or not graphs) and (world > 1 or switches["bucket_mb"] == BASE["bucket_mb"])
+
+
+def same_views(switches: dict) -> bool:
+    return switches["batch"] == switches["crop"] == 1
+
+
+def trains_alike(name: str) -> bool:
+    """Whether by base's recipe: what is fast by another is no faster step."""
+    switches = BASE | SWITCHES[name]
+    same = all(switches[key] == BASE[key] for key in ("precision", "sync_batchnorm"))
+    return same and same_views(switches) and switches["optimizer"] != "lars"
+
+
+def same_norms(switches: dict, ranks: distributed.Ranks) -> bool:
+    """As plain PyTorch's, which synchronises them on GPUs alone."""
+    return ranks.world == 1 or switches["sync_batchnorm"] == (ranks.device.type == "cuda")
+
+
+def gate(name: str, learnt: tuple, base: tuple, switches: dict, ranks: distributed.Ranks) -> None:
+    """The losses and the first gradient are base's, where views and arithmetic must give the same."""
+    if not same_views(switches):
+        return
+    (losses, norm), (base_losses, base_norm) = learnt, base
+    # LARS and other arithmetic part ways with base as they learn; before the first update nothing has
+    many, share = (GATED_STEPS, 0.05) if switches["cuda_graphs"] else (1, 0.02)
+    near = all(abs(a - b) < share * b for a, b in zip(losses[:many], base_losses[:many], strict=True))
+    harness.gate(near, f"{name}: the losses {losses[:many]} are base's {base_losses[:many]} within {share:.0%}")
+    if ranks.world == 1 or switches["sync_batchnorm"]:
+        near = abs(norm - base_norm) < NORM_SHARE * base_norm
+        harness.gate(near, f"{name}: the first gradient's norm {norm:.4g} is base's {base_norm:.4g} within {NORM_SHARE:.0%}")
+
+
+def measure(arms: dict, rounds: int, lap: int, clock) -> dict[str, dict]:
+    """{arm: {stage: spread, "step": spread}}; each arm once a round, after a round that warms up. A stage is timed by
+    itself, and a step over a lap of them in which the host may run ahead."""
+    taken = {name: [] for name in arms}
+    for number in progress(range(rounds + 1), "rounds"):
+        for name, arm in arms.items():
+            work, times = (arm.whole, arm.seconds(clock)) if isinstance(arm, Step) else (arm, {})
+            times["step"] = clock(lambda work=work: [work() for _ in range(lap)]) / lap
             if number:
-                taken[name].append(times | {"step": sum(times.values())})
+                taken[name].append(times)
     return {
-        name: {stage: harness.spread((times[stage] for times in each), "_s") for stage in (*STAGES, "step")}
+        name: {stage: harness.spread((times[stage] for times in each), "_s") for stage in each[0]}
         for name, each in taken.items()
     }
 
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    cuda = torch.cuda.is_available()
+    cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     parser.add_argument("--arch", default="resnet50" if cuda else "resnet18")
-    parser.add_argument("--images", type=int, default=128 if cuda else 8, help="a step, before rotation")
+    parser.add_argument("--images", type=int, default=128 if cuda else 8, help="a step and rank, before rotation")
     parser.add_argument("--side", type=int, default=224 if cuda else 64)
-    able = [name for name in SWITCHES if cuda or "cuda_graphs" not in name]
-    parser.add_argument("--only", nargs="+", choices=able, default=able, help="switches to measure")
+    names = [name for name, switches in SWITCHES.items() if able(BASE | switches, world, cuda)]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="SWITCH", help=f"of {', '.join(names)}")
+    parser.add_argument("--lap", type=int, default=10 if cuda else 2, help="steps timed at a time")
+    parser.add_argument("--data", metavar="FOLDER", help="also train the fastest switch on these images as they are loaded")
     parser.add_argument("--quick", action="store_true", help="a rehearsal: one round of tiny steps, no compiling")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.arch, arguments.images, arguments.side, arguments.rounds = "resnet18", 2, 32, 1
+        arguments.arch, arguments.images, arguments.side = "resnet18", 2, 32
+        arguments.rounds = arguments.lap = 1
         arguments.only = [name for name in arguments.only if "compile" not in name]
+    # as a run sets them: measured convolutions, and fp32 that is fp32
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
     ranks = distributed.start()
     try:
-        capture = Capture(ranks.device) if cuda else None
-        make = functools.partial(Step, arguments.arch, arguments.images, arguments.side, ranks, capture)
-        steps = {name: make(**(BASE | SWITCHES[name])) for name in dict.fromkeys(["base", *arguments.only])}
-        losses, memory = zip(*(learnt(step, ranks.device) for step in steps.values()), strict=True)
-        for name, each in zip(steps, losses, strict=True):
-            # LARS and other arithmetic part ways with base as they learn; before the first update nothing has
-            many, share = (GATED_STEPS, 0.05) if "cuda_graphs" in name else (1, 0.02)
-            near = all(abs(a - b) < share * b for a, b in zip(each[:many], losses[0][:many], strict=True))
-            harness.gate(near, f"{name}: the loss of {many} steps is base's within {share:.0%}")
-        stages = measure(steps, arguments.rounds, device_clock if ranks.device.type == "cuda" else harness.clock)
-        build = functools.partial(RotationTask.build_model, arguments.arch, 0)
-        dtype = AUTOCAST.get(BASE["precision"], torch.float32)
-        rows = roofline.step_rows(build, 4 * arguments.images, arguments.images, arguments.side, dtype)
-        rates = roofline.measure_rates(ranks.device, dtype)
+        result = race(arguments, ranks, harness.clock if not cuda else device_clock)
+    except UserError as error:
+        raise SystemExit(str(error)) from None
     finally:
         distributed.end()
-    base_s, least_s = stages["base"]["step"]["median_s"], rates.seconds(rows)
-    result = {
-        "machine": harness.facts(),
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
-        "ranks": ranks.world,
-        "base": BASE,
-        "roof": {
-            "step_flops": sum(row.flops for row in rows),
-            "step_bytes": sum(row.bytes for row in rows),
-            "device_flops_per_s": rates.flops,
-            "device_bytes_per_s": rates.bytes,
-            "least_s": least_s,
-            "fraction": least_s / base_s,
-        },
-        "switches": {
-            name: {
-                **each,
-                "views_per_s": 4 * arguments.images / each["step"]["median_s"],
-                "times_base": base_s / each["step"]["median_s"],
-                "memory_gib": held,
-            }
-            for (name, each), held in zip(stages.items(), memory, strict=True)
-        },
-    }
     if ranks.first:
         harness.write(arguments.out, __doc__, result)
+
+
+def race(arguments, ranks: distributed.Ranks, clock) -> dict:
+    """The result, whole."""
+    device, machine = ranks.device, harness.facts()
+    chosen = {name: BASE | SWITCHES[name] for name in dict.fromkeys(["base", *arguments.only])}
+    steps, memory, base = gated_steps(arguments, chosen, ranks)
+    compiled = any(switches["compile"] for switches in chosen.values())
+    peers = gated_peers(arguments, base, compiled, ranks)
+    times = measure(steps | peers, arguments.rounds, arguments.lap, clock)
+    views = {name: steps.get(name, steps["base"]).views for name in times}
+    speed = {name: views[name] / each["step"]["median_s"] for name, each in times.items()}
+    fastest = distributed.on_first(ranks, lambda: max(filter(trains_alike, steps), key=speed.get))  # clocks differ
+    plain = max(speed[name] for name in peers)
+
+    def line(name: str) -> dict:
+        line = times[name] | {"views_per_s": speed[name], "times_base": speed[name] / speed["base"]}
+        if name in chosen and same_views(chosen[name]) and same_norms(chosen[name], ranks):
+            line["times_plain"] = speed[name] / plain
+        return line | ({"memory_gib": memory[name]} if name in memory else {})
+
+    result = {
+        "machine": machine,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "ranks": ranks.world,
+        "base": BASE,
+        "roof": roof(arguments, device, times["base"]["step"]["median_s"]),
+        "switches": {name: line(name) for name in steps},
+        "plain": {name: line(name) for name in peers},
+        "fastest": fastest,
+    }
+    if arguments.data:
+        batches, says = batches_of(arguments.data, arguments.images, arguments.side, ranks)
+        spent = fed(steps[fastest], batches, 4 * arguments.lap, arguments.rounds, device)
+        rates = {name: views["base"] / spent[name]["median_s"] for name in ("data_alone", "step_alone", "both")}
+        result["data"] = {"loader": says, **spent, "views_per_s": rates}
+    return result
+
+
+def gated_steps(arguments, chosen: dict[str, dict], ranks: distributed.Ranks) -> tuple[dict, dict, tuple]:
+    """({switch: step}, {switch: GiB of a GPU's memory}, what base learnt)."""
+    capture = Capture(ranks.device) if ranks.device.type == "cuda" else None
+    make = functools.partial(Step, arguments.arch, arguments.images, arguments.side, ranks, capture)
+    steps, memory, base = {}, {}, None
+    for name, switches in progress(chosen.items(), "gates"):
+        steps[name] = make(**switches)
+        learn = functools.partial(steps[name].learnt, GATED_STEPS if capture else 1)
+        learnt, memory[name] = with_memory(learn, ranks.device)
+        base = base or learnt
+        gate(name, learnt, base, switches, ranks)
+    return steps, memory, base
+
+
+def gated_peers(arguments, base: tuple, compiled: bool, ranks: distributed.Ranks) -> dict:
+    """{name: a step in plain PyTorch}; compiled: also by torch.compile."""
+    weights = RotationTask.build_model(arguments.arch, 0).state_dict()
+    pixels, peers = resident(arguments.images, arguments.side, ranks), {}
+    for compile_it in (False, True) if compiled else (False,):
+        name = "plain PyTorch, compiled" if compile_it else "plain PyTorch"
+        peers[name], model = plain_pytorch(arguments.arch, weights, pixels, ranks, compile_it)
+        loss = over_ranks(peers[name](), ranks.world)
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+        gate(name, ([loss], norm), base, BASE | {"sync_batchnorm": ranks.device.type == "cuda"}, ranks)
+    return peers
+
+
+def roof(arguments, device: torch.device, step_s: float) -> dict:
+    """What base's step asks of the device at least, and how near it comes."""
+    build = functools.partial(RotationTask.build_model, arguments.arch, 0)
+    dtype = AUTOCAST.get(BASE["precision"], torch.float32)
+    rows = roofline.step_rows(build, 4 * arguments.images, arguments.images, arguments.side, dtype)
+    rates = roofline.measure_rates(device, dtype)
+    least_s = rates.seconds(rows)
+    return {
+        "step_flops": sum(row.flops for row in rows),
+        "step_bytes": sum(row.bytes for row in rows),
+        "device_flops_per_s": rates.flops,
+        "device_bytes_per_s": rates.bytes,
+        "least_s": least_s,
+        "fraction": least_s / step_s,
+    }
 
 
 if __name__ == "__main__":

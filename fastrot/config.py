@@ -16,6 +16,9 @@ Unit = Annotated[float, Field(ge=0, le=1)]
 Tap = Literal["feature1", "feature2", "feature3", "feature4", "feature5", "avg"]
 
 
+GRAPHING_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -130,8 +133,12 @@ class Engine(Section):
     """DeepSpeed's ZeRO stage; 1 splits the momentum over the ranks and saves under 100 MB here."""
     images_per_micro_step: Annotated[int, Field(ge=2)] | None = None
     """Most images a rank holds at once; default: its whole share. Batch norm sees a micro-step's views."""
-    compile: bool = False
-    """torch.compile the network."""
+    bucket_mb: NonNegativeFloat = 25.0
+    """Several ranks average their gradients in buckets of so many MiB while the backward pass still fills the next
+    (ZeRO 1: after it; a compiled backward pass gives all at its end, but where synchronised norms divide it);
+    0: in one piece after it."""
+    compile: Literal[False, True, "default", "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"] = False
+    """torch.compile the network; true is mode `default`. The last two modes replay CUDA graphs of their own."""
     channels_last: bool = True
     """Keep the network's weights and maps channels-last."""
     cuda_graphs: bool = False
@@ -243,6 +250,11 @@ def cross_field_errors(config: Config) -> list[str]:
         (
             engine.cuda_graphs and engine.kind != "plain",
             "engine.cuda_graphs is the plain engine's; set engine.kind=plain",
+        ),
+        (
+            engine.cuda_graphs and engine.compile in GRAPHING_MODES,
+            f"engine.cuda_graphs would capture the CUDA graphs that engine.compile {engine.compile} makes; set one of them "
+            "to false, or engine.compile=max-autotune-no-cudagraphs",
         ),
         (
             engine.cuda_graphs and engine.precision == "fp16",

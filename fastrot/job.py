@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastrot import distributed, optim, runlog, tuned
-from fastrot.config import Config
+from fastrot.config import GRAPHING_MODES, Config
 from fastrot.data.decode import make_decoder
 from fastrot.data.faults import BadImages
 from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
@@ -68,14 +68,24 @@ def arithmetic(config: Config, ranks: int, rows: int) -> Arithmetic:
     return Arithmetic(images, ranks, micro_steps, views, steps, max(sizes), norm)
 
 
-def refuse_graphs(config: Config, ranks: Ranks) -> None:
-    """Raise UserError where a step cannot be, or is not shown to be, replayed rightly from CUDA graphs."""
+def refuse_graphs(config: Config, ranks: Ranks, micro_steps: int) -> None:
+    """Raise UserError where a step cannot be, or is not shown to be, replayed rightly from CUDA graphs: ours, or
+    those of torch.compile's mode."""
+    mode = config.engine.compile
+    if mode not in GRAPHING_MODES and not config.engine.cuda_graphs:
+        return
+    switch = f"engine.compile {mode}" if mode in GRAPHING_MODES else "engine.cuda_graphs"
     if ranks.device.type != "cuda":
-        raise UserError("engine.cuda_graphs needs a CUDA device, and there is none; set it to false")
+        raise UserError(f"{switch} needs a CUDA device, and there is none; set it to false")
     if ranks.world > 1 and config.model.sync_batchnorm:
         raise UserError(
-            f"engine.cuda_graphs over {ranks.world} ranks would capture batch norm's communication, which is not shown "
-            "to work; set it to false, or model.sync_batchnorm=false (another recipe)"
+            f"{switch} over {ranks.world} ranks would capture batch norm's communication, or cut its graphs there, which "
+            "is not shown to work; set it to false, or model.sync_batchnorm=false (another recipe)"
+        )
+    if mode in GRAPHING_MODES and micro_steps > 1:
+        raise UserError(
+            f"{switch} keeps gradients in its graphs' memory, where the next of {micro_steps} micro-steps overwrites "
+            "them; take engine.compile=max-autotune-no-cudagraphs, or leave engine.images_per_micro_step unset"
         )
 
 
@@ -237,8 +247,7 @@ class Job:
         torch.backends.cudnn.allow_tf32 = e.precision != "fp32"  # torch's own default is True
         torch.set_float32_matmul_precision("highest" if e.precision == "fp32" else "high")
         refuse_tiny_maps(config, ranks)
-        if e.cuda_graphs:
-            refuse_graphs(config, ranks)
+        refuse_graphs(config, ranks, self.numbers.micro_steps)
         self.task = self.make_task()
         model = self.network(config.model.sync_batchnorm)
         if e.recompute:
@@ -262,7 +271,9 @@ class Job:
             trust=o.trust,
             fused=e.precision != "fp16",
         )
-        settings = StepSettings(e.precision, e.zero, o.clip, o.momentum, e.channels_last, e.cuda_graphs)
+        if e.cuda_graphs and ranks.world > 1:
+            self.say("engine.cuda_graphs averages gradients in one piece after the backward pass, not by engine.bucket_mb")
+        settings = StepSettings(e.precision, e.zero, o.clip, o.momentum, e.channels_last, e.cuda_graphs, e.bucket_mb)
         batch = {
             "train_batch_size": self.numbers.images,
             "gradient_accumulation_steps": self.numbers.micro_steps,
@@ -270,7 +281,8 @@ class Job:
         }
         self.engine = make_engine(e.kind, model, optimizer, settings, ranks, batch, deepspeed_config)
         if e.compile:
-            model.compile(dynamic=False)  # few shapes: two slices, the crops, the last held-out batch
+            # few shapes: two slices, the crops, the last held-out batch
+            model.compile(dynamic=False, mode="default" if e.compile is True else e.compile)
         self.parameters = sum(p.numel() for p in model.parameters())
 
     def network(self, over_ranks: bool) -> torch.nn.Module:

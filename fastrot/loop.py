@@ -62,7 +62,7 @@ def run(
 
     def learn(views: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
         loss, metrics = task.loss(engine.module, views, micro)
-        engine.backward(loss, micro.views_of_step)
+        engine.backward(loss, micro.views_of_step, micro.last)
         return metrics
 
     if engine.cuda_graphs:

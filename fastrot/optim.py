@@ -60,9 +60,8 @@ class LARS(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001):
-        super().__init__(
-            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": True}
-        )
+        each = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": True}
+        super().__init__(params, each | {"foreach": True})  # which zero_grad reads
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -79,7 +78,10 @@ class LARS(torch.optim.Optimizer):
                 ratio = group["trust"] * w / (g + group["weight_decay"] * w)
                 ratio = torch.where((w > 0) & (g > 0), ratio, 1.0)
                 torch._foreach_mul_(updates, list(ratio.unbind()))
-            buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, updates)
             torch._foreach_add_(params, buffers, alpha=-group["lr"])

@@ -137,12 +137,28 @@ def test_all_that_is_wrong_is_told_at_once():
         ["engine.recompute=true", "engine.compile=true"],
         ["engine.cuda_graphs=true"],  # DeepSpeed is the default
         ["engine.cuda_graphs=true", "engine.kind=plain", "engine.precision=fp16"],
+        ["engine.cuda_graphs=true", "engine.kind=plain", "engine.compile=reduce-overhead"],
         ["engine.cuda_graphs=true", "engine.kind=plain", "rotation.shuffle_labels=true"],
     ],
 )
 def test_contradictions_between_fields_are_refused(overrides):
     with pytest.raises(UserError):
         configs.load(None, overrides)
+
+
+@pytest.mark.parametrize("word", ["true", "false", "default", "max-autotune-no-cudagraphs", "reduce-overhead"])
+def test_compile_is_a_switch_or_a_mode(word):
+    config, _ = configs.load(None, [f"engine.compile={word}"])
+    assert config.engine.compile == {"true": True, "false": False}.get(word, word)
+    assert configs.Config.model_validate(yaml.safe_load(configs.to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("override", ["engine.compile=fast", "engine.compile=2", "engine.bucket_mb=-1"])
+def test_a_wrong_value_is_one_line(override):
+    with pytest.raises(UserError) as error:
+        configs.load(None, [override])
+    key, value = override.split("=")
+    assert len(str(error.value).splitlines()) == 1 and f"{key} is " in str(error.value) and value in str(error.value)
 
 
 @pytest.mark.parametrize(

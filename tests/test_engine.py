@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from torch import nn
 
 from conftest import ROOT
 from fastrot.engine import StepSettings
+from fastrot.engine.buckets import Buckets
 from fastrot.engine.deepspeed import merged, settings_to_json
 from fastrot.errors import UserError
+from fastrot.model import build_model
+from fastrot.recompute import recompute_blocks
 from workers.steps import IMAGES, STEPS, batch, network
 
 EXACT = [
@@ -26,6 +30,24 @@ EXACT = [
     "deepspeed-fp32-1-sgd-micro",
     "plain-fp32-0-sgd-fused",
     "deepspeed-fp32-0-sgd-fused",
+]
+BUCKETS = [
+    "plain-fp32-0-sgd-small",
+    "plain-fp32-0-sgd-whole",
+    "plain-fp32-0-sgd-micro-small",
+    "plain-fp32-0-sgd-micro-whole",
+    "deepspeed-fp32-0-sgd-small",
+    "deepspeed-fp32-0-sgd-whole",
+    "deepspeed-fp32-0-sgd-micro-small",
+    "deepspeed-fp32-0-sgd-micro-whole",
+    "deepspeed-fp32-1-sgd-micro-small",
+    "deepspeed-fp32-1-sgd-micro-whole",
+    "plain-fp32-0-sgd-fused-small",
+    "plain-fp32-0-sgd-compiled-small",
+    "plain-fp32-0-sgd-compiled-whole",
+    "deepspeed-fp32-0-sgd-compiled-small",
+    "plain-fp16-0-sgd-small",
+    "plain-fp16-0-sgd-whole",
 ]
 LARS = ["plain-fp32-0-lars", "deepspeed-fp32-0-lars"]
 LOW = ["plain-bf16-0-sgd", "deepspeed-bf16-0-sgd", "deepspeed-bf16-1-sgd", "plain-fp16-0-sgd", "deepspeed-fp16-0-sgd"]
@@ -43,6 +65,7 @@ def results(tmp_path_factory):
         "tests/workers/steps.py",
         str(out),
         *EXACT,
+        *BUCKETS,
         *LARS,
         *LOW,
     ]
@@ -68,9 +91,9 @@ def oracle(clip: float | None, micro: bool):
     return losses, norms, model.state_dict(), momenta
 
 
-@pytest.mark.parametrize("mode", EXACT)
+@pytest.mark.parametrize("mode", [*EXACT, *(mode for mode in BUCKETS if "fp32" in mode)])
 def test_two_uneven_ranks_are_one_process_on_the_whole_batch(results, mode):
-    losses, norms, weights, momenta = oracle(0.3 if mode.endswith("clip") else None, mode.endswith("micro"))
+    losses, norms, weights, momenta = oracle(0.3 if "clip" in mode else None, "micro" in mode)
     got = results[mode]["whole"]
     torch.testing.assert_close(got["losses"], losses, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got["norms"], norms, rtol=1e-3, atol=1e-5)
@@ -78,6 +101,70 @@ def test_two_uneven_ranks_are_one_process_on_the_whole_batch(results, mode):
         torch.testing.assert_close(got["weights"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
     for name, value in momenta.items():
         torch.testing.assert_close(got["momenta"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("mode", [mode.removesuffix("-whole") for mode in BUCKETS if mode.endswith("-whole")])
+def test_buckets_average_to_the_bit_what_one_piece_does(results, mode):
+    small, whole = (results[f"{mode}-{size}"]["whole"] for size in ("small", "whole"))
+    assert small["losses"] == whole["losses"] and small["norms"] == whole["norms"]
+    for part in ("weights", "momenta"):
+        for name, value in whole[part].items():
+            assert torch.equal(small[part][name], value), name
+
+
+def test_every_gradient_is_averaged_once_a_step(results):
+    """However many micro-steps it has."""
+    gradients = sum(p.numel() for p in network(micro=True).parameters())
+    for mode in BUCKETS:
+        if "-0-" in mode and "micro" in mode:
+            assert results[mode]["whole"]["reduced"] == [gradients] * STEPS, mode
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """Sizes of what goes to a second rank that is like the first."""
+    sizes = []
+
+    def all_reduce(flat, async_op):
+        sizes.append(flat.numel())
+        flat *= 2
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    return sizes
+
+
+def test_a_bucket_is_on_its_way_before_the_first_layers_gradient_is_there(sent):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False), nn.Linear(4, 1))
+    parameters = list(model.parameters())
+    buckets = Buckets(parameters, 64 / 2**20, 2)
+    x = torch.randn(3, 4)
+    model(x).sum().backward()
+    assert not sent  # not the step's last
+    model.zero_grad()
+    want = torch.autograd.grad(model(x).sum(), parameters)
+    buckets.expect()
+    before_first = []
+    parameters[0].register_hook(lambda _: before_first.extend(sent))
+    model(x).sum().backward()
+    assert before_first == [21] and sent == [21, 16]
+    buckets.finish()
+    assert sent == [21, 16]
+    for parameter, gradient in zip(parameters, want, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_blocks_that_are_computed_again_give_each_gradient_once(sent):
+    model = recompute_blocks(build_model("resnet18", 4, 0))
+    parameters = list(model.parameters())
+    buckets = Buckets(parameters, 4.0, 2)
+    buckets.expect()
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    want = [p.grad.clone() for p in parameters]
+    assert len(sent) > 4 and sum(sent) == sum(p.numel() for p in parameters)
+    buckets.finish()
+    for parameter, gradient in zip(parameters, want, strict=True):
+        assert torch.equal(parameter.grad, gradient) and parameter.grad.stride() == parameter.stride()
 
 
 def test_deepspeeds_lars_is_plain_torchs(results):
@@ -94,7 +181,7 @@ def test_low_precision_stays_near_fp32_and_keeps_fp32_weights(results, mode):
     torch.testing.assert_close(got["losses"], want, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("mode", [*EXACT, *LARS, *LOW])
+@pytest.mark.parametrize("mode", [*EXACT, *BUCKETS, *LARS, *LOW])
 def test_resumed_from_the_middle_is_equal_bit_for_bit(results, mode):
     whole, resumed = results[mode]["whole"], results[mode]["resumed"]
     assert resumed["losses"] == whole["losses"][2:]
@@ -103,6 +190,12 @@ def test_resumed_from_the_middle_is_equal_bit_for_bit(results, mode):
         assert whole[part].keys() == resumed[part].keys()
         for name, value in whole[part].items():
             assert torch.equal(value, resumed[part][name]), name
+
+
+@pytest.mark.parametrize("zero, mib, given", [(0, 25.0, None), (1, 0.0, None), (1, 25.0, 25 * 2**20 // 4), (1, 1e-9, 1)])
+def test_zero_1_reads_the_buckets_size_in_elements(zero, mib, given):
+    json = settings_to_json(StepSettings(zero=zero, bucket_mb=mib), 2)
+    assert json["zero_optimization"].get("reduce_bucket_size") == given
 
 
 def test_a_deepspeed_config_may_add_but_not_contradict(tmp_path):

@@ -86,13 +86,37 @@ def test_replayed_steps_learn_what_steps_learn(ranks):
     assert all(place == places[0] for place in places)
 
 
-def test_several_ranks_that_synchronise_their_norms_are_refused():
-    config, _ = configs.load(None, ["engine.cuda_graphs=true", "engine.kind=plain"])
+@pytest.mark.parametrize(
+    "graphs", [["engine.cuda_graphs=true", "engine.kind=plain"], ["engine.compile=reduce-overhead"], ["engine.compile=max-autotune"]]
+)
+def test_several_ranks_that_synchronise_their_norms_are_refused(graphs):
+    config, _ = configs.load(None, graphs)
     two = Ranks(0, 2, 0, 2, torch.device("cuda"))
     with pytest.raises(UserError, match=r"over 2 ranks would capture batch norm's communication"):
-        refuse_graphs(config, two)
-    refuse_graphs(configs.load(None, ["model.sync_batchnorm=false"])[0], two)
-    refuse_graphs(config, Ranks(0, 1, 0, 1, torch.device("cuda")))
+        refuse_graphs(config, two, 1)
+    refuse_graphs(configs.load(None, [*graphs, "model.sync_batchnorm=false"])[0], two, 1)
+    refuse_graphs(config, Ranks(0, 1, 0, 1, torch.device("cuda")), 1)
+    with pytest.raises(UserError, match=r"needs a CUDA device, and there is none"):
+        refuse_graphs(config, Ranks(0, 1, 0, 1, torch.device("cpu")), 1)
+
+
+def test_the_network_is_compiled_in_the_mode_asked_for(fastrot, images, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(options["mode"]))
+    words = ["model.arch=resnet18", "data.crop=32", "optim.images_per_step=4", "engine.kind=plain", f"data.train={images}"]
+    for mode in ("true", "max-autotune-no-cudagraphs", "false"):
+        assert fastrot("train", *words, f"run.out={tmp_path}", f"engine.compile={mode}", "--dry-run").code == 0
+    assert compiled == ["default", "max-autotune-no-cudagraphs"]
+    done = fastrot("train", *words, f"run.out={tmp_path}", "engine.compile=reduce-overhead", "--dry-run")
+    assert done.code == 2 and "engine.compile reduce-overhead needs a CUDA device" in done.errors[0]
+
+
+def test_the_compilers_graphs_refuse_micro_steps_and_ours_take_them():
+    one = Ranks(0, 1, 0, 1, torch.device("cuda"))
+    with pytest.raises(UserError, match="engine.compile reduce-overhead keeps gradients .* the next of 2 micro-steps"):
+        refuse_graphs(configs.load(None, ["engine.compile=reduce-overhead"])[0], one, 2)
+    refuse_graphs(configs.load(None, ["engine.compile=max-autotune-no-cudagraphs"])[0], one, 2)
+    refuse_graphs(configs.load(None, ["engine.cuda_graphs=true", "engine.kind=plain"])[0], one, 2)
 
 
 @pytest.mark.gpu

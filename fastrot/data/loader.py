@@ -31,6 +31,7 @@ class MicroBatch:
     pixels uint8 [n, S, S, 3] upright crops; flips uint8 [n]; turns uint8 [n, V].
     sample the plan's side of it, replaced images included; labels of the manifest, int64 [n] or int8 [n, 20].
     views_of_step  views of the whole step over all ranks: what a sum of losses is divided by.
+    last           whether it ends its step; every rank has as many micro-steps.
     """
 
     pixels: torch.Tensor
@@ -39,6 +40,7 @@ class MicroBatch:
     sample: Sample
     labels: NDArray[np.int64] | NDArray[np.int8]
     views_of_step: int
+    last: bool = False
 
     def to(self, device: torch.device) -> "MicroBatch":
         """On `device`, copied beside what it is doing where the pixels are pinned."""
@@ -121,7 +123,10 @@ class Loader:
                 step,
                 start,
                 start / n,
-                (self._batch(request, pixels, images) for request, pixels in islice(flow, micro_steps)),
+                (
+                    self._batch(request, pixels, images, last=number == micro_steps)
+                    for number, (request, pixels) in enumerate(islice(flow, micro_steps), 1)
+                ),
             )
 
     def held_out(self, ranks: int, rank: int, images: int, short: int, crop: int) -> Iterator[MicroBatch]:
@@ -150,7 +155,7 @@ class Loader:
         self._storage.close()
         self._decoder.close()
 
-    def _batch(self, request: _Request, pixels: torch.Tensor, images: int) -> MicroBatch:
+    def _batch(self, request: _Request, pixels: torch.Tensor, images: int, last: bool = False) -> MicroBatch:
         sample = request.sample
         flips, turns = torch.from_numpy(sample.flips), torch.from_numpy(sample.turns)
         return MicroBatch(
@@ -160,6 +165,7 @@ class Loader:
             sample,
             self.manifest.label[sample.rows],
             images * turns.shape[1],
+            last,
         )
 
     def _flow(self, requests: Iterable[_Request], remake: Callable) -> Iterator[tuple[_Request, torch.Tensor]]:

@@ -16,6 +16,8 @@ class StepSettings:
     channels_last  layout of the weights; under ZeRO 1 they are slices of one flat buffer and keep
     torch's default, which only costs the convolutions a copy of their filters.
     cuda_graphs    forward and backward are replayed from graphs, which add gradients where they lay at capture.
+    bucket_mb      gradients are averaged over ranks in buckets of so many MiB during the backward pass (under ZeRO 1
+    after it); 0, and under cuda_graphs: in one piece after it.
     """
 
     precision: str = "fp32"
@@ -24,6 +26,7 @@ class StepSettings:
     momentum: float = 0.9
     channels_last: bool = True
     cuda_graphs: bool = False
+    bucket_mb: float = 25.0
 
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastrot.distributed import Ranks
 from fastrot.engine import StepSettings
+from fastrot.engine.buckets import Buckets
 from fastrot.optim import clip_and_measure
 
 _PREFIX = "momentum_buffer/"
@@ -26,14 +27,18 @@ class Engine:
         self.module = model
         self.grad_norm: Tensor | float = 0.0
         self._settings, self._ranks = settings, ranks
+        self._buckets: Buckets | None = None
         self._measure = True
 
-    def backward(self, loss: Tensor, views_of_step: int) -> None:
+    def backward(self, loss: Tensor, views_of_step: int, last: bool = False) -> None:
         """Add the gradient of a micro-step. loss: the sum over this rank's views.
 
         Scaled by ranks / views of the whole step, so that the mean over ranks is the mean over
         views however uneven the shares are.
+        last  no micro-step of this step follows: gradients may be averaged while they come.
         """
+        if last and self._buckets:
+            self._buckets.expect()
         self._backward(loss * (self._ranks.world / views_of_step))
 
     def _backward(self, loss: Tensor) -> None:
@@ -46,10 +51,23 @@ class Engine:
         """
         self._measure = measure
         self.grad_norm = math.inf  # stays so where fp16 skips the update
+        self._average()
         self._step()
 
+    def _average(self) -> None:
+        """Average the gradients over ranks, or wait for what the backward pass has sent."""
+        if self._buckets:
+            self._buckets.finish()
+
     def _step(self) -> None:
+        """Clip, update, forget; DeepSpeed averages here what has no buckets."""
         raise NotImplementedError
+
+    def _make_buckets(self) -> None:
+        """Over several ranks, once the layout of the weights is final: the buckets take it over."""
+        if self._ranks.world > 1 and self._settings.bucket_mb:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self._buckets = Buckets(trained, self._settings.bucket_mb, self._ranks.world)
 
     def train(self, on: bool) -> None:
         """Train mode, or (False) evaluation with running statistics."""

@@ -26,12 +26,18 @@ def settings_to_json(settings, world: int) -> dict:
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "steps_per_print": None,
-        "zero_optimization": {"stage": settings.zero},
+        "zero_optimization": {"stage": settings.zero, **_bucket_size(settings)},
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {"enabled": autocast is not None, "dtype": str(autocast or torch.bfloat16).split(".")[1]},
         # at stage 0 our own hook clips, since DeepSpeed forgets the norm there
         "gradient_clipping": (settings.clip or 0.0) if settings.zero else 0.0,
     }
+
+
+def _bucket_size(settings) -> dict:
+    """ZeRO 1's own buckets, in elements: filled after the backward pass, since it overlaps nothing where we count the
+    micro-steps. Its default makes a buffer of 2 GB a step."""
+    return {"reduce_bucket_size": max(1, int(settings.bucket_mb * 2**18))} if settings.zero and settings.bucket_mb else {}
 
 
 def merged(ours: dict, path: str, batch: dict[str, int], clip: float | None) -> dict:
@@ -92,6 +98,9 @@ class DeepSpeedEngine(Engine):
             )
         if settings.channels_last and not settings.zero:  # not before: DeepSpeed's broadcast wants rows
             model.to(memory_format=torch.channels_last)
+        if not settings.zero:
+            self._make_buckets()
+            self.module.enable_backward_allreduce = self._buckets is None  # it would be a second one
         if settings.zero and settings.momentum:
             self._make_momentum()
 

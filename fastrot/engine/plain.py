@@ -18,6 +18,8 @@ class PlainEngine(Engine):
             dist.broadcast(tensor, src=0)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)
+        if not settings.cuda_graphs:  # they add gradients where those lay at capture
+            self._make_buckets()
 
     def _forward(self, images):
         with torch.autocast(self._ranks.device.type, self._autocast, enabled=self._autocast is not None):
@@ -26,14 +28,17 @@ class PlainEngine(Engine):
     def _backward(self, loss):
         (self._grad_scaler.scale(loss) if self._grad_scaler else loss).backward()
 
-    def _step(self):
-        if self._ranks.world > 1:
+    def _average(self):
+        if self._ranks.world > 1 and not self._buckets:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             flat = torch._utils._flatten_dense_tensors(grads)
             dist.all_reduce(flat)
             flat /= self._ranks.world
             for grad, mean in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
                 grad.copy_(mean)
+        super()._average()
+
+    def _step(self):
         if self._grad_scaler:
             self._grad_scaler.step(self.optimizer)
             self._grad_scaler.update()

@@ -1,15 +1,20 @@
 """One rank of the engine tests: trains a tiny network in one mode and writes what came out.
 
-torchrun ... steps.py OUT MODE ...   MODE is kind-precision-zero-optimizer[-clip|-micro|-fused]
+torchrun ... steps.py OUT MODE ...   MODE is kind-precision-zero-optimizer[-clip|-micro|-fused|-small|-whole|-compiled]
 micro: two micro-steps a step, on a network without batch norm (which sees a micro-step's views).
 fused: batch norm and ReLU as one function.
+compiled: by torch.compile, but for the kernels.
+small: gradients averaged in several buckets; whole: in one piece after the backward pass.
 """
 
 import copy
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fastrot import distributed
@@ -20,6 +25,7 @@ from fastrot.model import synchronise_batchnorm
 from fastrot.optim import build_optimizer
 
 IMAGES, STEPS = 7, 4  # uneven over two ranks
+SMALL_MB = 400 / 2**20  # less than a filter's bytes, more than a norm's
 
 
 def network(micro: bool = False) -> nn.Module:
@@ -43,6 +49,19 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(IMAGES, 3, 9, 9, generator=generator), torch.randint(4, (IMAGES,), generator=generator)
 
 
+@contextmanager
+def all_reduces(sizes: list[int]):
+    """Counts what goes through all_reduce, by torch's function or DeepSpeed's."""
+
+    def counted(tensor, *arguments, **options):
+        sizes.append(tensor.numel())
+        return reduce(tensor, *arguments, **options)
+
+    reduce = dist.all_reduce
+    with mock.patch.object(dist, "all_reduce", counted):
+        yield
+
+
 def train(mode: str, ranks, first: int = 0, state=None):
     kind, precision, zero, optimizer_name, *more = mode.split("-")
     micro_steps = 2 if "micro" in more else 1
@@ -64,21 +83,28 @@ def train(mode: str, ranks, first: int = 0, state=None):
         trust=0.1,
         fused=fused,
     )
-    settings = StepSettings(precision, int(zero), 0.3 if "clip" in more else None, 0.9)
+    bucket_mb = SMALL_MB if "small" in more else 0.0 if "whole" in more else StepSettings.bucket_mb
+    settings = StepSettings(precision, int(zero), 0.3 if "clip" in more else None, 0.9, bucket_mb=bucket_mb)
     engine = make_engine(kind, model, optimizer, settings, ranks, {})
+    if "compiled" in more:
+        model.compile(backend="aot_eager", dynamic=False)
     if state:
         engine.load_state(*state)
-    losses, norms, middle = [], [], None
+    losses, norms, reduced, middle = [], [], [], None
     for step in range(first, STEPS):
         images, target = batch(step)
+        sizes = []
         total = torch.zeros(())
         for micro_step in range(micro_steps):
             first_image, last_image = slice_of(IMAGES, ranks.world, micro_steps, micro_step, ranks.rank)
             mine = slice(first_image, last_image)
             loss = nn.functional.cross_entropy(engine.module(images[mine]).float(), target[mine], reduction="sum")
-            engine.backward(loss, IMAGES)
+            with all_reduces(sizes):
+                engine.backward(loss, IMAGES, last=micro_step == micro_steps - 1)
             total += loss.detach()
-        engine.step()
+        with all_reduces(sizes):
+            engine.step()
+        reduced.append(sum(sizes))
         losses.append(engine.reduce(total).item())
         norms.append(float(engine.grad_norm))
         if step == 1:
@@ -87,6 +113,7 @@ def train(mode: str, ranks, first: int = 0, state=None):
     return {
         "losses": losses,
         "norms": norms,
+        "reduced": reduced,
         "weights": {k: v.clone() for k, v in weights.items()},
         "momenta": {k: v.clone() for k, v in momenta.items()},
     }, middle
