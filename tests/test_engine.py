@@ -12,7 +12,7 @@ from conftest import ROOT
 from fastrot.engine import StepSettings
 from fastrot.engine.deepspeed import merged, settings_to_json
 from fastrot.errors import UserError
-from workers.steps import IMAGES, STEPS, batch, network
+from workers.steps import IMAGES, STEPS, batch, bottlenecks, network
 
 EXACT = [
     "plain-fp32-0-sgd",
@@ -26,6 +26,8 @@ EXACT = [
     "deepspeed-fp32-1-sgd-micro",
     "plain-fp32-0-sgd-fused",
     "deepspeed-fp32-0-sgd-fused",
+    "plain-fp32-0-sgd-bottlenecks",
+    "deepspeed-fp32-0-sgd-bottlenecks",
 ]
 LARS = ["plain-fp32-0-lars", "deepspeed-fp32-0-lars"]
 LOW = ["plain-bf16-0-sgd", "deepspeed-bf16-0-sgd", "deepspeed-bf16-1-sgd", "plain-fp16-0-sgd", "deepspeed-fp16-0-sgd"]
@@ -51,9 +53,8 @@ def results(tmp_path_factory):
     return torch.load(out, weights_only=True)
 
 
-def oracle(clip: float | None, micro: bool):
+def oracle(clip: float | None, model: nn.Module):
     """One process, torch's own batch norm and SGD, the mean loss of the whole batch."""
-    model = network(micro)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3, foreach=False)
     losses, norms = [], []
     for step in range(STEPS):
@@ -70,7 +71,10 @@ def oracle(clip: float | None, micro: bool):
 
 @pytest.mark.parametrize("mode", EXACT)
 def test_two_uneven_ranks_are_one_process_on_the_whole_batch(results, mode):
-    losses, norms, weights, momenta = oracle(0.3 if mode.endswith("clip") else None, mode.endswith("micro"))
+    losses, norms, weights, momenta = oracle(
+        0.3 if mode.endswith("clip") else None,
+        bottlenecks() if mode.endswith("bottlenecks") else network(mode.endswith("micro")),
+    )
     got = results[mode]["whole"]
     torch.testing.assert_close(got["losses"], losses, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got["norms"], norms, rtol=1e-3, atol=1e-5)

@@ -1,8 +1,9 @@
 """One rank of the engine tests: trains a tiny network in one mode and writes what came out.
 
-torchrun ... steps.py OUT MODE ...   MODE is kind-precision-zero-optimizer[-clip|-micro|-fused]
+torchrun ... steps.py OUT MODE ...   MODE is kind-precision-zero-optimizer[-clip|-micro|-fused|-bottlenecks]
 micro: two micro-steps a step, on a network without batch norm (which sees a micro-step's views).
 fused: batch norm and ReLU as one function.
+bottlenecks: another network, whose 1x1 convolutions take in batch norm.
 """
 
 import copy
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from fastrot import distributed
 from fastrot.data.plan import slice_of
 from fastrot.engine import StepSettings, make_engine
 from fastrot.fused import fuse_norm
+from fastrot.fusedconv import fuse_convs
 from fastrot.model import synchronise_batchnorm
 from fastrot.optim import build_optimizer
 
@@ -38,6 +41,15 @@ def network(micro: bool = False) -> nn.Module:
     )
 
 
+def bottlenecks() -> nn.Module:
+    """The first half of a small ResNet: three Bottlenecks, with a shortcut of each kind."""
+    torch.manual_seed(0)
+    model = ResNet(Bottleneck, [2, 1, 1, 1])
+    model.layer3 = model.layer4 = nn.Identity()
+    model.fc = nn.Linear(512, 4)
+    return model
+
+
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
     return torch.randn(IMAGES, 3, 9, 9, generator=generator), torch.randint(4, (IMAGES,), generator=generator)
@@ -46,11 +58,13 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def train(mode: str, ranks, first: int = 0, state=None):
     kind, precision, zero, optimizer_name, *more = mode.split("-")
     micro_steps = 2 if "micro" in more else 1
-    model = network(micro_steps > 1)
+    model = bottlenecks() if "bottlenecks" in more else network(micro_steps > 1)
     if "fused" in more:
         fuse_norm(model[1], relu=True, over_ranks=True)
         model[2] = nn.Identity()
         fuse_norm(model[4], relu=False, over_ranks=True)
+    if "bottlenecks" in more:
+        fuse_convs(model, over_ranks=True)
     synchronise_batchnorm(model)
     fused = optimizer_name == "sgd" and precision != "fp16"
     optimizer = build_optimizer(
