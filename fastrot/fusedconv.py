@@ -108,12 +108,10 @@ class _FusedConvBottleneck(FusedBottleneck):
         if self.downsample is not None:
             pairs.append(tuple(self.downsample))
         parameters = [p for conv, bn in pairs for p in (conv.weight, bn.weight, bn.bias)]
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        geometry = conv2.stride, conv2.padding, conv2.dilation, conv2.groups
-        with torch.autocast(kind, enabled=False):
-            out, *moments = _Step.apply(
-                x.to(dtype), geometry, self.stride, tuple(bn.eps for _, bn in pairs), over_ranks, *parameters
-            )
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        geometry, eps = (conv2.stride, conv2.padding, conv2.dilation, conv2.groups), tuple(bn.eps for _, bn in pairs)
+        out, *moments = _Step.apply(x, geometry, self.stride, eps, over_ranks, *parameters)
         for (_, bn), each in zip(pairs, moments, strict=True):
             bn.track(each)
         return out

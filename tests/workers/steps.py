@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastrot import distributed
 from fastrot.data.plan import slice_of
@@ -42,11 +42,14 @@ def network(micro: bool = False) -> nn.Module:
 
 
 def bottlenecks() -> nn.Module:
-    """The first half of a small ResNet: three Bottlenecks, with a shortcut of each kind."""
+    """A small ResNet of three Bottlenecks, with a shortcut of each kind."""
     torch.manual_seed(0)
-    model = ResNet(Bottleneck, [2, 1, 1, 1])
+    model = ResNet(BasicBlock, [1, 1, 1, 1])
+    shortcuts = [nn.Sequential(nn.Conv2d(8, 32, 1, stride, bias=False), nn.BatchNorm2d(32)) for stride in (1, 2)]
+    model.conv1, model.bn1, model.maxpool = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Identity()
+    model.layer1 = nn.Sequential(Bottleneck(8, 8, downsample=shortcuts[0]), Bottleneck(32, 8), nn.Conv2d(32, 8, 1))
+    model.layer2, model.fc = Bottleneck(8, 8, 2, shortcuts[1]), nn.Linear(32, 4)
     model.layer3 = model.layer4 = nn.Identity()
-    model.fc = nn.Linear(512, 4)
     return model
 
 

@@ -11,7 +11,7 @@ from fastrot_kernels.norm.triton_norm import merge
 # Tiles of 16-bit values: 128 rows fill both of Hopper's warp groups, 64 values along the sum are a 128-byte line.
 ROWS, COLUMNS, ALONG = 128, 128, 64
 # Products of float32 without TF32 run on the plain units, where a tile must be small to stay in registers.
-PLAIN = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
+PLAIN = {"BM": 64, "BN": 64, "BK": 16, "num_warps": 8, "num_stages": 2}
 
 # Decided by TRITON_INTERPRET when triton is imported: only then can the kernels take CPU tensors.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -19,7 +19,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 def forward(x: Tensor, weight: Tensor, affine: Tensor | None) -> tuple[Tensor, Tensor]:
     (rows, inputs), outputs = x.shape, len(weight)
-    normed, how = affine is not None, tile(outputs, x.dtype)
+    normed, how = affine is not None, tile(outputs, x.dtype, _capability(x), two=True)
     y = x.new_empty(rows, outputs)
     parts = x.new_empty(triton.cdiv(rows, how["BM"]), 3, outputs, dtype=torch.float32)
     with torch.cuda.device_of(x):  # Triton launches on the current device, not the tensor's
@@ -31,7 +31,7 @@ def forward(x: Tensor, weight: Tensor, affine: Tensor | None) -> tuple[Tensor, T
 
 
 def data_gradient(dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
-    (rows, inputs), outputs, how = x.shape, len(weight), tile(x.shape[1], x.dtype)
+    (rows, inputs), outputs, how = x.shape, len(weight), tile(x.shape[1], x.dtype, _capability(x))
     g = torch.empty_like(x)
     parts = x.new_empty(triton.cdiv(rows, how["BM"]), 2, inputs, dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -42,7 +42,7 @@ def data_gradient(dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tupl
 
 
 def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor) -> Tensor:
-    (rows, inputs), outputs, how = x.shape, dy.shape[1], tile(x.shape[1], x.dtype)
+    (rows, inputs), outputs, how = x.shape, dy.shape[1], tile(x.shape[1], x.dtype, _capability(x), two=True)
     tiles = triton.cdiv(outputs, how["BM"]) * triton.cdiv(inputs, how["BN"])
     steps = triton.cdiv(rows, how["BK"])
     split = triton.cdiv(steps, max(1, min(steps, _programs(x) // tiles))) * how["BK"]
@@ -54,19 +54,29 @@ def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor) -> Tensor:
     return parts.sum(0)
 
 
-def tile(columns: int, dtype: torch.dtype) -> dict[str, int]:
-    """How a product with so many columns is cut, and by how many warps."""
+def tile(columns: int, dtype: torch.dtype, capability: int, two: bool = False) -> dict[str, int]:
+    """How a product with so many columns is cut, and by how many warps.
+
+    two  whether the kernel can do with the registers of which two programs of eight warps share a multiprocessor.
+    """
     if dtype == torch.float32 and precision() == "ieee":
         return PLAIN
-    narrow = columns <= COLUMNS // 2
-    along = ALONG * 2 // dtype.itemsize
-    shape = {"BM": ROWS, "BN": COLUMNS // 2 if narrow else COLUMNS, "BK": along}
-    return shape | {"num_warps": 4 if narrow else 8, "num_stages": 3}
+    low, narrow = dtype != torch.float32, columns <= COLUMNS // 2
+    shape = {"BM": ROWS, "BN": COLUMNS // 2 if narrow else COLUMNS, "BK": ALONG if low else ALONG // 2}
+    how = {"num_warps": 4 if low and narrow else 8, "num_stages": 3}
+    # Ampere's products hold their operands in registers too, and would spill
+    fewer = {"maxnreg": 128} if two and low and not narrow and capability >= 9 else {}
+    return shape | how | fewer
 
 
 def precision() -> str:
     """Of products of float32: that of torch's convolutions, in whose place these stand."""
     return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def _capability(x: Tensor) -> int:
+    """The GPU's generation: 8 Ampere, 9 Hopper."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
 
 
 def _programs(x: Tensor) -> int:
