@@ -108,7 +108,7 @@ class _FusedConvBottleneck(FusedBottleneck):
         if self.downsample is not None:
             pairs.append(tuple(self.downsample))
         parameters = [p for conv, bn in pairs for p in (conv.weight, bn.weight, bn.bias)]
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if not x.is_meta and torch.is_autocast_enabled(kind):  # torch knows none on the meta device
             x = x.to(torch.get_autocast_dtype(kind))
         geometry, eps = (conv2.stride, conv2.padding, conv2.dilation, conv2.groups), tuple(bn.eps for _, bn in pairs)
         out, *moments = _Step.apply(x, geometry, self.stride, eps, over_ranks, *parameters)

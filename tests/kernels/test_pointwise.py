@@ -19,11 +19,10 @@ KERNELS = [
 ]
 # one rounding to the dtype of sums taken in another order
 NEAR = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-# rows, channels in, channels out: none a multiple of a tile; then ResNet-50's, of which the widest take the interpreter
-# long
+# rows, channels in, channels out: none a multiple of a tile; then ResNet-50's, the widest of which take long interpreted
 SHAPES = [
-    *((*shape, dtype) for shape in [(2, 1, 3), (150, 20, 130), (300, 70, 65)] for dtype in NEAR),
-    *((*shape, torch.bfloat16) for shape in [(130, 64, 256), (49, 256, 64), (49, 128, 512)]),
+    *((*shape, dtype) for shape in [(2, 1, 3), (150, 20, 130)] for dtype in NEAR),
+    *((*shape, torch.bfloat16) for shape in [(300, 70, 65), (130, 64, 256), (49, 256, 64)]),
     *(pytest.param(*shape, torch.bfloat16, marks=pytest.mark.slow) for shape in [(98, 512, 2048), (49, 2048, 512)]),
 ]
 
@@ -124,7 +123,7 @@ def test_a_value_that_is_not_a_number_stays_visible(kernels, device):
 
 @pytest.mark.parametrize("kernels, device", KERNELS)
 def test_results_are_equal_bit_for_bit_from_run_to_run(kernels, device):
-    case = make_case(300, 70, 65, torch.bfloat16, device)
+    case = make_case(150, 20, 130, torch.bfloat16, device)
     first, again = run(kernels, *case), run(kernels, *case)
     for name, parts in first.items():
         for one, other in zip(parts, again[name], strict=True):
