@@ -19,7 +19,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 def forward(x: Tensor, weight: Tensor, affine: Tensor | None) -> tuple[Tensor, Tensor]:
     (rows, inputs), outputs = x.shape, len(weight)
-    normed, how = affine is not None, tile(outputs, x.dtype, _capability(x), two=True)
+    normed = affine is not None
+    how = tile("normed" if normed else "plain", outputs, x.dtype, _capability(x))
     y = x.new_empty(rows, outputs)
     parts = x.new_empty(triton.cdiv(rows, how["BM"]), 3, outputs, dtype=torch.float32)
     with torch.cuda.device_of(x):  # Triton launches on the current device, not the tensor's
@@ -31,7 +32,7 @@ def forward(x: Tensor, weight: Tensor, affine: Tensor | None) -> tuple[Tensor, T
 
 
 def data_gradient(dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
-    (rows, inputs), outputs, how = x.shape, len(weight), tile(x.shape[1], x.dtype, _capability(x))
+    (rows, inputs), outputs, how = x.shape, len(weight), tile("data_gradient", x.shape[1], x.dtype, _capability(x))
     g = torch.empty_like(x)
     parts = x.new_empty(triton.cdiv(rows, how["BM"]), 2, inputs, dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -42,7 +43,7 @@ def data_gradient(dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tupl
 
 
 def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor) -> Tensor:
-    (rows, inputs), outputs, how = x.shape, dy.shape[1], tile(x.shape[1], x.dtype, _capability(x), two=True)
+    (rows, inputs), outputs, how = x.shape, dy.shape[1], tile("weight_gradient", x.shape[1], x.dtype, _capability(x))
     tiles = triton.cdiv(outputs, how["BM"]) * triton.cdiv(inputs, how["BN"])
     steps = triton.cdiv(rows, how["BK"])
     split = triton.cdiv(steps, max(1, min(steps, _programs(x) // tiles))) * how["BK"]
@@ -54,19 +55,21 @@ def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor) -> Tensor:
     return parts.sum(0)
 
 
-def tile(columns: int, dtype: torch.dtype, capability: int, two: bool = False) -> dict[str, int]:
-    """How a product with so many columns is cut, and by how many warps.
+def tile(kernel: str, columns: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
+    """How a kernel's product with so many columns is cut, by how many warps, and how many steps ahead it loads.
 
-    two  whether the kernel can do with the registers of which two programs of eight warps share a multiprocessor.
+    kernel      plain or normed (of forward), data_gradient, weight_gradient.
+    capability  the GPU's generation: 8 Ampere, 9 Hopper.
+    Such that nothing spills, and where it can be, two programs share a multiprocessor.
     """
     if dtype == torch.float32 and precision() == "ieee":
         return PLAIN
     low, narrow = dtype != torch.float32, columns <= COLUMNS // 2
     shape = {"BM": ROWS, "BN": COLUMNS // 2 if narrow else COLUMNS, "BK": ALONG if low else ALONG // 2}
-    how = {"num_warps": 4 if low and narrow else 8, "num_stages": 3}
+    how = {"num_warps": 4 if low and narrow else 8, "num_stages": 3 if low and kernel != "normed" else 2}
     # Ampere's products hold their operands in registers too, and would spill
-    fewer = {"maxnreg": 128} if two and low and not narrow and capability >= 9 else {}
-    return shape | how | fewer
+    twice = low and not narrow and capability >= 9 and kernel != "data_gradient"
+    return shape | how | ({"maxnreg": 128} if twice else {})
 
 
 def precision() -> str:
@@ -75,7 +78,6 @@ def precision() -> str:
 
 
 def _capability(x: Tensor) -> int:
-    """The GPU's generation: 8 Ampere, 9 Hopper."""
     return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
 
 
@@ -111,16 +113,18 @@ def forward_kernel(
     # 64 bits for a tile's place, as maps may exceed 2**31 values; 32 within it
     x += first.to(tl.int64) * K
     y += first.to(tl.int64) * N
-    total = tl.zeros((BM, BN), tl.float32)
+    # transposed, weight @ x.T: Hopper reads the right factor from shared memory, where what norm and ReLU give is put;
+    # as the left one it would stay in registers, and each product wait for the one before
+    total = tl.zeros((BN, BM), tl.float32)
     for start in range(0, K, BK):
-        some = start + k < K
-        a = tl.load(x + r[:, None] * K + (start + k)[None, :], mask=live & some[None, :], other=0.0)
-        b = tl.load(weight + n[None, :] * K + (start + k)[:, None], mask=some[:, None] & (n < N)[None, :], other=0.0)
+        some = (start + k < K)[None, :]
+        a = tl.load(x + r[:, None] * K + (start + k)[None, :], mask=live & some, other=0.0)
+        b = tl.load(weight + n[:, None] * K + (start + k)[None, :], mask=(n < N)[:, None] & some, other=0.0)
         if NORMED:
             a = _normed(a, affine, K, start + k)
-        total = _dot(a, b, total, PRECISION)
+        total = _dot(b, tl.trans(a), total, PRECISION)
     place = r[:, None] * N + n[None, :]
-    stored = _spread(total.to(y.dtype.element_ty), y + place, live & (n < 0)[None, :])
+    stored = _spread(tl.trans(total).to(y.dtype.element_ty), y + place, live & (n < 0)[None, :])
     tl.store(y + place, stored, mask=live & (n < N)[None, :])
     # around the tile's own mean: squares of values far from 0 would cancel
     value = stored.to(tl.float32)
