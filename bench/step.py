@@ -14,7 +14,7 @@ from fastrot.data.loader import MicroBatch
 from fastrot.engine import AUTOCAST, StepSettings
 from fastrot.engine.plain import PlainEngine
 from fastrot.errors import UserError
-from fastrot.fused import fuse_norms
+from fastrot.fusedconv import FUSED
 from fastrot.graphs import WARM_UPS, Capture, Graphed
 from fastrot.model import pad_stem, synchronise_batchnorm
 from fastrot.profiling import roofline
@@ -40,11 +40,16 @@ SWITCHES = {
     "sync_batchnorm=false": {"sync_batchnorm": False},
     "norm=fused": {"norm": "fused"},
     "norm=fused compile=true": {"norm": "fused", "compile": True},
+    "norm=fused_conv": {"norm": "fused_conv"},
+    "norm=fused_conv compile=true": {"norm": "fused_conv", "compile": True},
     "stem_channels=4": {"stem_channels": 4},
     "recompute=true": {"recompute": True},
     "norm=fused recompute=true": {"norm": "fused", "recompute": True},
     "cuda_graphs=true": {"cuda_graphs": True},
     "norm=fused stem_channels=4 cuda_graphs=true": {"norm": "fused", "stem_channels": 4, "cuda_graphs": True},
+    "norm=fused_conv stem_channels=4 cuda_graphs=true": {
+        "norm": "fused_conv", "stem_channels": 4, "cuda_graphs": True,
+    },
     "SGD unfused": {"optimizer": "unfused"},
     "LARS": {"optimizer": "lars"},
     "bucket_mb=0": {"bucket_mb": 0.0},
@@ -72,8 +77,8 @@ class Step:
         dtype = AUTOCAST.get(precision, torch.float32)
         self._task = RotationTask(MEAN, STD, dtype, device, channels=switches["stem_channels"])
         model = self._task.build_model(arch, 0)
-        if switches["norm"] == "fused":
-            fuse_norms(model, switches["sync_batchnorm"])
+        if switches["norm"] in FUSED:
+            FUSED[switches["norm"]](model, switches["sync_batchnorm"])
         if switches["stem_channels"] > 3:
             pad_stem(model)
         if switches["recompute"]:

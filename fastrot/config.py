@@ -143,8 +143,9 @@ class Engine(Section):
     """Keep the network's weights and maps channels-last."""
     cuda_graphs: bool = False
     """Replay forward and backward from a CUDA graph for each shape (plain engine): the host launches nothing."""
-    norm: Literal["torch", "fused"] = "torch"
-    """Batch norm, addition and ReLU as torch's modules, or as one function of fewer passes (Triton on a GPU)."""
+    norm: Literal["torch", "fused", "fused_conv"] = "torch"
+    """Batch norm, addition and ReLU as torch's modules; or as one function of fewer passes (Triton on a GPU); or, in
+    a Bottleneck, as parts of its 1x1 convolutions besides."""
     stem_channels: Literal[3, 4] = 3
     """Channels of the views; the fourth is zero, and so is its filter: memory and tensor cores like fours."""
     recompute: bool = False

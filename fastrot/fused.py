@@ -18,14 +18,10 @@ class _NormAddRelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, relu, over_ranks):
-        rows = _rows(x)
-        moments = norm.moments(rows)
-        if over_ranks:
-            gathered = moments.new_empty(dist.get_world_size() * moments.numel())
-            dist.all_gather_into_tensor(gathered, moments.flatten())
-            moments = norm.merge(gathered.view(-1, *moments.shape))
-        added = None if residual is None else _rows(residual)
-        out = _maps(norm.apply(rows, added, moments, weight, bias, eps, relu), x)
+        rows = rows_of(x)
+        moments = merged(norm.moments(rows), over_ranks)
+        added = None if residual is None else rows_of(residual)
+        out = maps_of(norm.apply(rows, added, moments, weight, bias, eps, relu), x)
         ctx.save_for_backward(x, None if residual is None else out, weight, bias, moments)
         ctx.eps, ctx.relu, ctx.over_ranks = eps, relu, over_ranks
         ctx.mark_non_differentiable(moments)
@@ -34,26 +30,42 @@ class _NormAddRelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _moments):
         x, out, weight, bias, moments = ctx.saved_tensors
-        dy, rows = _rows(grad), _rows(x)
-        kept = None if out is None else _rows(out)
+        dy, rows = rows_of(grad), rows_of(x)
+        kept = None if out is None else rows_of(out)
         mine = norm.gradient_sums(dy, rows, kept, moments, weight, bias, ctx.eps, ctx.relu)
-        sums = mine
-        if ctx.over_ranks:
-            sums = mine.clone()
-            dist.all_reduce(sums)
+        sums = summed(mine, ctx.over_ranks)
         dx, added = norm.gradients(dy, rows, kept, moments, weight, bias, sums, ctx.eps, ctx.relu)
-        grad_residual = None if out is None else _maps(added, x)
-        return _maps(dx, x), grad_residual, mine[0].to(weight.dtype), mine[1].to(bias.dtype), None, None, None
+        grad_residual = None if out is None else maps_of(added, x)
+        return maps_of(dx, x), grad_residual, mine[0].to(weight.dtype), mine[1].to(bias.dtype), None, None, None
 
 
-def _rows(maps: Tensor) -> Tensor:
+def rows_of(maps: Tensor) -> Tensor:
     """[N, C, H, W] as [N*H*W, C]: the same memory where that is channels-last."""
     return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1]).contiguous()
 
 
-def _maps(rows: Tensor, like: Tensor) -> Tensor:
-    n, channels, height, width = like.shape
-    return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
+def maps_of(rows: Tensor, like: Tensor) -> Tensor:
+    """[N*H*W, C] as [N, C, H, W], with the N, H and W of other maps."""
+    n, _, height, width = like.shape
+    return rows.view(n, height, width, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def merged(moments: Tensor, over_ranks: bool) -> Tensor:
+    """The moments of this rank's views, or of all ranks', whose counts may differ."""
+    if not over_ranks:
+        return moments
+    gathered = moments.new_empty(dist.get_world_size() * moments.numel())
+    dist.all_gather_into_tensor(gathered, moments.flatten())
+    return norm.merge(gathered.view(-1, *moments.shape))
+
+
+def summed(mine: Tensor, over_ranks: bool) -> Tensor:
+    """What this rank summed up, or what all ranks did."""
+    if not over_ranks:
+        return mine
+    sums = mine.clone()
+    dist.all_reduce(sums)
+    return sums
 
 
 class FusedNorm2d(nn.BatchNorm2d):
@@ -72,9 +84,12 @@ class FusedNorm2d(nn.BatchNorm2d):
             out = super().forward(x)
             out = out if residual is None else out + residual
             return F.relu(out) if self.relu else out
-        if self.over_ranks and dist.get_world_size() > 1:
-            return self._synced(x, residual)
-        return self._train(x, residual, False)
+        return self._synced(x, residual) if self.synced else self._train(x, residual, False)
+
+    @property
+    def synced(self) -> bool:
+        """Whether a training step talks to other ranks."""
+        return self.over_ranks and dist.get_world_size() > 1
 
     @torch.compiler.disable  # a compiled network breaks its graph at each norm that talks to other ranks
     def _synced(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -82,11 +97,15 @@ class FusedNorm2d(nn.BatchNorm2d):
 
     def _train(self, x: Tensor, residual: Tensor | None, over_ranks: bool) -> Tensor:
         out, moments = _NormAddRelu.apply(x, residual, self.weight, self.bias, self.eps, self.relu, over_ranks)
+        self.track(moments)
+        return out
+
+    def track(self, moments: Tensor) -> None:
+        """Count a batch, and move the running statistics towards its moments."""
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if self.momentum:
             norm.update_running(self.running_mean, self.running_var, moments, self.momentum)
-        return out
 
 
 class _FusedBasicBlock(BasicBlock):
@@ -95,14 +114,16 @@ class _FusedBasicBlock(BasicBlock):
         return self.bn2(self.conv2(self.bn1(self.conv1(x))), identity)
 
 
-class _FusedBottleneck(Bottleneck):
+class FusedBottleneck(Bottleneck):
+    """A Bottleneck of FusedNorm2d."""
+
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         out = self.bn2(self.conv2(self.bn1(self.conv1(x))))
         return self.bn3(self.conv3(out), identity)
 
 
-_BLOCKS = {BasicBlock: _FusedBasicBlock, Bottleneck: _FusedBottleneck}
+_BLOCKS = {BasicBlock: _FusedBasicBlock, Bottleneck: FusedBottleneck}
 
 
 def fuse_norm(module: nn.BatchNorm2d, relu: bool, over_ranks: bool) -> None:

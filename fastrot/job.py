@@ -20,7 +20,7 @@ from fastrot.data.storage import FileStorage
 from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST, StepSettings, make_engine
 from fastrot.errors import UserError
-from fastrot.fused import fuse_norms
+from fastrot.fusedconv import FUSED
 from fastrot.loop import Course
 from fastrot.model import pad_stem, synchronise_batchnorm
 from fastrot.profiling import roofline
@@ -288,8 +288,8 @@ class Job:
     def network(self, over_ranks: bool) -> torch.nn.Module:
         """What the config trains, on the CPU; over_ranks: batch norm over all ranks' views."""
         model = self.task.build_model(self.config.model.arch, self.config.run.seed)
-        if self.config.engine.norm == "fused":
-            fuse_norms(model, over_ranks)
+        if self.config.engine.norm in FUSED:
+            FUSED[self.config.engine.norm](model, over_ranks)
         if self.config.engine.stem_channels > 3:
             pad_stem(model)
         return synchronise_batchnorm(model) if over_ranks else model

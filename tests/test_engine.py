@@ -16,7 +16,7 @@ from fastrot.engine.deepspeed import merged, settings_to_json
 from fastrot.errors import UserError
 from fastrot.model import build_model
 from fastrot.recompute import recompute_blocks
-from workers.steps import IMAGES, STEPS, batch, network
+from workers.steps import IMAGES, STEPS, batch, bottlenecks, network
 
 EXACT = [
     "plain-fp32-0-sgd",
@@ -30,6 +30,8 @@ EXACT = [
     "deepspeed-fp32-1-sgd-micro",
     "plain-fp32-0-sgd-fused",
     "deepspeed-fp32-0-sgd-fused",
+    "plain-fp32-0-sgd-bottlenecks",
+    "deepspeed-fp32-0-sgd-bottlenecks",
 ]
 BUCKETS = [
     "plain-fp32-0-sgd-small",
@@ -74,9 +76,8 @@ def results(tmp_path_factory):
     return torch.load(out, weights_only=True)
 
 
-def oracle(clip: float | None, micro: bool):
+def oracle(clip: float | None, model: nn.Module):
     """One process, torch's own batch norm and SGD, the mean loss of the whole batch."""
-    model = network(micro)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3, foreach=False)
     losses, norms = [], []
     for step in range(STEPS):
@@ -93,7 +94,9 @@ def oracle(clip: float | None, micro: bool):
 
 @pytest.mark.parametrize("mode", [*EXACT, *(mode for mode in BUCKETS if "fp32" in mode)])
 def test_two_uneven_ranks_are_one_process_on_the_whole_batch(results, mode):
-    losses, norms, weights, momenta = oracle(0.3 if "clip" in mode else None, "micro" in mode)
+    losses, norms, weights, momenta = oracle(
+        0.3 if "clip" in mode else None, bottlenecks() if "bottlenecks" in mode else network("micro" in mode)
+    )
     got = results[mode]["whole"]
     torch.testing.assert_close(got["losses"], losses, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got["norms"], norms, rtol=1e-3, atol=1e-5)

@@ -121,12 +121,12 @@ def test_the_compilers_graphs_refuse_micro_steps_and_ours_take_them():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("norm", ["torch", "fused"])
+@pytest.mark.parametrize("norm, arch", [("torch", "resnet18"), ("fused", "resnet18"), ("fused_conv", "resnet50")])
 @pytest.mark.parametrize("more", [[], ["engine.images_per_micro_step=4"], ["data.crop_by_epoch={0: 32, 8: 48}"]])
-def test_a_run_on_graphs_is_the_run(fastrot, images, tmp_path, more, norm):
+def test_a_run_on_graphs_is_the_run(fastrot, images, tmp_path, more, norm, arch):
     """Losses, evaluated accuracies and gradient norms of ten epochs; micro-steps and crops of several sizes."""
     words = [
-        "train", "model.arch=resnet18", "data.crop=64", "optim.images_per_step=7", "optim.epochs=12", "optim.lr=0.01",
+        "train", f"model.arch={arch}", "data.crop=64", "optim.images_per_step=7", "optim.epochs=12", "optim.lr=0.01",
         "optim.warmup_epochs=1", "run.log_every=1", "run.tensorboard=false", "engine.kind=plain",
         "engine.deterministic=true", f"engine.norm={norm}", f"data.train={images}", f"data.val={images}", *more,
     ]  # fmt: skip

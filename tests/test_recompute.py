@@ -9,6 +9,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastrot import distributed
 from fastrot.fused import fuse_norms
+from fastrot.fusedconv import fuse_convs
 from fastrot.model import SyncBatchNorm2d, synchronise_batchnorm
 from fastrot.recompute import recompute_blocks
 
@@ -16,6 +17,7 @@ NORMS = {
     "torch": lambda model: model,
     "synchronised": synchronise_batchnorm,
     "fused": lambda model: fuse_norms(model, over_ranks=False),
+    "fused_conv": lambda model: fuse_convs(model, over_ranks=False),
 }
 
 

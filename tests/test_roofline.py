@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastrot.fused import fuse_norms
+from fastrot.fusedconv import fuse_convs
 from fastrot.model import build_model
 from fastrot.profiling.roofline import Rates, Row, Work, measure_rates, step_rows
 
@@ -62,6 +63,31 @@ def test_fused_norms_move_fewer_bytes_and_compute_the_same():
         ("gradients", 3 * norms + 2 * blocks),
     ):
         assert count[f"fastrot::norm_{operation}"] == pytest.approx(bytes_, rel=0.03), operation
+
+
+def test_norms_in_convolutions_move_fewer_bytes_still_and_compute_the_same():
+    """Beside fused norms: no pass for the moments but the stem's and bn2's, bn2's result neither written nor read, its
+    gradients' sums without a pass, and none to add the gradients of a block's input."""
+    fused, ours = (
+        step_rows(lambda f=fuse: f(build_model("resnet50", 4, 0), over_ranks=False), 32, 8, 224, torch.bfloat16)
+        for fuse in (fuse_norms, fuse_convs)
+    )
+    assert sum(row.flops for row in ours) == sum(row.flops for row in fused)
+    before, after = Counter(), Counter()
+    for count, rows in ((before, fused), (after, ours)):
+        for row in rows:
+            count[row.operation] += row.bytes
+    stem = 32 * 64 * 112 * 112 * 2
+    # 3, 4, 6 and 3 blocks, each layer's narrow maps half those of the layer before
+    bn2 = 32 * 64 * 56 * 56 * 2 * (3 + 4 / 2 + 6 / 4 + 3 / 8)
+    for operation, left in (
+        ("moments", stem + bn2),
+        ("apply", before["fastrot::norm_apply"] - 2 * bn2),
+        ("gradient_sums", before["fastrot::norm_gradient_sums"] - 2 * bn2),
+        ("gradients", before["fastrot::norm_gradients"]),
+    ):
+        assert after[f"fastrot::norm_{operation}"] == pytest.approx(left, rel=0.03), operation
+    assert after["add"] < 0.01 * before["add"] and after.total() < before.total()
 
 
 def test_each_operation_is_bound_by_the_slower_of_the_two():

@@ -102,6 +102,16 @@ def test_moments_of_parts_merge_into_those_of_the_whole(kernels, device, parts):
 
 
 @pytest.mark.parametrize("kernels, device", KERNELS)
+def test_more_parts_than_one_program_takes_merge_too(kernels, device):
+    """As many as the tiles of a product: several groups, the last not full, then the groups."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(1, 129, (1300, 1, 1), generator=generator).expand(-1, 1, 20)
+    parts = torch.cat([counts, torch.randn(1300, 1, 20, generator=generator), torch.rand(1300, 1, 20)], 1).to(device)
+    got = kernels.merge(parts)
+    torch.testing.assert_close(got, reference.merge(parts.double()).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels, device", KERNELS)
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_value_that_is_not_a_number_stays_visible(kernels, device, residual):
     x, added, weight, bias, dy = make_case(33, 64, torch.float32, device, residual)

@@ -1,8 +1,9 @@
 """One rank of the engine tests: trains a tiny network in one mode and writes what came out.
 
-torchrun ... steps.py OUT MODE ...   MODE is kind-precision-zero-optimizer[-clip|-micro|-fused|-small|-whole|-compiled]
+torchrun ... steps.py OUT MODE ...   MODE is kind-precision-zero-optimizer, and any of -clip and
 micro: two micro-steps a step, on a network without batch norm (which sees a micro-step's views).
 fused: batch norm and ReLU as one function.
+bottlenecks: another network, whose 1x1 convolutions take in batch norm.
 compiled: by torch.compile, but for the kernels.
 small: gradients averaged in several buckets; whole: in one piece after the backward pass.
 """
@@ -16,11 +17,13 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastrot import distributed
 from fastrot.data.plan import slice_of
 from fastrot.engine import StepSettings, make_engine
 from fastrot.fused import fuse_norm
+from fastrot.fusedconv import fuse_convs
 from fastrot.model import synchronise_batchnorm
 from fastrot.optim import build_optimizer
 
@@ -44,6 +47,18 @@ def network(micro: bool = False) -> nn.Module:
     )
 
 
+def bottlenecks() -> nn.Module:
+    """A small ResNet of three Bottlenecks, with a shortcut of each kind."""
+    torch.manual_seed(0)
+    model = ResNet(BasicBlock, [1, 1, 1, 1])
+    shortcuts = [nn.Sequential(nn.Conv2d(8, 32, 1, stride, bias=False), nn.BatchNorm2d(32)) for stride in (1, 2)]
+    model.conv1, model.bn1, model.maxpool = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Identity()
+    model.layer1 = nn.Sequential(Bottleneck(8, 8, downsample=shortcuts[0]), Bottleneck(32, 8), nn.Conv2d(32, 8, 1))
+    model.layer2, model.fc = Bottleneck(8, 8, 2, shortcuts[1]), nn.Linear(32, 4)
+    model.layer3 = model.layer4 = nn.Identity()
+    return model
+
+
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
     return torch.randn(IMAGES, 3, 9, 9, generator=generator), torch.randint(4, (IMAGES,), generator=generator)
@@ -65,11 +80,13 @@ def all_reduces(sizes: list[int]):
 def train(mode: str, ranks, first: int = 0, state=None):
     kind, precision, zero, optimizer_name, *more = mode.split("-")
     micro_steps = 2 if "micro" in more else 1
-    model = network(micro_steps > 1)
+    model = bottlenecks() if "bottlenecks" in more else network(micro_steps > 1)
     if "fused" in more:
         fuse_norm(model[1], relu=True, over_ranks=True)
         model[2] = nn.Identity()
         fuse_norm(model[4], relu=False, over_ranks=True)
+    if "bottlenecks" in more:
+        fuse_convs(model, over_ranks=True)
     synchronise_batchnorm(model)
     fused = optimizer_name == "sgd" and precision != "fp16"
     optimizer = build_optimizer(

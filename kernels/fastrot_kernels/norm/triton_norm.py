@@ -27,11 +27,14 @@ def moments(x: Tensor) -> Tensor:
 
 def merge(parts: Tensor) -> Tensor:
     many, _, channels = parts.shape
-    out = torch.empty_like(parts[0])
-    shape = merge_shape(many)
+    shape = merge_shape(min(many, PROGRAMS))
+    groups = triton.cdiv(many, shape["BR"])
+    out = parts.new_empty(groups, 3, channels)
     with torch.cuda.device_of(parts):
-        merge_kernel[(triton.cdiv(channels, shape["BC"]),)](parts, out, many, channels, **shape, num_warps=WARPS)
-    return out
+        merge_kernel[(groups * triton.cdiv(channels, shape["BC"]),)](
+            parts, out, many, channels, **shape, num_warps=WARPS
+        )
+    return out[0] if groups == 1 else merge(out)
 
 
 def update_running(running_mean: Tensor, running_var: Tensor, moments: Tensor, momentum: float) -> None:
@@ -161,15 +164,18 @@ def moments_kernel(
 @triton.jit
 def merge_kernel(
     parts,  # float32 [R, 3, C]
-    out,  # float32 [3, C]
+    out,  # float32 [groups of BR parts, 3, C]
     R,
     C,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """One program: BC channels of all parts. Source: Chan, Golub, LeVeque 1979."""
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    r = tl.arange(0, BR)
+    """One program: BC channels of one group's parts. Source: Chan, Golub, LeVeque 1979."""
+    blocks = tl.cdiv(C, BC)
+    group = tl.program_id(0) // blocks
+    c = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
+    r = group * BR + tl.arange(0, BR)
+    out += group * 3 * C
     inside = (r < R)[:, None] & (c < C)[None, :]
     place = parts + r[:, None] * 3 * C + c[None, :]
     counts = tl.load(place, mask=inside, other=0.0)

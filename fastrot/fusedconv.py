@@ -1,0 +1,133 @@
+"""A Bottleneck's training step by hand: its 1x1 convolutions take in and give out batch norm, on top of `fused`."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.models.resnet import ResNet
+
+from fastrot.fused import FusedBottleneck, fuse_norms, maps_of, merged, rows_of, summed
+from fastrot_kernels import norm, pointwise
+
+
+class _Step(torch.autograd.Function):
+    """(maps, parameters) -> (maps, moments of bn1, bn2, bn3 and, where there is one, the shortcut's norm).
+
+    y are what convolutions give, before their norm. The moments of y1, y3 and the shortcut come with the products
+    that make them; bn2 and its ReLU are computed as conv3, and its gradients, read y2: that normalised map is never
+    in memory. The gradient of x is summed where the product writes it, not by a pass of its own.
+
+    conv2   stride, padding, dilation and groups of the 3x3 convolution.
+    stride  of the shortcut, where there is one.
+    eps     of each norm.
+    """
+
+    @staticmethod
+    def forward(ctx, x, conv2, stride, eps, over_ranks, *parameters):
+        (w1, *n1), (w2, *n2), (w3, *n3), *shortcut = _by_three(parameters, eps)
+        w1, w2, w3 = _matrix(w1, x.dtype), w2.to(x.dtype), _matrix(w3, x.dtype)
+        rows = rows_of(x)
+        y1, m1 = pointwise.forward(rows, w1, None)
+        m1 = merged(m1, over_ranks)
+        h1 = maps_of(norm.apply(y1, None, m1, *n1, True), x)
+        maps2 = F.conv2d(h1, w2, None, *conv2)
+        y2 = rows_of(maps2)
+        m2 = merged(norm.moments(y2), over_ranks)
+        a2 = pointwise.affine(m2, *n2)
+        y3, m3 = pointwise.forward(y2, w3, a2)
+        m3 = merged(m3, over_ranks)
+        residual, down, moments = rows, [], [m1, m2, m3]
+        for wd, *nd in shortcut:
+            wd, thinned = _matrix(wd, x.dtype), rows_of(x[:, :, ::stride, ::stride])
+            yd, md = pointwise.forward(thinned, wd, None)
+            md = merged(md, over_ranks)
+            residual = norm.apply(yd, None, md, *nd, False)
+            down, moments = [thinned, wd, yd], [*moments, md]
+        out = maps_of(norm.apply(y3, residual, m3, *n3, True), maps2)
+        ctx.save_for_backward(rows, w1, y1, h1, w2, y2, a2, w3, y3, out, *down, *moments, *parameters)
+        ctx.conv2, ctx.stride, ctx.eps, ctx.over_ranks = conv2, stride, eps, over_ranks
+        ctx.mark_non_differentiable(*moments)
+        return out, *moments
+
+    @staticmethod
+    def backward(ctx, grad, *_moments):
+        rows, w1, y1, h1, w2, y2, a2, w3, y3, out, *rest = ctx.saved_tensors
+        norms, over_ranks = len(ctx.eps), ctx.over_ranks
+        down, (m1, m2, m3, *md), parameters = rest[: -4 * norms], rest[-4 * norms : -3 * norms], rest[-3 * norms :]
+        (_, *n1), (_, *n2), (_, *n3), *shortcut = _by_three(parameters, ctx.eps)
+        dy3, dresidual, sums3 = _norm_gradients(rows_of(grad), y3, rows_of(out), m3, *n3, True, over_ranks)
+        dw3 = pointwise.weight_gradient(dy3, y2, a2)
+        g, sums2 = pointwise.data_gradient(dy3, w3, y2, a2)
+        dy2, _ = norm.gradients(g, y2, None, m2, *n2[:2], summed(sums2, over_ranks), n2[2], False)
+        dh1, dw2, _ = torch.ops.aten.convolution_backward(
+            maps_of(dy2, out), h1, w2, None, *ctx.conv2[:3], False, [0, 0], ctx.conv2[3], [True, True, False]
+        )
+        dy1, _, sums1 = _norm_gradients(rows_of(dh1), y1, None, m1, *n1, True, over_ranks)
+        gradients = [dy1.t() @ rows, *sums1, dw2, *sums2, dw3, *sums3]
+        if shortcut:
+            (thinned, wd, yd), (_, *nd) = down, shortcut[0]
+            dyd, _, sumsd = _norm_gradients(dresidual, yd, None, md[0], *nd, False, over_ranks)
+            gradients += [dyd.t() @ thinned, *sumsd]
+            dx = maps_of(dy1 @ w1, h1)
+            dx[:, :, :: ctx.stride, :: ctx.stride] += maps_of(dyd @ wd, out)
+        else:
+            dx = maps_of(dresidual.addmm_(dy1, w1), h1)
+        mine = (value.view_as(p).to(p.dtype) for value, p in zip(gradients, parameters, strict=True))
+        return dx, None, None, None, None, *mine
+
+
+def _norm_gradients(dy, x, y, moments, gamma, beta, eps, relu, over_ranks) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and of the residual, and this rank's of gamma and beta [2, C]."""
+    mine = norm.gradient_sums(dy, x, y, moments, gamma, beta, eps, relu)
+    dx, dresidual = norm.gradients(dy, x, y, moments, gamma, beta, summed(mine, over_ranks), eps, relu)
+    return dx, dresidual, mine
+
+
+def _by_three(parameters: list[Tensor], eps: tuple[float, ...]) -> list[tuple]:
+    """(weight, gamma, beta, eps) of each convolution and its norm."""
+    return [(*parameters[3 * i : 3 * i + 3], each) for i, each in enumerate(eps)]
+
+
+def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A 1x1 convolution's weight [N, K, 1, 1] as [N, K]."""
+    return weight.flatten(1).to(dtype).contiguous()
+
+
+class _FusedConvBottleneck(FusedBottleneck):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        return self._synced(x) if self.bn1.synced else self._train(x, False)
+
+    @torch.compiler.disable  # a compiled network breaks its graph at each block that talks to other ranks
+    def _synced(self, x: Tensor) -> Tensor:
+        return self._train(x, True)
+
+    def _train(self, x: Tensor, over_ranks: bool) -> Tensor:
+        kind, conv2 = x.device.type, self.conv2
+        pairs = [(self.conv1, self.bn1), (conv2, self.bn2), (self.conv3, self.bn3)]
+        if self.downsample is not None:
+            pairs.append(tuple(self.downsample))
+        parameters = [p for conv, bn in pairs for p in (conv.weight, bn.weight, bn.bias)]
+        if not x.is_meta and torch.is_autocast_enabled(kind):  # torch knows none on the meta device
+            x = x.to(torch.get_autocast_dtype(kind))
+        geometry, eps = (conv2.stride, conv2.padding, conv2.dilation, conv2.groups), tuple(bn.eps for _, bn in pairs)
+        out, *moments = _Step.apply(x, geometry, self.stride, eps, over_ranks, *parameters)
+        for (_, bn), each in zip(pairs, moments, strict=True):
+            bn.track(each)
+        return out
+
+
+def fuse_convs(model: ResNet, over_ranks: bool) -> ResNet:
+    """fuse_norms, and every Bottleneck's 1x1 convolutions fused with the norms around them, in place.
+
+    Other blocks have none but their shortcut's: they stay as fuse_norms leaves them.
+    """
+    fuse_norms(model, over_ranks)
+    for module in model.modules():
+        if type(module) is FusedBottleneck:
+            module.__class__ = _FusedConvBottleneck
+    return model
+
+
+# What engine.norm names beside torch's own modules.
+FUSED = {"fused": fuse_norms, "fused_conv": fuse_convs}

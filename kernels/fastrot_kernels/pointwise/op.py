@@ -1,0 +1,76 @@
+"""The operations torch sees: Triton on CUDA, plain torch elsewhere; opaque to torch.compile, counted by a roofline."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastrot_kernels.pointwise import reference
+
+
+def kernels_for(x: Tensor) -> ModuleType:
+    """The module that computes where x lies."""
+    if not x.is_cuda:
+        return reference
+    from fastrot_kernels.pointwise import triton_pointwise
+
+    return triton_pointwise
+
+
+def affine(moments: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """A norm's constants, float32 [4, C]: mean, 1 / deviation, gamma / deviation, beta; of moments [3, C]."""
+    rstd = torch.rsqrt(moments[2] + eps)
+    return torch.stack([moments[1], rstd, gamma * rstd, beta])
+
+
+@torch.library.custom_op("fastrot::pointwise_forward", mutates_args=())
+def forward(x: Tensor, weight: Tensor, affine: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(y = z @ weight.T [M, N], the moments of y as it is stored, float32 [3, N]).
+
+    z is x, or relu(norm(x)) rounded to x's dtype where affine gives a norm's constants. x [M, K], weight [N, K],
+    contiguous, of one dtype: float32, bfloat16 or float16. Sums are float32, products of float32 as torch's
+    convolutions take them (torch.backends.cudnn.allow_tf32).
+    """
+    return kernels_for(x).forward(x, weight, affine)
+
+
+@forward.register_fake
+def _(x, weight, affine):
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(3, weight.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("fastrot::pointwise_data_gradient", mutates_args=())
+def data_gradient(dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
+    """(g = dy @ weight where relu(norm(x)) is above 0 [M, K], float32 [2, K]: sums of g * xhat and of g).
+
+    The gradient before the ReLU that `forward` took in, of x's dtype, and the sums over its rows that norm.gradients
+    asks for: the gradients of gamma and beta. dy [M, N].
+    """
+    return kernels_for(x).data_gradient(dy, weight, x, affine)
+
+
+@data_gradient.register_fake
+def _(dy, weight, x, affine):
+    return torch.empty_like(x), x.new_empty(2, x.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("fastrot::pointwise_weight_gradient", mutates_args=())
+def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor) -> Tensor:
+    """dy.T @ relu(norm(x)), float32 [N, K]; dy [M, N], x [M, K]."""
+    return kernels_for(x).weight_gradient(dy, x, affine)
+
+
+@weight_gradient.register_fake
+def _(dy, x, affine):
+    return x.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)
+
+
+@register_flop_formula([torch.ops.fastrot.pointwise_forward, torch.ops.fastrot.pointwise_data_gradient])
+def _product_flops(left, weight, *_, **__) -> int:
+    return 2 * left[0] * weight[0] * weight[1]
+
+
+@register_flop_formula(torch.ops.fastrot.pointwise_weight_gradient)
+def _weight_gradient_flops(dy, x, *_, **__) -> int:
+    return 2 * dy[0] * dy[1] * x[1]

@@ -1,0 +1,141 @@
+"""Products that take in a norm and give moments: plain torch against torch's own operations, Triton against plain."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastrot_kernels import norm, pointwise
+from fastrot_kernels.norm.reference import moments as moments_of
+from fastrot_kernels.pointwise import reference, triton_pointwise
+
+# what Triton's interpreter does with a loop's end
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+EPS = 1e-5
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+KERNELS = [
+    pytest.param(reference, "cpu", id="cpu-reference"),
+    *([pytest.param(triton_pointwise, "cpu", id="cpu-triton")] if triton_pointwise.INTERPRETED else []),
+    pytest.param(triton_pointwise, "cuda", id="cuda-triton", marks=[pytest.mark.gpu, CUDA]),
+]
+# one rounding to the dtype of sums taken in another order
+NEAR = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+# rows, channels in, channels out: none a multiple of a tile; then ResNet-50's, the widest of which take long interpreted
+SHAPES = [
+    *((*shape, dtype) for shape in [(2, 1, 3), (150, 20, 130)] for dtype in NEAR),
+    *((*shape, torch.bfloat16) for shape in [(300, 70, 65), (130, 64, 256), (49, 256, 64)]),
+    *(pytest.param(*shape, torch.bfloat16, marks=pytest.mark.slow) for shape in [(98, 512, 2048), (49, 2048, 512)]),
+]
+
+
+@pytest.fixture(autouse=True)
+def plain_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def make_case(rows, inputs, outputs, dtype, device="cpu"):
+    """x, weight, affine, dy; channels of x of unlike mean and spread, gammas of both signs."""
+    generator = torch.Generator().manual_seed(rows * 1000 + inputs)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    x = (draw(rows, inputs) * (0.1 + draw(inputs).abs()) + 3 * draw(inputs)).to(dtype)
+    affine = pointwise.affine(moments_of(x), draw(inputs), draw(inputs), EPS)
+    weight, dy = draw(outputs, inputs) / inputs**0.5, draw(rows, outputs)
+    return tuple(t.to(device) for t in (x, weight.to(dtype), affine, dy.to(dtype)))
+
+
+def run(kernels, x, weight, affine, dy):
+    return {
+        "plain": kernels.forward(x, weight, None),
+        "normed": kernels.forward(x, weight, affine),
+        "data": kernels.data_gradient(dy, weight, x, affine),
+        "weight": (kernels.weight_gradient(dy, x, affine),),
+    }
+
+
+def assert_near(got, want, rtol, name):
+    """Within rtol of the value, or of what the sums it comes from are made of: the result's root mean square."""
+    size = want.float().square().mean().sqrt().item()
+    torch.testing.assert_close(got, want, rtol=rtol, atol=rtol * size, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kernels, device", KERNELS)
+@pytest.mark.parametrize("rows, inputs, outputs, dtype", SHAPES)
+def test_every_kernel_agrees_with_plain_torch(kernels, device, rows, inputs, outputs, dtype):
+    case = make_case(rows, inputs, outputs, dtype, device)
+    got, want = run(kernels, *case), run(reference, *case)
+    for name, rights in want.items():
+        for part, (ours, right) in enumerate(zip(got[name], rights, strict=True)):
+            assert (ours.shape, ours.dtype) == (right.shape, right.dtype), name
+            # a sum over many rows of values rounded either way; a mask of a value that rounds to either side of 0
+            rtol = NEAR[dtype] if part == 0 and name != "weight" else max(NEAR[dtype], 1e-3)
+            assert_near(ours, right, 4 * rtol, name)
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+def test_plain_torch_is_norm_relu_and_convolution_in_float64(dtype):
+    """Output, moments and every gradient; dx by way of norm.gradients, as the network takes it."""
+    x, weight, _, dy = make_case(700, 20, 30, dtype)
+    gamma, beta = torch.randn(2, 20, generator=torch.Generator().manual_seed(1))
+    moments = moments_of(x)
+    affine = pointwise.affine(moments, gamma, beta, EPS)
+    leaves = [t.double().requires_grad_() for t in (x, weight, gamma, beta)]
+    z = F.relu(F.batch_norm(leaves[0], None, None, leaves[2], leaves[3], True, 0.1, EPS))
+    want = F.conv2d(z[:, :, None, None], leaves[1][:, :, None, None])[:, :, 0, 0]
+    want.backward(dy.double())
+    y, after = reference.forward(x, weight, affine)
+    g, sums = reference.data_gradient(dy, weight, x, affine)
+    dx, _ = norm.gradients(g, x, None, moments, gamma, beta, sums, EPS, False)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for name, ours, right in (
+        ("y", y, want),
+        ("moments", after[1:], torch.stack([want.mean(0), want.var(0, correction=0)])),
+        ("dx", dx, leaves[0].grad),
+        ("dw", reference.weight_gradient(dy, x, affine), leaves[1].grad),
+        ("dgamma, dbeta", sums, torch.stack([leaves[2].grad, leaves[3].grad])),
+    ):
+        assert_near(ours.double(), right.detach(), tolerance, name)
+    assert torch.equal(after, moments_of(y))
+
+
+@pytest.mark.parametrize("kernels, device", KERNELS)
+def test_moments_far_from_zero_do_not_cancel(kernels, device):
+    """A mean a thousand deviations away, over more tiles than one merge takes: squares alone would leave no digit."""
+    x, *_ = make_case(70_000 if device == "cuda" else 700, 8, 8, torch.float32, device)
+    x = x + 1000
+    x[:, 3] = 7.0
+    y, (count, mean, variance) = kernels.forward(x, torch.eye(8, device=device), None)
+    assert torch.equal(count, torch.full_like(count, len(x)))
+    torch.testing.assert_close(y, x)
+    torch.testing.assert_close(mean.double(), x.double().mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.double(), x.double().var(0, correction=0), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernels, device", KERNELS)
+def test_a_value_that_is_not_a_number_stays_visible(kernels, device):
+    x, weight, affine, dy = make_case(150, 20, 130, torch.float32, device)
+    x[3, 5] = torch.nan
+    y, moments = kernels.forward(x, weight, affine)
+    assert y[3].isnan().all() and not y[:3].isnan().any() and moments[1:].isnan().all()
+    g, sums = kernels.data_gradient(dy, weight, x, affine)
+    assert sums[0, 5].isnan() and not sums[0, :5].isnan().any() and not g.isnan().any()
+    dw = kernels.weight_gradient(dy, x, affine)
+    assert dw[:, 5].isnan().all() and not dw[:, :5].isnan().any()
+
+
+@pytest.mark.parametrize("kernels, device", KERNELS)
+def test_results_are_equal_bit_for_bit_from_run_to_run(kernels, device):
+    case = make_case(150, 20, 130, torch.bfloat16, device)
+    first, again = run(kernels, *case), run(kernels, *case)
+    for name, parts in first.items():
+        for one, other in zip(parts, again[name], strict=True):
+            assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_the_operations_are_what_torch_asks_of_operations(normed):
+    x, weight, affine, dy = make_case(5, 3, 4, torch.bfloat16)
+    for op, arguments in (
+        (pointwise.forward, (x, weight, affine if normed else None)),
+        (pointwise.data_gradient, (dy, weight, x, affine)),
+        (pointwise.weight_gradient, (dy, x, affine)),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,0 +1,86 @@
+"""The products' Triton kernels compile for each GPU generation, without a GPU: on tensor cores, without spills, 16 bytes
+an access, and with columns summed within threads."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastrot_kernels.pointwise import triton_pointwise
+
+TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+KERNELS = [
+    ("forward_kernel", {"NORMED": False}),
+    ("forward_kernel", {"NORMED": True}),
+    ("data_gradient_kernel", {}),
+    ("weight_gradient_kernel", {}),
+]
+PRODUCTS = [
+    ("bf16", 64),
+    ("bf16", 256),
+    *(pytest.param(*each, marks=pytest.mark.slow) for each in [("tf32", 64), ("tf32", 256), ("ieee", 64)]),
+]
+MAPS = {"x", "weight", "dy", "y", "g"}
+NUMBERS = {"M": "i32", "N": "i32", "K": "i32", "split": "i32"}
+# Of a multiprocessor, and what a launch keeps of it; bytes. Source: CUDA C++ Programming Guide, compute capabilities.
+SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024}
+
+
+def compiled(name, dtype, capability, constants, how):
+    kernel = getattr(triton_pointwise, name)
+    pointers = {n: f"*{dtype if n in MAPS else 'fp32'}" for n in kernel.arg_names if n not in NUMBERS | constants}
+    signature = {n: pointers.get(n) or NUMBERS.get(n, "constexpr") for n in kernel.arg_names}
+    # what a launch finds out by itself: torch aligns its memory, and the network's channels divide by 16
+    aligned = [n for n in (*pointers, "N", "K", "split") if n in kernel.arg_names]
+    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=how)
+
+
+def machine_code(folder, kernel) -> tuple[dict[str, int], list[str]]:
+    """(registers, stack and local bytes a thread; the instructions)."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage, code = (
+        subprocess.run([TOOLS / tool, *flags, cubin], capture_output=True, text=True, check=True).stdout
+        for tool, *flags in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+    )
+    resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return resources, re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", code, re.M)
+
+
+@pytest.mark.skipif(bool(triton_pointwise.INTERPRETED), reason="TRITON_INTERPRET is set: nothing to compile")
+@pytest.mark.parametrize("name, constants", KERNELS)
+@pytest.mark.parametrize("precision, columns", PRODUCTS)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_it_compiles_without_spills(tmp_path, monkeypatch, capability, precision, columns, name, constants):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # compile, do not find
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision != "ieee")
+    low = precision == "bf16"
+    kind = {False: "plain", True: "normed", None: name.removesuffix("_kernel")}[constants.get("NORMED")]
+    how = triton_pointwise.tile(kind, columns, torch.bfloat16 if low else torch.float32, capability // 10)
+    options = {key: value for key, value in how.items() if key not in ("BM", "BN", "BK")}
+    constants = {"PRECISION": triton_pointwise.precision(), **constants} | {key: how[key] for key in ("BM", "BN", "BK")}
+    kernel = compiled(name, "bf16" if low else "fp32", capability, constants, options)
+    resources, instructions = machine_code(tmp_path, kernel)
+    assert resources["LOCAL"] == 0 and not [op for op in instructions if op.startswith(("LDL", "STL"))], resources
+    # so many share a multiprocessor
+    resident = 2 if low and (columns == 64 or (kind != "data_gradient" and capability == 90)) else 1
+    assert resident * resources["REG"] * 32 * options["num_warps"] <= 65536
+    assert resident * (kernel.metadata.shared + 1024) <= SHARED_MEMORY[capability]
+    products = {op.split(".")[0] for op in instructions} & {"HMMA", "HGMMA"}
+    assert products == ({"HGMMA" if capability == 90 else "HMMA"} if precision != "ieee" else set())
+    # Hopper's run one after another where each waits for the one before
+    if capability == 90 and precision == "bf16":
+        assert sum(op.startswith("WARPGROUP.DEPBAR") for op in instructions) <= 2
+    if low:
+        maps = [op for op in instructions if op.startswith(("LDGSTS.", "STG."))]
+        narrow = [op for op in maps if not op.endswith("128")]
+        assert maps and len(narrow) == {"forward_kernel": 3, "data_gradient_kernel": 2}.get(name, 0)  # of the sums
+        assert sum(op.startswith("SHFL") for op in instructions) <= 64

@@ -1,0 +1,143 @@
+"""Bottlenecks with batch norm in their 1x1 convolutions, against torch's own modules."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from fastrot.fused import fuse_norms
+from fastrot.fusedconv import fuse_convs
+from fastrot_kernels import norm, pointwise
+from fastrot_kernels.norm import triton_norm
+from fastrot_kernels.pointwise import triton_pointwise
+from workers.steps import bottlenecks
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])]
+# Triton 3.6's interpreter cuts bfloat16 off where a GPU rounds it
+CASES = [
+    *(pytest.param("cpu", dtype, id=f"cpu-{dtype}") for dtype in (None, torch.bfloat16)),
+    *(
+        pytest.param("cpu", dtype, id=f"cpu-triton-{dtype}")
+        for dtype in (None, torch.float16)
+        if triton_pointwise.INTERPRETED
+    ),
+    *(pytest.param("cuda", dtype, marks=[pytest.mark.gpu, CUDA]) for dtype in (None, torch.bfloat16)),
+]
+# channels in, of 64 out; stride; whether the shortcut has a convolution
+BLOCKS = {"identity": (64, 1, False), "wider": (32, 1, True), "halved": (32, 2, True)}
+
+
+def block_of(kind: str) -> Bottleneck:
+    torch.manual_seed(0)
+    inputs, stride, convolved = BLOCKS[kind]
+    shortcut = nn.Sequential(nn.Conv2d(inputs, 64, 1, stride, bias=False), nn.BatchNorm2d(64)) if convolved else None
+    block = Bottleneck(inputs, 16, stride, shortcut)
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, -1.0, 1.5)
+            nn.init.normal_(module.bias)
+    return block
+
+
+def fused_block(block: Bottleneck, fuse=fuse_convs) -> Bottleneck:
+    """A copy, as it would be in a fused network."""
+    model = ResNet(BasicBlock, [1, 1, 1, 1])
+    model.layer1 = nn.Sequential(copy.deepcopy(block))
+    return fuse(model, over_ranks=False).layer1[0]
+
+
+def step(module, x, dy, dtype=None):
+    """Output, every gradient and every running statistic of a training step."""
+    leaf = x.clone().requires_grad_()
+    with torch.autocast(x.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        out = module(leaf)
+    out.backward(dy.to(out.dtype))
+    gradients = {f"{name}.grad": p.grad for name, p in module.named_parameters()}
+    return {"out": out.detach(), "dx": leaf.grad, **gradients, **dict(module.named_buffers())}
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")  # of the interpreter
+@pytest.mark.parametrize("device, dtype", CASES)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_block_is_no_farther_from_float64_than_torchs_modules(monkeypatch, request, device, kind, dtype, layout):
+    if "cpu-triton" in request.node.name:
+        monkeypatch.setattr(norm.op, "kernels_for", lambda x: triton_norm)
+        monkeypatch.setattr(pointwise.op, "kernels_for", lambda x: triton_pointwise)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    plain = block_of(kind).to(device).to(memory_format=layout)
+    ours, exact = fused_block(plain), copy.deepcopy(plain).double()
+    x = torch.randn(3, BLOCKS[kind][0], 17, 18, device=device).to(memory_format=layout)
+    side = (17, 18) if BLOCKS[kind][1] == 1 else (9, 9)
+    dy = torch.randn(3, 64, *side, device=device)
+    right, want, got = step(exact, x.double(), dy.double()), step(plain, x, dy, dtype), step(ours, x, dy, dtype)
+    assert got["out"].is_contiguous(memory_format=torch.channels_last)
+    for name, value in right.items():
+        assert (got[name].dtype, got[name].shape) == (want[name].dtype, want[name].shape), name
+        far = [(each[name].double() - value.double()).norm() for each in (want, got)]
+        assert far[1] <= 2 * far[0] + 1e-5 * value.double().norm(), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_network_is_as_exact_as_the_plain_one_and_shares_its_checkpoint(device):
+    plain = bottlenecks().to(device)
+    fused, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    parameters = dict(fused.named_parameters())
+    fuse_convs(fused, over_ranks=False)
+    assert all(p is parameters[name] for name, p in fused.named_parameters())
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    x, target = torch.randn(8, 3, 48, 48, device=device), torch.arange(8, device=device) % 4
+    values = []
+    for model in (exact, plain, fused):
+        loss = F.cross_entropy(model(x.to(model.fc.weight.dtype)), target)
+        loss.backward()
+        gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters()}
+        values.append({"loss": loss.detach(), **gradients, **dict(model.named_buffers())})
+    for name, right in values[0].items():
+        far = [(value[name].double() - right).norm() for value in values[1:]]
+        assert far[1] <= 4 * far[0] + 1e-6 * right.double().norm(), name
+    plain.load_state_dict(fused.state_dict())
+    plain.eval(), fused.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_without_1x1_convolutions_are_those_of_fused_norms():
+    ours, theirs = (fuse(ResNet(BasicBlock, [1, 1, 1, 1]), over_ranks=True) for fuse in (fuse_convs, fuse_norms))
+    assert [type(module) for module in ours.modules()] == [type(module) for module in theirs.modules()]
+
+
+def test_a_block_keeps_one_map_less_than_with_fused_norms():
+    """bn2's result, which conv3 computes as it reads."""
+    block = block_of("identity").to(memory_format=torch.channels_last)
+    x = torch.randn(6, 64, 30, 30).to(memory_format=torch.channels_last)
+    kept = []
+    for fuse in (fuse_norms, fuse_convs):
+        held = {}
+        pack = lambda t, held=held: (held.setdefault(t.untyped_storage().data_ptr(), t), t)[1]  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = fused_block(block, fuse)(x)
+        kept.append(sum(t.untyped_storage().nbytes() for t in held.values()))
+        out.sum().backward()
+    assert kept[0] - kept[1] == pytest.approx(6 * 16 * 30 * 30 * 4, rel=0.05)
+
+
+def test_a_network_compiles_whole():
+    """No break of the graph, under autocast, and through autograd the same gradients."""
+    plain = fuse_convs(bottlenecks(), over_ranks=False)
+    compiled = copy.deepcopy(plain)
+    compiled.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    x = torch.randn(4, 3, 48, 48)
+    for model in (plain, compiled):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+        out.float().square().sum().backward()
+    for (name, ours), want in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+        near = {"rtol": 0.02, "atol": 0.02 * want.grad.abs().max().item()}
+        torch.testing.assert_close(ours.grad, want.grad, **near, msg=lambda m, n=name: f"{n}: {m}")
+    for name, value in plain.named_buffers():
+        torch.testing.assert_close(dict(compiled.named_buffers())[name], value)
