@@ -66,9 +66,10 @@ def tile(kernel: str, columns: int, dtype: torch.dtype, capability: int) -> dict
         return PLAIN
     low, narrow = dtype != torch.float32, columns <= COLUMNS // 2
     shape = {"BM": ROWS, "BN": COLUMNS // 2 if narrow else COLUMNS, "BK": ALONG if low else ALONG // 2}
-    how = {"num_warps": 4 if low and narrow else 8, "num_stages": 3 if low and kernel != "normed" else 2}
-    # Ampere's products hold their operands in registers too, and would spill
+    # Ampere's products hold their operands in registers too: two programs of eight warps would spill
     twice = low and not narrow and capability >= 9 and kernel != "data_gradient"
+    stages = 2 if not low or (twice and kernel == "normed") else 3
+    how = {"num_warps": 4 if low and narrow else 8, "num_stages": stages}
     return shape | how | ({"maxnreg": 128} if twice else {})
 
 
