@@ -38,6 +38,7 @@ _FORCING, _FORCING_FIRST = 3e-2, 0.1
 _SINGLE_STEPS = 8  # Newton steps that may be float32; a problem that needs more gets float64
 _DROWNED = 100  # times the gradient: a residual whose gradient float32 products would lose in rounding
 _SEARCH_STEPS = 30
+_DRAWN = 0.7
 _ROUNDING = 1e-6  # of ‖β‖; a shorter (w, b) has cancelled out, and nothing can be relative to it
 _SPECK = 1e-15  # of the gradient: what float32 would grind to denormal numbers, a hundred times slower
 _TINY, _TINY_SINGLE = 1e-300, 1e-30  # keep what is nought from being divided by
@@ -70,6 +71,17 @@ def beginning(kernel: Gram | Features, beta: Tensor) -> Solution:
     """A guess at some solutions, float64 [G, n, P], for Newton to begin at; its error is not known."""
     factors = Factors(*beta.shape, beta.device)
     return Solution(beta, kernel.product(beta), torch.full_like(beta[:, 0], torch.inf), factors, 1)
+
+
+def lengthened(start: Solution, labels: Tensor, bounds: Tensor) -> Solution:
+    """A solution of lower bounds, drawn out most of the way to where these bounds' objective is least along it.
+
+    A longer (w, b) leaves fewer rows short of their margin, nearer to those of these bounds' own optimum; all the
+    way leaves too few.
+    """
+    beta, scores = start.beta, start.scores
+    length = 1 + _DRAWN * _search(labels, bounds, beta, scores, beta, scores, torch.zeros_like(bounds[:, :1]))
+    return replace(start, beta=length * beta, scores=length * scores)
 
 
 def solve(

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastrot.errors import UserError
 from fastrot.probes.kernel import kernel_of
 from fastrot.probes.precision import area_ap, eleven_point_ap, step_ap
-from fastrot.probes.solver import TOLERANCE, Solution, beginning, solve
+from fastrot.probes.solver import TOLERANCE, Solution, beginning, lengthened, solve
 
 # MMSelfSup 0.11, svm_voc07/tools/svm_helper.py; the first of equals is taken, so the order matters
 COSTS = (1.0, 10.0, 100.0, *(0.5**n for n in range(4, 20)))
@@ -83,8 +83,11 @@ def path(
         for at, index in enumerate(low.tolist()):
             solution = together.part(slice(at * problems, (at + 1) * problems))
             yield index, solution
-    for index in high.tolist():
-        solution = solve(kernel, labels, 2 * float(costs[index]) * weights, solution, tolerance)
+    for at, index in enumerate(high.tolist()):
+        bounds = 2 * float(costs[index]) * weights
+        if at:  # at the low costs nearly all rows are short of their margin, at any length
+            solution = lengthened(solution, labels, bounds)
+        solution = solve(kernel, labels, bounds, solution, tolerance)
         yield index, solution
 
 

@@ -14,7 +14,7 @@ from fastrot.probes import solver
 from fastrot.probes.factors import Factors
 from fastrot.probes.kernel import Features, Gram, gram, kernel_of
 from fastrot.probes.precision import area_ap
-from fastrot.probes.solver import beginning, solve
+from fastrot.probes.solver import beginning, lengthened, solve
 from fastrot.probes.svm import COSTS, decide, normalised, path, stratified_folds, voc_svm
 
 WIDE, TALL = (60, 150), (300, 20)  # fewer rows than features, and more
@@ -251,6 +251,20 @@ def test_a_guess_at_the_solution_leads_to_the_same_optimum(exponent, seed):
     guess = as_problem(10.0**exponent * np.random.default_rng(seed).standard_normal(y.shape))
     got, want = solve(kernel, as_problem(y), bounds, beginning(kernel, guess)), solve(kernel, as_problem(y), bounds)
     assert float((got.scores - want.scores).abs().max()) <= 2**0.5 * float((got.error + want.error).max()) + 1e-9
+
+
+def test_a_solution_drawn_out_for_a_higher_cost_is_longer_and_its_objective_there_lower():
+    x, y = problem(*WIDE)
+    kernel, low, high = kernel_of(x[None]), as_problem(bounds_of(y, 1.0)), as_problem(bounds_of(y, 10.0))
+    start = solve(kernel, as_problem(y), low)
+    drawn = lengthened(start, as_problem(y), high)
+
+    def objective(s):
+        short = (1 - as_problem(y) * s.scores).clamp(min=0)
+        return 0.5 * (s.beta * s.scores).sum(1) + 0.5 * (high * short**2).sum(1)
+
+    assert (drawn.beta.norm(dim=1) > start.beta.norm(dim=1)).all() and (objective(drawn) < objective(start)).all()
+    torch.testing.assert_close(kernel.product(drawn.beta), drawn.scores)
 
 
 def test_a_factor_is_renewed_for_many_changed_rows_and_not_for_none():
