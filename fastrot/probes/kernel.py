@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-
 _GATHERED = 512  # columns, from which on torch's gather outruns its index_select on a CPU
 
 
