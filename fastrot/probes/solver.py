@@ -32,9 +32,9 @@ from fastrot.probes.kernel import Features, Gram
 TOLERANCE = 1e-4  # of (w, b), absolute, and relative where they are shorter than 1
 _NEWTON_STEPS = 200
 _CG_STEPS = 1000
-# of the gradient left after a step, and after the first, whose active rows are a guess; steps less exact put rows on
-# the wrong side of their margin at high costs
-_FORCING, _FORCING_FIRST = 3e-2, 0.1
+# of the gradient left after a step: the share of active rows that the last step changed, as the next may change as
+# many, within these; steps less exact put rows on the wrong side of their margin at high costs
+_FORCING = (1e-3, 3e-2)
 _SINGLE_STEPS = 8  # Newton steps that may be float32; a problem that needs more gets float64
 _DROWNED = 100  # times the gradient: a residual whose gradient float32 products would lose in rounding
 _SEARCH_STEPS = 30
@@ -101,6 +101,7 @@ def solve(
         start = Solution(nought, nought, nought[:, 0], Factors(*bounds.shape, bounds.device), 0)
     beta, scores, factors = start.beta, start.scores, start.factors
     final = Solution(torch.empty_like(bounds), torch.empty_like(bounds), torch.empty_like(bounds[:, 0]), factors, 0)
+    before = torch.zeros_like(bounds)  # D of the last step
     columns, products = torch.arange(bounds.shape[-1], device=bounds.device), 0
     for newton_step in range(_NEWTON_STEPS):
         residual = bounds * _shortfall(labels, scores) - beta
@@ -113,13 +114,13 @@ def solve(
         alive = ~done.all(0).flatten()
         if not alive.any():
             return replace(final, products=products + 1)
-        columns, labels, bounds, beta, scores, residual, pull, error, target, done = (
-            a[..., alive] for a in (columns, labels, bounds, beta, scores, residual, pull, error, target, done)
+        columns, labels, bounds, beta, scores, before, residual, pull, error, target, done = (
+            a[..., alive] for a in (columns, labels, bounds, beta, scores, before, residual, pull, error, target, done)
         )
         curve = torch.where(labels * scores < 1, bounds, 0)
         linear = (curve == bounds).all(1, keepdim=True)  # no row is at its margin: the step may be the last
-        forcing = _FORCING if newton_step else _FORCING_FIRST
-        forcing = torch.where(linear, min(forcing, 0.5 * tolerance), forcing)
+        changed = (curve != before).sum(1, keepdim=True) / (curve > 0).sum(1, keepdim=True).clamp(min=1)
+        forcing = torch.where(linear, 0.5 * tolerance, changed.clamp(*_FORCING))
         goal = torch.where(done, torch.inf, torch.maximum(forcing * error, 0.5 * target))
         drowned = (residual.norm(dim=1, keepdim=True) > _DROWNED * error) & ~done  # K takes nearly all of it to nought
         single = kernel.dense and newton_step < _SINGLE_STEPS and not drowned.any()
@@ -128,7 +129,7 @@ def solve(
             factors.renew(kernel, dtype, curve, factors.tired(curve, ~done[:, 0], columns), columns)
         parts = curve, residual, pull, goal, torch.maximum(error, target)
         way, used = _conjugate_gradients(kernel, dtype, *parts, factors if factors.any(columns) else None, columns)
-        products += used
+        before, products = curve, products + used
         moved = kernel.product(way)
         length = _search(labels, bounds, beta, scores, way, moved, torch.ones_like(error))
         beta, scores = beta + length * way, scores + length * moved

@@ -1,6 +1,6 @@
 """The linear SVMs of VOC07: all classes, costs and folds at once, and the protocol's table."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ COSTS = (1.0, 10.0, 100.0, *(0.5**n for n in range(4, 20)))
 FOLDS = 3
 POSITIVE_WEIGHT = 2.0  # class_weight {1: 2, -1: 1}
 _LOW_COST = 0.1  # a start from nought takes no more rounds than one from half the cost
+_BLOCK_ROWS = 512  # test rows held in float64
 _BLOCK_COLUMNS = 32  # classes solved together; their float64 arrays of rows and low costs stay small beside K
 
 
@@ -152,7 +153,8 @@ def voc_svm(
         final = solve(kernel, labels[..., those], 2 * float(costs[index]) * weights[..., those], start)
         beta[..., those] = final.beta
         error, products = max(error, float(final.error.max())), products + final.products
-    test_scores = decide(x, beta[0], normalised(test_x, device)).cpu().numpy()
+    parts = (normalised(test_x[at : at + _BLOCK_ROWS], device) for at in range(0, len(test_x), _BLOCK_ROWS))
+    test_scores = torch.cat(list(decide(x, beta[0], parts))).cpu().numpy()
     kept = [test_y[:, c] != -1 for c in range(classes)]
     area, eleven = (
         np.array([ap(test_y[rows, c] > 0, test_scores[rows, c]) for c, rows in enumerate(kept)])
@@ -195,6 +197,7 @@ def _fold_paths(
                 yield fold, rows, block, index, solution
 
 
-def decide(x: Tensor, beta: Tensor, rows: Tensor) -> Tensor:
-    """Decision values [m, P] of rows [m, D] by the solutions beta [n, P] on x [n, D]."""
-    return rows @ (x.mT @ beta) + beta.sum(0)
+def decide(x: Tensor, beta: Tensor, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Decision values [m, P] of each part [m, D] by the solutions beta [n, P] on x [n, D]."""
+    weights, intercept = x.mT @ beta, beta.sum(0)
+    return (rows @ weights + intercept for rows in parts)
