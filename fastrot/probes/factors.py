@@ -1,4 +1,4 @@
-"""Cholesky factors of the rows that were short of their margin: exact when new, preconditioners later on."""
+"""Cholesky factors of rows short of their margin: preconditioners, exact ones where new and of all such rows."""
 
 import torch
 from torch import Tensor
@@ -10,6 +10,12 @@ from fastrot.probes.kernel import Gram
 # them, solves for memory. Measured on two threads of a Xeon of 2023, n = 3,400, 10 problems.
 _GATHER, _PAIR, _COLUMN, _SOLVES = 250, 24, 5, 38
 _BARE = 10  # conjugate gradients without a factor take about so many times √D pairs of products a step
+_SOME, _STRONG = 500, 10  # rows of a factor, where √D is not above the other
+
+
+def _stride(size: Tensor, strength: Tensor) -> Tensor:
+    """A factor takes one of so many active rows: some are as good as all where the rounds are few in any case, √D."""
+    return torch.where(strength > _STRONG, 1, (size / _SOME).ceil().clamp(min=1))
 
 
 class Factors:
@@ -27,7 +33,7 @@ class Factors:
 
         wanted  bool [G, P']: the problems that step at all.
 
-        An old factor leaves an eigenvalue other than 1 for each row whose D has changed, spread over about 1 to D:
+        An old factor, or one of some rows, leaves an eigenvalue other than 1 for each row whose D has changed, spread over about 1 to D:
         conjugate gradients take a few rounds for each, or √D. Products are shared: the problem of most rounds pays
         for them, so those are renewed first, as many as make the whole cheapest.
         """
@@ -35,6 +41,8 @@ class Factors:
         held = self.curve[..., columns]
         size, old = ((c > 0).sum(1).double() for c in (curve, held))
         strength = curve.amax(1).sqrt()
+        size = size / _stride(size, strength)
+        wanted = wanted & (strength > 1)  # below, a few rounds are enough
         few = 1 + torch.minimum(2 * (held != curve).sum(1), strength)
         rounds = torch.where(wanted, torch.where(old > 0, few, _BARE * strength), 0).flatten()
         order = rounds.argsort(descending=True)
@@ -53,6 +61,7 @@ class Factors:
         names = columns.tolist()
         for group, at in which.nonzero().tolist():
             rows = curve[group, :, at].nonzero()[:, 0]
+            rows = rows[:: int(_stride(torch.tensor(len(rows)), curve[group, :, at].max().sqrt()))]
             matrix, ridge = kernel.block(group, rows, dtype), 1 / curve[group, rows, at]
             matrix.diagonal().add_(ridge)
             factor, failed = torch.linalg.cholesky_ex(matrix)
@@ -61,7 +70,8 @@ class Factors:
                 matrix.diagonal().add_(ridge)
                 factor = torch.linalg.cholesky(matrix)
             self._held[group, names[at]] = rows, factor
-            self.curve[group, :, names[at]] = curve[group, :, at]
+            self.curve[group, :, names[at]] = 0
+            self.curve[group, rows, names[at]] = curve[group, rows, at]
 
     def any(self, columns: Tensor) -> bool:
         """Whether any of the problems has one."""

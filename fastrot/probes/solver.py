@@ -8,8 +8,8 @@ In β the optimum is the fixed point of β*(f)ᵢ = 2 Cᵢ yᵢ max(0, 1 - yᵢ 
 A Newton step takes the rows short of their margin as given, A, and solves (I + D K) δ = β* - β, D = 2 C on A and 0
 elsewhere, by conjugate gradients. At small costs A is every row and they need a few rounds, each one product shared
 by all problems. At large costs they would need dozens, while A shrinks to the support vectors: there each problem
-gets a Cholesky factor of K_AA, which solves that step in a round, and the next steps, and the next cost, in few, for
-A and D change little. They run in float32: gradient, line search and scores are float64, so a step's rounding is the
+gets a Cholesky factor of K_AA, or of some rows of A, which solves that step in a round, or in few, and the next steps
+too, for A and D change little. They run in float32: gradient, line search and scores are float64, so a step's rounding is the
 next step's residual, as in iterative refinement. The objective falls with every step, whatever the step's precision.
 
 Error: β* is dual feasible, and the duality gap is ½ (β* - β)ᵀ K (β* - β) = ½ ‖gradient‖². The objective

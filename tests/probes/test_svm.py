@@ -10,7 +10,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.svm import LinearSVC
 
 from fastrot.errors import Fault
-from fastrot.probes import solver
+from fastrot.probes import factors, solver
 from fastrot.probes.factors import Factors
 from fastrot.probes.kernel import Features, Gram, gram, kernel_of
 from fastrot.probes.precision import area_ap
@@ -165,9 +165,11 @@ def test_factors_new_or_old_and_conjugate_gradients_alone_reach_the_same_optimum
     y = torch.from_numpy(rng.choice([-1.0, 1.0], (1, len(x), 3)))
     bounds = torch.from_numpy(10.0**exponent * rng.integers(0, 3, (1, len(x), 3)))  # some rows are left out
     kernel, results = Gram(gram(x[None])), []
-    for when in ("never", "always", "once"):
+    for when in ("never", "always", "once", "of some rows"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Factors, "tired", factor(when))
+            if when == "of some rows":
+                patch.setattr(factors, "_SOME", 4)
             results.append(solve(kernel, y, bounds))
     a = results[0]
     for b in results[1:]:
