@@ -66,16 +66,8 @@ def test_a_fused_norm_is_no_farther_from_float64_than_torchs_modules(device, dty
     torch.testing.assert_close(fused, again, rtol=1e-5 if dtype == torch.float32 else 0.02, atol=1e-4)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
-def test_a_fused_network_is_as_exact_as_the_plain_one_and_shares_its_checkpoint(device, block):
+def assert_step_as_exact(exact, plain, fused, x, target):
     """Loss, every gradient and every running statistic of a step, each beside plain torch's in float64."""
-    torch.manual_seed(0)
-    plain = ResNet(block, [1, 1, 1, 1], num_classes=4).to(device)
-    fused, exact = fuse_norms(copy.deepcopy(plain), over_ranks=False), copy.deepcopy(plain).double()
-    assert fused.state_dict().keys() == plain.state_dict().keys()
-    assert nn.BatchNorm2d not in {type(module) for module in fused.modules()}
-    x, target = torch.randn(8, 3, 48, 48, device=device), torch.arange(8, device=device) % 4
     values = []
     for model in (exact, plain, fused):
         loss = F.cross_entropy(model(x.to(model.fc.weight.dtype)), target)
@@ -85,6 +77,18 @@ def test_a_fused_network_is_as_exact_as_the_plain_one_and_shares_its_checkpoint(
     for name, right in values[0].items():
         far = [(value[name].double() - right).norm() for value in values[1:]]
         assert far[1] <= 4 * far[0] + 1e-6 * right.double().norm(), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_a_fused_network_is_as_exact_as_the_plain_one_and_shares_its_checkpoint(device, block):
+    torch.manual_seed(0)
+    plain = ResNet(block, [1, 1, 1, 1], num_classes=4).to(device)
+    fused, exact = fuse_norms(copy.deepcopy(plain), over_ranks=False), copy.deepcopy(plain).double()
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    assert nn.BatchNorm2d not in {type(module) for module in fused.modules()}
+    x, target = torch.randn(8, 3, 48, 48, device=device), torch.arange(8, device=device) % 4
+    assert_step_as_exact(exact, plain, fused, x, target)
 
     fused.load_state_dict(plain.state_dict())
     plain.load_state_dict(fused.state_dict())

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastrot.fused import fuse_norms
@@ -13,6 +12,7 @@ from fastrot.fusedconv import fuse_convs
 from fastrot_kernels import norm, pointwise
 from fastrot_kernels.norm import triton_norm
 from fastrot_kernels.pointwise import triton_pointwise
+from test_fused import assert_step_as_exact
 from workers.steps import bottlenecks
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -91,15 +91,7 @@ def test_a_network_is_as_exact_as_the_plain_one_and_shares_its_checkpoint(device
     assert all(p is parameters[name] for name, p in fused.named_parameters())
     assert fused.state_dict().keys() == plain.state_dict().keys()
     x, target = torch.randn(8, 3, 48, 48, device=device), torch.arange(8, device=device) % 4
-    values = []
-    for model in (exact, plain, fused):
-        loss = F.cross_entropy(model(x.to(model.fc.weight.dtype)), target)
-        loss.backward()
-        gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters()}
-        values.append({"loss": loss.detach(), **gradients, **dict(model.named_buffers())})
-    for name, right in values[0].items():
-        far = [(value[name].double() - right).norm() for value in values[1:]]
-        assert far[1] <= 4 * far[0] + 1e-6 * right.double().norm(), name
+    assert_step_as_exact(exact, plain, fused, x, target)
     plain.load_state_dict(fused.state_dict())
     plain.eval(), fused.eval()
     with torch.no_grad():

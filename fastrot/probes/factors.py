@@ -60,9 +60,10 @@ class Factors:
         """Factor the rows where D = curve > 0 of the problems which, bool [G, P']; P' of columns."""
         names = columns.tolist()
         for group, at in which.nonzero().tolist():
-            rows = curve[group, :, at].nonzero()[:, 0]
-            rows = rows[:: int(_stride(torch.tensor(len(rows)), curve[group, :, at].max().sqrt()))]
-            matrix, ridge = kernel.block(group, rows, dtype), 1 / curve[group, rows, at]
+            column = curve[group, :, at]
+            stride = _stride((column > 0).sum(), column.max().sqrt())
+            rows = column.nonzero()[:, 0][:: int(stride)]
+            matrix, ridge = kernel.block(group, rows, dtype), 1 / column[rows]
             matrix.diagonal().add_(ridge)
             factor, failed = torch.linalg.cholesky_ex(matrix)
             if failed:  # not positive definite to float32
@@ -71,7 +72,7 @@ class Factors:
                 factor = torch.linalg.cholesky(matrix)
             self._held[group, names[at]] = rows, factor
             self.curve[group, :, names[at]] = 0
-            self.curve[group, rows, names[at]] = curve[group, rows, at]
+            self.curve[group, rows, names[at]] = column[rows]
 
     def any(self, columns: Tensor) -> bool:
         """Whether any of the problems has one."""

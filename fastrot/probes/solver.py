@@ -9,8 +9,8 @@ A Newton step takes the rows short of their margin as given, A, and solves (I + 
 elsewhere, by conjugate gradients. At small costs A is every row and they need a few rounds, each one product shared
 by all problems. At large costs they would need dozens, while A shrinks to the support vectors: there each problem
 gets a Cholesky factor of K_AA, or of some rows of A, which solves that step in a round, or in few, and the next steps
-too, for A and D change little. They run in float32: gradient, line search and scores are float64, so a step's rounding is the
-next step's residual, as in iterative refinement. The objective falls with every step, whatever the step's precision.
+too, for A and D change little. They run in float32: gradient, line search and scores are float64, so a step's rounding
+is the next step's residual, as in iterative refinement. The objective falls with every step, whatever the step's precision.
 
 Error: β* is dual feasible, and the duality gap is ½ (β* - β)ᵀ K (β* - β) = ½ ‖gradient‖². The objective
 is 1-strongly convex, so (w, b) lies within ‖gradient‖ of the optimum, and the decision value of a row x
@@ -38,7 +38,7 @@ _FORCING = (1e-3, 3e-2)
 _SINGLE_STEPS = 8  # Newton steps that may be float32; a problem that needs more gets float64
 _DROWNED = 100  # times the gradient: a residual whose gradient float32 products would lose in rounding
 _SEARCH_STEPS = 30
-_DRAWN = 0.7
+_DRAWN = 0.7  # of the way to the longest (w, b) that pays
 _ROUNDING = 1e-6  # of ‖β‖; a shorter (w, b) has cancelled out, and nothing can be relative to it
 _SPECK = 1e-15  # of the gradient: what float32 would grind to denormal numbers, a hundred times slower
 _TINY, _TINY_SINGLE = 1e-300, 1e-30  # keep what is nought from being divided by
