@@ -11,11 +11,12 @@ from fastrot.probes.kernel import Gram
 _GATHER, _PAIR, _COLUMN, _SOLVES = 250, 24, 5, 38
 _BARE = 10  # conjugate gradients without a factor take about so many times √D pairs of products a step
 _SOME, _STRONG = 500, 10  # rows of a factor, where √D is not above the other
+_FEW = 1000  # rows that are cheap enough to factor all
 
 
 def _stride(size: Tensor, strength: Tensor) -> Tensor:
     """A factor takes one of so many active rows: some are as good as all where the rounds are few in any case, √D."""
-    return torch.where(strength > _STRONG, 1, (size / _SOME).ceil().clamp(min=1))
+    return torch.where((strength > _STRONG) | (size <= _FEW), 1, (size / _SOME).ceil())
 
 
 class Factors:
@@ -58,11 +59,10 @@ class Factors:
 
     def renew(self, kernel: Gram, dtype: torch.dtype, curve: Tensor, which: Tensor, columns: Tensor) -> None:
         """Factor the rows where D = curve > 0 of the problems which, bool [G, P']; P' of columns."""
-        names = columns.tolist()
+        names, strides = columns.tolist(), _stride((curve > 0).sum(1), curve.amax(1).sqrt()).long().tolist()
         for group, at in which.nonzero().tolist():
             column = curve[group, :, at]
-            stride = _stride((column > 0).sum(), column.max().sqrt())
-            rows = column.nonzero()[:, 0][:: int(stride)]
+            rows = column.nonzero()[:: strides[group][at], 0]
             matrix, ridge = kernel.block(group, rows, dtype), 1 / column[rows]
             matrix.diagonal().add_(ridge)
             factor, failed = torch.linalg.cholesky_ex(matrix)
@@ -73,6 +73,10 @@ class Factors:
             self._held[group, names[at]] = rows, factor
             self.curve[group, :, names[at]] = 0
             self.curve[group, rows, names[at]] = column[rows]
+
+    def exact(self, curve: Tensor, columns: Tensor) -> Tensor:
+        """Bool [G, P']: whose factors are of all rows where D = curve > 0, and of no others."""
+        return (self.curve[..., columns] == curve).all(1)
 
     def any(self, columns: Tensor) -> bool:
         """Whether any of the problems has one."""

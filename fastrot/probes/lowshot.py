@@ -17,7 +17,7 @@ from fastrot.probes.svm import COSTS, FOLDS, POSITIVE_WEIGHT, normalised, path, 
 KS = (1, 2, 4, 8, 16, 32, 64, 96)
 SAMPLES = 5
 NEGATIVES = 19  # to one positive
-_BLOCK_BYTES = 1 << 25  # of the Gram matrices solved together
+_BLOCK_BYTES = 1 << 24  # of the Gram matrices solved together
 
 
 @dataclass(frozen=True)

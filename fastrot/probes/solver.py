@@ -8,9 +8,10 @@ In β the optimum is the fixed point of β*(f)ᵢ = 2 Cᵢ yᵢ max(0, 1 - yᵢ 
 A Newton step takes the rows short of their margin as given, A, and solves (I + D K) δ = β* - β, D = 2 C on A and 0
 elsewhere, by conjugate gradients. At small costs A is every row and they need a few rounds, each one product shared
 by all problems. At large costs they would need dozens, while A shrinks to the support vectors: there each problem
-gets a Cholesky factor of K_AA, or of some rows of A, which solves that step in a round, or in few, and the next steps
-too, for A and D change little. They run in float32: gradient, line search and scores are float64, so a step's rounding
-is the next step's residual, as in iterative refinement. The objective falls with every step, whatever the step's precision.
+gets a Cholesky factor of K_AA, which is the step's solution, or of some rows of A, which leaves few rounds, as it does in
+the next steps, for A and D change little. All this runs in float32: gradient, line search and scores are float64, so a
+step's rounding is the next step's residual, as in iterative refinement. The objective falls with every step, whatever the
+step's precision.
 
 Error: β* is dual feasible, and the duality gap is ½ (β* - β)ᵀ K (β* - β) = ½ ‖gradient‖². The objective
 is 1-strongly convex, so (w, b) lies within ‖gradient‖ of the optimum, and the decision value of a row x
@@ -114,9 +115,11 @@ def solve(
         alive = ~done.all(0).flatten()
         if not alive.any():
             return replace(final, products=products + 1)
-        columns, labels, bounds, beta, scores, before, residual, pull, error, target, done = (
-            a[..., alive] for a in (columns, labels, bounds, beta, scores, before, residual, pull, error, target, done)
-        )
+        if not alive.all():
+            columns, labels, bounds, beta, scores, before, residual, pull, error, target, done = (
+                a[..., alive]
+                for a in (columns, labels, bounds, beta, scores, before, residual, pull, error, target, done)
+            )
         curve = torch.where(labels * scores < 1, bounds, 0)
         linear = (curve == bounds).all(1, keepdim=True)  # no row is at its margin: the step may be the last
         changed = (curve != before).sum(1, keepdim=True) / (curve > 0).sum(1, keepdim=True).clamp(min=1)
@@ -127,9 +130,15 @@ def solve(
         dtype = torch.float32 if single else torch.float64
         if kernel.dense:
             factors.renew(kernel, dtype, curve, factors.tired(curve, ~done[:, 0], columns), columns)
-        parts = curve, residual, pull, goal, torch.maximum(error, target)
-        way, used = _conjugate_gradients(kernel, dtype, *parts, factors if factors.any(columns) else None, columns)
-        before, products = curve, products + used
+        scale = torch.maximum(error, target)
+        if single and (factors.exact(curve, columns) | done[:, 0]).all():
+            way = factors.solved(residual / scale, pull / scale, ~done[:, 0], columns)
+            way = torch.where(done, 0, scale * way)
+        else:
+            parts = curve, residual, pull, goal, scale
+            way, used = _conjugate_gradients(kernel, dtype, *parts, factors if factors.any(columns) else None, columns)
+            products += used
+        before = curve
         moved = kernel.product(way)
         length = _search(labels, bounds, beta, scores, way, moved, torch.ones_like(error))
         beta, scores = beta + length * way, scores + length * moved

@@ -170,6 +170,7 @@ def test_factors_new_or_old_and_conjugate_gradients_alone_reach_the_same_optimum
             patch.setattr(Factors, "tired", factor(when))
             if when == "of some rows":
                 patch.setattr(factors, "_SOME", 4)
+                patch.setattr(factors, "_FEW", 0)
             results.append(solve(kernel, y, bounds))
     a = results[0]
     for b in results[1:]:
@@ -211,6 +212,16 @@ def test_problems_whose_weights_cancel_are_solved(rows, seed, when, monkeypatch)
     y[:, rows:] = -1  # every row is also there with the other label: w = b = 0
     got = solve(Gram(gram(x[None])), y, torch.ones_like(y))
     assert float(got.scores.abs().max()) <= 1e-6
+
+
+def test_new_factors_of_all_active_rows_leave_nothing_to_conjugate_gradients(monkeypatch):
+    x, y = problem(*WIDE)
+    kernel, bounds = kernel_of(x[None]), as_problem(bounds_of(y, 100.0))
+    want = solve(kernel, as_problem(y), bounds)
+    monkeypatch.setattr(Factors, "tired", factor("always"))
+    monkeypatch.delattr(solver, "_conjugate_gradients")
+    got = solve(kernel, as_problem(y), bounds)
+    assert float((got.scores - want.scores).abs().max()) <= 2**0.5 * float((got.error + want.error).max()) + 1e-9
 
 
 def test_a_path_gets_factors_at_its_end_and_keeps_them():
