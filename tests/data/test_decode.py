@@ -173,6 +173,22 @@ def test_pixels_stay_when_later_batches_come_and_the_decoder_goes(name):
     assert torch.equal(first, kept)
 
 
+@pytest.mark.parametrize("error", [torch.AcceleratorError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("where", ["_feed", "_collect"])
+def test_what_fails_on_the_device_is_no_bad_image(monkeypatch, error, where):
+    """Both are RuntimeErrors, which DALI raises for an image."""
+    decoder, window = cpu_decoder(DALI_RESIZES), np.array([(0, 0, 61, 83)], np.int32)
+
+    def fails(*arguments):
+        raise error("the device's own")
+
+    monkeypatch.setattr(type(decoder), where, fails)
+    for work in (lambda: run(decoder, [KINDS["baseline"]], window, 40), lambda: decoder.one(KINDS["444"], window, 40)):
+        with pytest.raises(error, match="the device's own"):
+            work()
+    decoder.close()
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_no_bytes_crash_ffcv(data):
