@@ -94,6 +94,10 @@ def test_no_step_asks_a_tensor_for_its_value_before_a_line_is_due(fastrot, image
             return run(*arguments)
 
     run, tick = pretrain.run, RunLog.tick
+    if "engine.kind=deepspeed" in engine:
+        from deepspeed.accelerator import get_accelerator
+
+        monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: asked.steps[-1].append("synchronize"))
     monkeypatch.setattr(pretrain, "run", watched)
     monkeypatch.setattr(RunLog, "tick", lambda log: (asked.steps.append([]), tick(log)))
     words = [*SMALL, *engine, f"data.train={images}", f"run.out={tmp_path / 'run'}", "--json"]
@@ -105,7 +109,8 @@ def test_no_step_asks_a_tensor_for_its_value_before_a_line_is_due(fastrot, image
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_no_step_waits_for_the_gpu_before_a_line_is_due(fastrot, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["plain", "deepspeed"])
+def test_no_step_waits_for_the_gpu_before_a_line_is_due(fastrot, images, tmp_path, monkeypatch, kind):
     """From the second step on: the first compiles, and measures backends."""
 
     def strictly(method, mode):
@@ -117,7 +122,7 @@ def test_no_step_waits_for_the_gpu_before_a_line_is_due(fastrot, images, tmp_pat
 
     monkeypatch.setattr(RunLog, "tick", strictly(RunLog.tick, "error"))
     monkeypatch.setattr(Clock, "read", strictly(Clock.read, "default"))
-    words = [*SMALL, "engine.kind=plain", f"data.train={images}", f"run.out={tmp_path / 'run'}", "--json"]
+    words = [*SMALL, f"engine.kind={kind}", f"data.train={images}", f"run.out={tmp_path / 'run'}", "--json"]
     try:
         assert fastrot("train", *words).json["steps"] == STEPS
     finally:
