@@ -11,6 +11,7 @@ from fastrot import config as configs
 from fastrot import distributed
 from fastrot.data.loader import MicroBatch
 from fastrot.distributed import Ranks
+from fastrot.dryrun import _Last
 from fastrot.engine import StepSettings
 from fastrot.engine.plain import PlainEngine
 from fastrot.errors import UserError
@@ -117,6 +118,23 @@ def test_the_compilers_graphs_refuse_micro_steps_and_ours_take_them():
         refuse_graphs(configs.load(None, ["engine.compile=reduce-overhead"])[0], one, 2)
     refuse_graphs(configs.load(None, ["engine.compile=max-autotune-no-cudagraphs"])[0], one, 2)
     refuse_graphs(configs.load(None, ["engine.cuda_graphs=true", "engine.kind=plain"])[0], one, 2)
+
+
+def test_a_dry_run_on_graphs_times_replays_alone(fastrot, images, tmp_path, monkeypatch):
+    """Of both shapes of a step's micro-steps."""
+    capture, said = OnTheHost(), []
+    monkeypatch.setattr("fastrot.job.refuse_graphs", lambda *_: None)
+    monkeypatch.setattr("fastrot.graphs.Capture", lambda device: capture)
+    write = _Last.write
+    monkeypatch.setattr(
+        _Last, "write", lambda log, values: (said.append((capture.captured, capture.beside_runs)), write(log, values))
+    )
+    done = fastrot(
+        "train", "model.arch=resnet18", "data.crop=32", "optim.images_per_step=7", "engine.images_per_micro_step=4",
+        "engine.kind=plain", "engine.cuda_graphs=true", f"data.train={images}", f"run.out={tmp_path}", "--dry-run",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert said == [(2, 2 * WARM_UPS)] * 2
 
 
 @pytest.mark.gpu
