@@ -41,7 +41,9 @@ class OnTheHost:
 
 
 @pytest.fixture
-def ranks():
+def ranks(monkeypatch):
+    """One, and on the host where there is a GPU, too."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     yield distributed.start()
     distributed.end()
 
