@@ -1,5 +1,6 @@
-"""bench/step.py loses no figure to an arm that fails."""
+"""Benches lose no figure to an arm that fails, and are fair to the others."""
 
+import importlib
 import json
 import sys
 import weakref
@@ -13,11 +14,10 @@ from fastrot import distributed
 
 
 @pytest.fixture
-def step(monkeypatch):
+def bench(monkeypatch):
+    """A function that imports a bench."""
     monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
-    import step
-
-    return step
+    return importlib.import_module
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def ranks():
     distributed.end()
 
 
-def test_an_arm_that_fails_is_missing_with_its_reason_and_the_others_are_kept(step, ranks, tmp_path, monkeypatch):
+def test_an_arm_that_fails_is_missing_with_its_reason_and_the_others_are_kept(bench, ranks, tmp_path, monkeypatch):
     """One runs out of memory, one learns another thing; after each arm base alone is in memory."""
-    made, alive, kept = [], [], []
+    step, made, alive, kept = bench("step"), [], [], []
     make, learn, let_go = step.Step.__init__, step.Step.learnt, step.let_go
 
     def makes(self, *arguments, **switches):
@@ -63,3 +63,35 @@ def test_an_arm_that_fails_is_missing_with_its_reason_and_the_others_are_kept(st
     assert [len(each["switches"]) + len(each["plain"]) + len(each["missing"]) for each in kept] == [2, 3, 4, 5]
     assert {"times_base", "times_plain"} <= result["switches"]["base"].keys()
     assert {"times_base", "base_step"} <= result["switches"]["half the images"].keys()
+
+
+@pytest.fixture
+def rotated(bench, tmp_path, monkeypatch):
+    """A function that measures the views of two small sides: the result."""
+    rotate, out = bench("rotate"), tmp_path / "out.json"
+
+    def measured(*words) -> dict:
+        words = ["--device", "cpu", "--sides", "6", "9", "--mib", "1", "--rounds", "1", "--out", str(out), *words]
+        monkeypatch.setattr(sys, "argv", ["rotate.py", *words])
+        rotate.main()
+        return json.loads(out.read_text())
+
+    return measured
+
+
+def test_views_are_measured_beside_dalis(rotated):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    result = rotated()
+    assert not result["missing"]
+    assert all("DALI fp16" in side["versions"] for side in result["sides"].values())
+
+
+def test_views_are_measured_without_dali_too_and_each_side_is_compiled_by_itself(rotated, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: asked.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda work, dynamic: (asked.append(dynamic), work)[1])
+    result = rotated("--compile")
+    assert "nvidia.dali" in result["missing"]["DALI fp16"] and "no DALI: " in capsys.readouterr().out
+    assert asked == ["reset", False, False] * 2
+    assert all("usual torch, compiled" in side["versions"] for side in result["sides"].values())
