@@ -68,10 +68,14 @@ def memory_mib() -> dict[str, float]:
     return {name: int(fields[key].split()[0]) / 1024 for name, key in (("own", "RssAnon"), ("mapped", "RssFile"))}
 
 
+class Unequal(SystemExit):
+    """A gate that does not hold: ends a bench that has nothing else to measure."""
+
+
 def gate(holds: bool, what: str) -> None:
     """Equality before speed: where it does not hold there is no figure."""
     if not holds:
-        raise SystemExit(f"gate: {what}: does not hold; no figure")
+        raise Unequal(f"gate: {what}: does not hold; no figure")
 
 
 def version_of(package: str) -> str | None:
@@ -102,11 +106,16 @@ def facts() -> dict:
     }
 
 
-def write(out: Path | None, question: str, result: dict) -> None:
-    """Print a result, and keep it where --out says."""
+def keep(out: Path | None, question: str, result: dict) -> str:
+    """A result as JSON, kept where --out says."""
     short = json.loads(json.dumps(result), parse_float=lambda digits: float(f"{float(digits):.4g}"))
     text = json.dumps({"question": question, **short}, indent=1)
-    print(text)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text + "\n")
+    return text
+
+
+def write(out: Path | None, question: str, result: dict) -> None:
+    """Print a result, and keep it where --out says."""
+    print(keep(out, question, result))

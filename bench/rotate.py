@@ -68,8 +68,8 @@ class Dali:
 
         self._pipe = views(exec_dynamic=False, prefetch_queue_depth=1)
         self._pipe.build()
-        self._x = list(x) if x.is_cuda else list(x.numpy())
-        self._flips = list(flips.int().cpu().numpy())
+        self._x = x if x.is_cuda else x.numpy()
+        self._flips = flips.int().cpu().numpy()
 
     def __call__(self) -> tuple:
         self._pipe.feed_input("x", self._x)
@@ -138,7 +138,9 @@ def measure(side: int, mib: int, dtype: torch.dtype, device: torch.device, round
             for name in backends.runnable_backends(device) if name != "reference"}  # fmt: skip
     peers = {"usual torch": usual, "careful torch": careful, "torchvision v2": torchvision}
     if compiled:
-        peers |= {f"{name}, compiled": torch.compile(peers[name]) for name in ("usual torch", "careful torch")}
+        torch.compiler.reset()  # a size's own kernels: from the second on dynamo would make one for all
+        names = ("usual torch", "careful torch")
+        peers |= {f"{name}, compiled": torch.compile(peers[name], dynamic=False) for name in names}
     works = ours | {name: functools.partial(f, x, flips, mean, std, dtype) for name, f in peers.items()}
 
     want = rotate_views(x, flips, turns, mean, std, dtype, backend="reference")
@@ -189,11 +191,15 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=1024 if cuda else 128, help="least written a call, above the caches")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--compile", action="store_true", default=cuda, help="torch.compile the peers, too")
-    parser.add_argument("--no-dali", action="store_true")
     arguments = parser.parse_args()
     device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device(arguments.device)
     result = {"machine": harness.facts(), "device": torch.cuda.get_device_name() if cuda else "CPU",
-              "threads": torch.get_num_threads(), "dtype": arguments.dtype, "sides": {}}  # fmt: skip
+              "threads": torch.get_num_threads(), "dtype": arguments.dtype, "missing": {}, "sides": {}}  # fmt: skip
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        result["missing"]["DALI fp16"] = str(error)
+        print(f"no DALI: {error}")
     for side in arguments.sides:
         result["sides"][side] = measure(
             side,
@@ -202,7 +208,7 @@ def main() -> None:
             device,
             arguments.rounds,
             arguments.compile,
-            not arguments.no_dali,
+            not result["missing"],
         )
     harness.write(arguments.out, __doc__, result)
     if arguments.out:

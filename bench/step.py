@@ -1,6 +1,7 @@
 """Where does a training step's time go, which switch of the config pays, and what does plain PyTorch take?"""
 
 import functools
+import gc
 import os
 
 import harness
@@ -15,7 +16,7 @@ from fastrot.engine import AUTOCAST, StepSettings
 from fastrot.engine.plain import PlainEngine
 from fastrot.errors import UserError
 from fastrot.fusedconv import FUSED
-from fastrot.graphs import WARM_UPS, Capture, Graphed
+from fastrot.graphs import WARM_UPS, Graphed
 from fastrot.model import pad_stem, synchronise_batchnorm
 from fastrot.profiling import roofline
 from fastrot.recompute import recompute_blocks
@@ -66,11 +67,9 @@ NORM_SHARE = 0.05  # of a gradient's norm, that bf16 and its order of additions 
 
 
 class Step:
-    """One way to train on a resident batch, a stage at a time. capture: graphs' own, so that they share memory."""
+    """One way to train on a resident batch, a stage at a time."""
 
-    def __init__(
-        self, arch: str, images: int, side: int, ranks: distributed.Ranks, capture: Capture | None, **switches
-    ):
+    def __init__(self, arch: str, images: int, side: int, ranks: distributed.Ranks, **switches):
         device, precision = ranks.device, switches["precision"]
         self.images, self.side = max(1, round(images * switches["batch"])), round(side * switches["crop"])
         self.views, self._world = 4 * self.images * ranks.world, ranks.world
@@ -94,7 +93,7 @@ class Step:
         graphs = switches["cuda_graphs"]
         settings = StepSettings(precision, 0, None, 0.9, switches["channels_last"], graphs, switches["bucket_mb"])
         self._engine = PlainEngine(model, optimizer, settings, ranks)
-        self._replay = Graphed(self._learn, device, capture) if graphs else None
+        self._replay = Graphed(self._learn, device) if graphs else None
         if mode := switches["compile"]:
             model.compile(dynamic=False, mode="default" if mode is True else mode)
         pixels = resident(self.images, self.side, ranks)
@@ -226,7 +225,7 @@ def measure(arms: dict, rounds: int, lap: int, clock) -> dict[str, dict]:
     """{arm: {stage: spread, "step": spread}}; each arm once a round, after a round that warms up. A stage is timed by
     itself, and a step over a lap of them in which the host may run ahead."""
     taken = {name: [] for name in arms}
-    for number in progress(range(rounds + 1), "rounds"):
+    for number in range(rounds + 1):
         for name, arm in arms.items():
             work, times = (arm.whole, arm.seconds(clock)) if isinstance(arm, Step) else (arm, {})
             times["step"] = clock(lambda work=work: [work() for _ in range(lap)]) / lap
@@ -258,7 +257,8 @@ def main() -> None:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
     ranks = distributed.start()
     try:
-        result = race(arguments, ranks, harness.clock if not cuda else device_clock)
+        keep = functools.partial(harness.keep, arguments.out if ranks.first else None, __doc__)
+        result = race(arguments, ranks, harness.clock if not cuda else device_clock, keep)
     except UserError as error:
         raise SystemExit(str(error)) from None
     finally:
@@ -267,68 +267,106 @@ def main() -> None:
         harness.write(arguments.out, __doc__, result)
 
 
-def race(arguments, ranks: distributed.Ranks, clock) -> dict:
-    """The result, whole."""
+def race(arguments, ranks: distributed.Ranks, clock, keep) -> dict:
+    """The result, whole; keep(what there is of it) is called after each arm.
+
+    Arms come one by one, each in the same rounds as base: together they would not fit a GPU. One that raises or fails
+    its gate is missing, with its reason, and the others go on.
+    """
     device, machine = ranks.device, harness.facts()
-    chosen = {name: BASE | SWITCHES[name] for name in dict.fromkeys(["base", *arguments.only])}
-    steps, memory, base = gated_steps(arguments, chosen, ranks)
-    compiled = any(switches["compile"] for switches in chosen.values())
-    peers = gated_peers(arguments, base, compiled, ranks)
-    times = measure(steps | peers, arguments.rounds, arguments.lap, clock)
-    views = {name: steps.get(name, steps["base"]).views for name in times}
-    speed = {name: views[name] / each["step"]["median_s"] for name, each in times.items()}
-    fastest = distributed.on_first(ranks, lambda: max(filter(trains_alike, steps), key=speed.get))  # clocks differ
-    plain = max(speed[name] for name in peers)
-
-    def line(name: str) -> dict:
-        line = times[name] | {"views_per_s": speed[name], "times_base": speed[name] / speed["base"]}
-        if name in chosen and same_views(chosen[name]) and same_norms(chosen[name], ranks):
-            line["times_plain"] = speed[name] / plain
-        return line | ({"memory_gib": memory[name]} if name in memory else {})
-
+    make = functools.partial(Step, arguments.arch, arguments.images, arguments.side, ranks)
+    time = functools.partial(measure, rounds=arguments.rounds, lap=arguments.lap, clock=clock)
+    base = make(**BASE)
+    learnt, memory = with_memory(functools.partial(base.learnt, steps_gated(device)), device)
+    gate("base", learnt, learnt, BASE, ranks)  # no NaN
+    times = time({"base": base})["base"]
+    step_s = times["step"]["median_s"]
+    line = times | {"views_per_s": base.views / step_s, "times_base": 1.0, "memory_gib": memory}
     result = {
         "machine": machine,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "ranks": ranks.world,
         "base": BASE,
-        "roof": roof(arguments, device, times["base"]["step"]["median_s"]),
-        "switches": {name: line(name) for name in steps},
-        "plain": {name: line(name) for name in peers},
-        "fastest": fastest,
+        "roof": roof(arguments, device, step_s),
+        "switches": {"base": line},
+        "plain": {},
+        "missing": {},
     }
+
+    def timed(arm, views: int) -> dict:
+        pair = time({"base": base.whole, "arm": arm})
+        speed, base_step = views / pair["arm"]["step"]["median_s"], pair["base"]["step"]
+        times_base = speed * base_step["median_s"] / base.views
+        return pair["arm"] | {"base_step": base_step, "views_per_s": speed, "times_base": times_base}
+
+    def plain(name: str) -> None:
+        step, one = gated_peer(arguments, "compiled" in name, ranks)
+        gate(name, one, learnt, BASE | {"sync_batchnorm": device.type == "cuda"}, ranks)
+        result["plain"][name] = timed(step, base.views)
+
+    def switched(name: str) -> None:
+        switches = BASE | SWITCHES[name]
+        step = make(**switches)
+        its, memory = with_memory(functools.partial(step.learnt, steps_gated(device)), device)
+        gate(name, its, learnt, switches, ranks)
+        result["switches"][name] = timed(step, step.views) | {"memory_gib": memory}
+
+    arms = {"plain PyTorch": plain, "plain PyTorch, compiled": plain} | dict.fromkeys(arguments.only, switched)
+    arms.pop("base", None)
+    if not any(SWITCHES[name].get("compile") for name in arguments.only):
+        arms.pop("plain PyTorch, compiled")
+    for name, arm in progress(arms.items(), "arms"):
+        try:
+            arm(name)
+        except (Exception, harness.Unequal) as error:  # compilers raise what they like
+            if ranks.world > 1 and not isinstance(error, harness.Unequal):
+                raise  # the other ranks are waiting for this one
+            result["missing"][name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+        let_go(device)
+        against_plain(result, ranks)
+        keep(result)
+    speed = {name: line["times_base"] for name, line in result["switches"].items() if trains_alike(name)}
+    result["fastest"] = distributed.on_first(ranks, lambda: max(speed, key=speed.get))  # clocks differ
     if arguments.data:
+        keep(result)
+        step = make(**BASE | SWITCHES[result["fastest"]])
+        step.learnt(steps_gated(device))
         batches, says = batches_of(arguments.data, arguments.images, arguments.side, ranks)
-        spent = fed(steps[fastest], batches, 4 * arguments.lap, arguments.rounds, device)
-        rates = {name: views["base"] / spent[name]["median_s"] for name in ("data_alone", "step_alone", "both")}
+        spent = fed(step, batches, 4 * arguments.lap, arguments.rounds, device)
+        rates = {name: base.views / spent[name]["median_s"] for name in ("data_alone", "step_alone", "both")}
         result["data"] = {"loader": says, **spent, "views_per_s": rates}
     return result
 
 
-def gated_steps(arguments, chosen: dict[str, dict], ranks: distributed.Ranks) -> tuple[dict, dict, tuple]:
-    """({switch: step}, {switch: GiB of a GPU's memory}, what base learnt)."""
-    capture = Capture(ranks.device) if ranks.device.type == "cuda" else None
-    make = functools.partial(Step, arguments.arch, arguments.images, arguments.side, ranks, capture)
-    steps, memory, base = {}, {}, None
-    for name, switches in progress(chosen.items(), "gates"):
-        steps[name] = make(**switches)
-        learn = functools.partial(steps[name].learnt, GATED_STEPS if capture else 1)
-        learnt, memory[name] = with_memory(learn, ranks.device)
-        base = base or learnt
-        gate(name, learnt, base, switches, ranks)
-    return steps, memory, base
+def steps_gated(device: torch.device) -> int:
+    return GATED_STEPS if device.type == "cuda" else 1
 
 
-def gated_peers(arguments, base: tuple, compiled: bool, ranks: distributed.Ranks) -> dict:
-    """{name: a step in plain PyTorch}; compiled: also by torch.compile."""
+def let_go(device: torch.device) -> None:
+    """Free what an arm held: its modules refer to themselves, and compilers keep code and graphs."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def against_plain(result: dict, ranks: distributed.Ranks) -> None:
+    """Add each switch's speed in terms of the faster plain PyTorch's, both measured beside base."""
+    plain = max((line["times_base"] for line in result["plain"].values()), default=None)
+    for name, line in result["switches"].items():
+        switches = BASE | SWITCHES[name]
+        if plain and same_views(switches) and same_norms(switches, ranks):
+            line["times_plain"] = line["times_base"] / plain
+
+
+def gated_peer(arguments, compiled: bool, ranks: distributed.Ranks) -> tuple:
+    """(a step in plain PyTorch, what its first one learnt)."""
     weights = RotationTask.build_model(arguments.arch, 0).state_dict()
-    pixels, peers = resident(arguments.images, arguments.side, ranks), {}
-    for compile_it in (False, True) if compiled else (False,):
-        name = "plain PyTorch, compiled" if compile_it else "plain PyTorch"
-        peers[name], model = plain_pytorch(arguments.arch, weights, pixels, ranks, compile_it)
-        loss = over_ranks(peers[name](), ranks.world)
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
-        gate(name, ([loss], norm), base, BASE | {"sync_batchnorm": ranks.device.type == "cuda"}, ranks)
-    return peers
+    pixels = resident(arguments.images, arguments.side, ranks)
+    step, model = plain_pytorch(arguments.arch, weights, pixels, ranks, compiled)
+    loss = over_ranks(step(), ranks.world)
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+    return step, ([loss], norm)
 
 
 def roof(arguments, device: torch.device, step_s: float) -> dict:

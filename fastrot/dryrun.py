@@ -6,10 +6,11 @@ from functools import partial
 from fastrot import runlog
 from fastrot.config import Config, flat
 from fastrot.distributed import Ranks
+from fastrot.graphs import WARM_UPS
 from fastrot.job import RECIPE_VIEWS, Job, describe, open_manifest
 from fastrot.loop import run
 
-_STEPS = 4  # the first half warms up, the second is timed with the loader running ahead
+_TIMED = 2  # steps after those that warm up, with the loader running ahead
 
 
 class _Last:
@@ -22,7 +23,7 @@ class _Last:
 
 
 def dry_run(config: Config, sources: dict[str, str], ranks: Ranks, deepspeed_config: str | None) -> dict:
-    """Time two steps after two that warm up; writes nothing but the named caches.
+    """Time two steps after those that warm up; writes nothing but the named caches.
 
     Prints the resolved config with each value's source, the batch arithmetic, size and hours.
     """
@@ -33,8 +34,10 @@ def dry_run(config: Config, sources: dict[str, str], ranks: Ranks, deepspeed_con
         describe(manifest, say)
     job = Job(config, ranks, train, val, None, deepspeed_config, say)
     n, last = job.numbers, _Last()
-    course = replace(job.course(_STEPS), log_every=_STEPS // 2, checkpoint_every=_STEPS)
-    batches = job.batches(range(_STEPS), 0)
+    untimed = WARM_UPS + 1 if config.engine.cuda_graphs else 2  # a graph is captured once it is warm
+    steps = untimed + _TIMED
+    course = replace(job.course(steps), log_every=untimed, checkpoint_every=steps)
+    batches = job.batches(range(steps), 0)
     run(course, batches, job.task, job.engine, job.lr_of, job.work_of, None, lambda *_: None, last, job.clock)
     batches.close()
     job.close()

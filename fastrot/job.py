@@ -281,7 +281,9 @@ class Job:
         }
         self.engine = make_engine(e.kind, model, optimizer, settings, ranks, batch, deepspeed_config)
         if e.compile:
-            # few shapes: two slices, the crops, the last held-out batch
+            # two slices of each crop, the held-out batches: few shapes, but beyond dynamo's own limit of 8 it would
+            # run the network uncompiled
+            torch._dynamo.config.recompile_limit = 64
             model.compile(dynamic=False, mode="default" if e.compile is True else e.compile)
         self.parameters = sum(p.numel() for p in model.parameters())
 

@@ -5,11 +5,12 @@ import struct
 from itertools import pairwise
 
 import numpy as np
-import simplejpeg
+import pytest
 from PIL import Image
 
 from conftest import draw
 
+simplejpeg = pytest.importorskip("simplejpeg", reason="simplejpeg, which writes some of the corpus, is not installed")
 HEIGHT, WIDTH = 93, 131  # no block size divides them
 PICTURE = draw(HEIGHT, WIDTH, 3)
 WHOLE = np.asarray(PICTURE)

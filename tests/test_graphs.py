@@ -11,6 +11,7 @@ from fastrot import config as configs
 from fastrot import distributed
 from fastrot.data.loader import MicroBatch
 from fastrot.distributed import Ranks
+from fastrot.dryrun import _Last
 from fastrot.engine import StepSettings
 from fastrot.engine.plain import PlainEngine
 from fastrot.errors import UserError
@@ -40,7 +41,9 @@ class OnTheHost:
 
 
 @pytest.fixture
-def ranks():
+def ranks(monkeypatch):
+    """One, and on the host where there is a GPU, too."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     yield distributed.start()
     distributed.end()
 
@@ -101,12 +104,16 @@ def test_several_ranks_that_synchronise_their_norms_are_refused(graphs):
 
 
 def test_the_network_is_compiled_in_the_mode_asked_for(fastrot, images, tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(options["mode"]))
+    """And for more shapes than dynamo's 8: three crops of two slices and two held-out batches reach them."""
+    compiled, dynamo = [], torch._dynamo.config
+    monkeypatch.setattr(dynamo, "recompile_limit", dynamo.recompile_limit)
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda _, **options: compiled.append((options["mode"], dynamo.recompile_limit))
+    )
     words = ["model.arch=resnet18", "data.crop=32", "optim.images_per_step=4", "engine.kind=plain", f"data.train={images}"]
     for mode in ("true", "max-autotune-no-cudagraphs", "false"):
         assert fastrot("train", *words, f"run.out={tmp_path}", f"engine.compile={mode}", "--dry-run").code == 0
-    assert compiled == ["default", "max-autotune-no-cudagraphs"]
+    assert compiled == [("default", 64), ("max-autotune-no-cudagraphs", 64)]
     done = fastrot("train", *words, f"run.out={tmp_path}", "engine.compile=reduce-overhead", "--dry-run")
     assert done.code == 2 and "engine.compile reduce-overhead needs a CUDA device" in done.errors[0]
 
@@ -117,6 +124,23 @@ def test_the_compilers_graphs_refuse_micro_steps_and_ours_take_them():
         refuse_graphs(configs.load(None, ["engine.compile=reduce-overhead"])[0], one, 2)
     refuse_graphs(configs.load(None, ["engine.compile=max-autotune-no-cudagraphs"])[0], one, 2)
     refuse_graphs(configs.load(None, ["engine.cuda_graphs=true", "engine.kind=plain"])[0], one, 2)
+
+
+def test_a_dry_run_on_graphs_times_replays_alone(fastrot, images, tmp_path, monkeypatch):
+    """Of both shapes of a step's micro-steps."""
+    capture, said = OnTheHost(), []
+    monkeypatch.setattr("fastrot.job.refuse_graphs", lambda *_: None)
+    monkeypatch.setattr("fastrot.graphs.Capture", lambda device: capture)
+    write = _Last.write
+    monkeypatch.setattr(
+        _Last, "write", lambda log, values: (said.append((capture.captured, capture.beside_runs)), write(log, values))
+    )
+    done = fastrot(
+        "train", "model.arch=resnet18", "data.crop=32", "optim.images_per_step=7", "engine.images_per_micro_step=4",
+        "engine.kind=plain", "engine.cuda_graphs=true", f"data.train={images}", f"run.out={tmp_path}", "--dry-run",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert said == [(2, 2 * WARM_UPS)] * 2
 
 
 @pytest.mark.gpu

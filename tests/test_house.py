@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from conftest import ROOT
 
 
@@ -24,3 +26,13 @@ def test_no_module_bears_a_name_of_the_standard_library():
 def test_the_plan_imports_without_torch():
     code = "import sys, fastrot.data.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_gpus_tests_are_found_where_other_packages_are_missing():
+    missing = ("simplejpeg", "nvidia.dali", "ffcv", "importlinter", "deepspeed")
+    code = f"import sys, pytest; sys.modules |= dict.fromkeys({missing}); "
+    code += "sys.exit(pytest.main(['-m', 'gpu', '--collect-only', 'tests']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "tests/test_no_sync.py" in done.stdout

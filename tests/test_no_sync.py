@@ -2,15 +2,21 @@
 
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrot import pretrain
+from fastrot.data.loader import MicroBatch
+from fastrot.model import build_model
 from fastrot.profiling.clock import Clock
 from fastrot.runlog import RunLog
+from fastrot.tasks.finetune import FinetuneTask
+from fastrot.tasks.linear import LinearTask
 
 STEPS = 4
 SMALL = [
@@ -94,6 +100,10 @@ def test_no_step_asks_a_tensor_for_its_value_before_a_line_is_due(fastrot, image
             return run(*arguments)
 
     run, tick = pretrain.run, RunLog.tick
+    if "engine.kind=deepspeed" in engine:
+        from deepspeed.accelerator import get_accelerator
+
+        monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: asked.steps[-1].append("synchronize"))
     monkeypatch.setattr(pretrain, "run", watched)
     monkeypatch.setattr(RunLog, "tick", lambda log: (asked.steps.append([]), tick(log)))
     words = [*SMALL, *engine, f"data.train={images}", f"run.out={tmp_path / 'run'}", "--json"]
@@ -103,10 +113,53 @@ def test_no_step_asks_a_tensor_for_its_value_before_a_line_is_due(fastrot, image
     assert asked.steps[STEPS]  # the line itself must ask
 
 
+def backbone():
+    network = build_model("resnet18", 1, 0).eval()
+    network.fc = torch.nn.Identity()
+    return network
+
+
+TASKS = {
+    "linear": lambda cpu: LinearTask(backbone(), ("avg",), "adaptive", 32, 3, (124,) * 3, (58,) * 3, cpu, 0, 0.4, 0.1),
+    "finetune": lambda cpu: FinetuneTask(backbone(), 3, (124,) * 3, (58,) * 3, torch.float32, cpu),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_waits_for_no_copy_to_the_device(monkeypatch, name):
+    """Copies of arrays are queued; those of lists, which cannot be, are made by the first step."""
+    task, copies = TASKS[name](torch.device("cpu")), []
+    model = task.build_model("resnet18", 0)
+    labels = np.arange(3)
+    pixels = torch.zeros(3, 32, 32, 3, dtype=torch.uint8)
+    sample = SimpleNamespace(rows=labels, epochs=np.zeros(3, np.int64))
+    flips, turns = torch.zeros(3, dtype=torch.uint8), torch.zeros(3, 1, dtype=torch.uint8)
+    batch = MicroBatch(pixels, flips, turns, sample, labels, 3)
+    task.loss(model, task.views(batch), batch)
+
+    def to(tensor, *words, **options):
+        if isinstance(words[0], torch.device):
+            copies.append(options.get("non_blocking", False))
+        return plain_to(tensor, *words, **options)
+
+    def of_a_list(*words, **options):
+        raise AssertionError("a list is copied")
+
+    plain_to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "new_tensor", of_a_list)
+    monkeypatch.setattr(torch, "tensor", of_a_list)
+    task.loss(model, task.views(batch), batch)
+    assert copies and all(copies)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_no_step_waits_for_the_gpu_before_a_line_is_due(fastrot, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["plain", "deepspeed"])
+def test_no_step_waits_for_the_gpu_before_a_line_is_due(fastrot, images, tmp_path, monkeypatch, kind):
     """From the second step on: the first compiles, and measures backends."""
+    if kind == "deepspeed":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
     def strictly(method, mode):
         def wrapped(*arguments):
@@ -117,7 +170,7 @@ def test_no_step_waits_for_the_gpu_before_a_line_is_due(fastrot, images, tmp_pat
 
     monkeypatch.setattr(RunLog, "tick", strictly(RunLog.tick, "error"))
     monkeypatch.setattr(Clock, "read", strictly(Clock.read, "default"))
-    words = [*SMALL, "engine.kind=plain", f"data.train={images}", f"run.out={tmp_path / 'run'}", "--json"]
+    words = [*SMALL, f"engine.kind={kind}", f"data.train={images}", f"run.out={tmp_path / 'run'}", "--json"]
     try:
         assert fastrot("train", *words).json["steps"] == STEPS
     finally:

@@ -1,6 +1,7 @@
 """The roofline's counts against published ones and by hand, and its rule."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from fastrot.fused import fuse_norms
 from fastrot.fusedconv import fuse_convs
 from fastrot.model import build_model
+from fastrot.profiling import roofline
 from fastrot.profiling.roofline import Rates, Row, Work, measure_rates, step_rows
 
 
@@ -98,6 +100,37 @@ def test_each_operation_is_bound_by_the_slower_of_the_two():
     assert work + work == Work(flops=200, bytes=120, matmul_s=20, least_s=30)
     assert work.reached(30) == {"mfu": 1 / 3, "roof_fraction": 1 / 2}
     assert Work().reached(30) == {}, "nothing counted"
+
+
+@pytest.mark.parametrize("run_s", [0.36e-3, 0.14])
+def test_a_gpus_rates_are_its_own_once_its_clocks_are_up(monkeypatch, run_s):
+    """On a card that begins at a third of its speed, and whose host takes 20 us to see an end."""
+
+    class Card:
+        now = 0.0
+
+        def work(self):
+            self.now += run_s * (3 if self.now < 0.2 else 1)
+
+        def synchronize(self, device):
+            self.now += 20e-6
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = card.now
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
+    card = Card()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", card.synchronize)
+    monkeypatch.setattr(roofline, "time", SimpleNamespace(perf_counter=lambda: card.now))
+    assert roofline._least_seconds(card.work, torch.device("cuda")) == pytest.approx(run_s)
+    assert card.now < 2
 
 
 def test_rates_are_measured_on_the_device_at_hand():

@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 
 from fastrot.data import beton, parts
@@ -29,6 +28,8 @@ def damage_of(jpeg: NDArray[np.uint8] | bytes) -> str:
     progressive file cut between two scans.
     A form that libjpeg-turbo's simple interface refuses, but Pillow decodes, is Pillow's to judge.
     """
+    import simplejpeg  # only decoding in full needs it
+
     try:
         space = simplejpeg.decode_jpeg_header(jpeg)[2]
         # luma alone: all entropy-coded data are read, half the arithmetic is saved

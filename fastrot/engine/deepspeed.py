@@ -89,6 +89,8 @@ class DeepSpeedEngine(Engine):
         config = settings_to_json(settings, ranks.world)
         if config_path:
             config = merged(config, config_path, batch, settings.clip)
+        # its timer would wait for the device at every forward pass and every step
+        config.setdefault("timers", {"throughput": {"enabled": False}})
         if settings.zero == 0:
             optimizer.register_step_pre_hook(self._measure_and_clip)
         with warnings.catch_warnings():

@@ -12,6 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torch.utils.module_tracker import ModuleTracker
 
+_RAMP_S = 0.3  # of work before a GPU is timed: the clocks of an idle one are low
+_RAMP_GROUPS = 30  # groups of runs in that time: of 10 ms each
+
 # torch counts the one that is not in place
 register_flop_formula(torch.ops.aten.addmm_, get_raw=True)(flop_registry[torch.ops.aten.addmm])
 
@@ -142,11 +145,27 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def _least_seconds(work: Callable, device: torch.device, times: int = 8) -> float:
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
+    """Of one run. On a GPU, of groups of runs between events: the host's clock would add the wait for each."""
+    if device.type != "cuda":
+        return min(_seconds(work) for _ in range(times))
+    runs, until = 0, time.perf_counter() + _RAMP_S
+    while time.perf_counter() < until:
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        torch.cuda.synchronize(device)
+        runs += 1
+    group, spans = max(1, runs // _RAMP_GROUPS), []
+    for _ in range(times):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(group):
+            work()
+        end.record()
+        spans.append((begin, end))
+    torch.cuda.synchronize(device)
+    return min(begin.elapsed_time(end) for begin, end in spans) / 1e3 / group
+
+
+def _seconds(work: Callable) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -1,5 +1,7 @@
 """Colour jitter and lighting on the device; their parameters are part of the plan (data/augment.py)."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,12 @@ _VALUES = (0.2175, 0.0188, 0.0045)
 _VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 
+@cache
+def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copied once: each copy of a list makes the host wait."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
 def jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     """Brightness, contrast and saturation of each image in its own order, as torchvision's adjust_* on floats.
 
@@ -18,7 +26,7 @@ def jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     factors [n, 4] of those four, by number; the hue's is not used: the protocol's is 0.
     """
     factors = factors.to(images).gather(1, order)
-    gray_of = images.new_tensor(_GRAY).view(1, 3, 1, 1)
+    gray_of = _constant(_GRAY, images.dtype, images.device).view(1, 3, 1, 1)
     for place in range(order.shape[1]):
         which = order[:, place, None, None, None]
         factor = torch.where(which <= _SATURATION, factors[:, place, None, None, None], 1.0)
@@ -31,5 +39,6 @@ def jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
 
 def lighting(images: Tensor, alpha: Tensor) -> Tensor:
     """Each image plus its sum of principal colours; images [n, 3, H, W] in [0, 1], alpha [n, 3]."""
-    shift = (alpha.to(images) * images.new_tensor(_VALUES)) @ images.new_tensor(_VECTORS).T
+    values, vectors = (_constant(c, images.dtype, images.device) for c in (_VALUES, _VECTORS))
+    shift = (alpha.to(images) * values) @ vectors.T
     return images + shift[:, :, None, None]

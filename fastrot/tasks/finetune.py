@@ -44,7 +44,7 @@ class FinetuneTask:
 
     def loss(self, module: Callable, views: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """(sum of cross-entropies over the images, float64 [len(metrics)] sums on the device)."""
-        target = torch.from_numpy(batch.labels).to(self.device)
+        target = torch.from_numpy(batch.labels).to(self.device, non_blocking=True)
         logits = module(views).float()
         loss = F.cross_entropy(logits, target, reduction="sum")
         hits = logits.topk(min(5, self._classes)).indices == target[:, None]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -91,11 +92,15 @@ class LinearTask:
         images, sample = self._upright(batch), batch.sample
         if self._jitter:
             drawn = augment.colour_jitter(self._seed, sample.rows, sample.epochs, self._jitter, 0.0)
-            images = colour.jitter(images, *(torch.from_numpy(a).to(self.device) for a in drawn))
+            images = colour.jitter(images, *map(self._sent, drawn))
         if self._light:
             alpha = augment.lighting(self._seed, sample.rows, sample.epochs, self._light)
-            images = colour.lighting(images, torch.from_numpy(alpha).to(self.device))
+            images = colour.lighting(images, self._sent(alpha))
         return (images - self._mean) / self._std
+
+    def _sent(self, array: NDArray) -> Tensor:
+        """On the device. The host waits for no few KiB: they are staged, though not pinned."""
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def _upright(self, batch: MicroBatch) -> Tensor:
         """Images in [0, 1], mirrored where the plan says, never turned."""
@@ -105,7 +110,7 @@ class LinearTask:
 
     def loss(self, module: Callable, views: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """(sum over images and heads of the cross-entropies, float64 [len(metrics)] sums on the device)."""
-        target = torch.from_numpy(batch.labels).to(self.device)
+        target = self._sent(batch.labels)
         logits = [one.float() for one in module(views)]
         loss = sum(F.cross_entropy(one, target, reduction="sum") for one in logits)
         count = loss.new_full((1,), len(target), dtype=torch.float64)

@@ -20,6 +20,10 @@ from fastrot.errors import BadImage
 from fastrot_kernels.build import BuildError
 
 DECODERS = [*runnable_decoders(), DALI_RESIZES]
+MIXED = "dali, mixed"
+ON_GPU = pytest.param(
+    MIXED, marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+)
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options) -> np.ndarray:
@@ -41,6 +45,9 @@ KINDS = {
 def made(name):
     if name == "ffcv":
         pytest.importorskip("fastrot.data.decode.ffcv", reason="FFCV is not installed", exc_type=ImportError)
+    if name == MIXED:
+        dali = pytest.importorskip("fastrot.data.decode.dali", reason="DALI is not installed", exc_type=ImportError)
+        return dali.DaliDecoder(0, 2, 64, 2)
     return cpu_decoder(name)
 
 
@@ -96,13 +103,14 @@ def test_an_image_of_another_size_than_indexed_is_bad_not_shifted(decoder):
 AGREEMENT = {
     "dali": (0.5, 0.01, 0.95),
     DALI_RESIZES: (2, 0.25, 0),
+    MIXED: (2, 0.25, 0),
     "ffcv": (8, 1.9, 0),
     "turbo": (0.5, 0.5, 0.95),
     "turbo_fast": (5, 5, 0.9),
 }
 
 
-@pytest.mark.parametrize("name", AGREEMENT)
+@pytest.mark.parametrize("name", [ON_GPU if name == MIXED else name for name in AGREEMENT])
 def test_decoders_agree_on_real_photographs(name, shared_data, tmp_path):
     """The same windows of every photograph, the odd files included."""
     folder = index(str(shared_data("imagenet_sample")), tmp_path, 178_000_000, lambda items, total, title: items)
@@ -115,7 +123,7 @@ def test_decoders_agree_on_real_photographs(name, shared_data, tmp_path):
         parts = [run(decoder, buffers[a : a + 64], windows[a : a + 64], 224) for a in range(0, len(rows), 64)]
         decoder.close()
         assert not any(bad for _, bad in parts)
-        results.append(torch.cat([pixels for pixels, _ in parts]).float())
+        results.append(torch.cat([pixels.cpu() for pixels, _ in parts]).float())
     difference = (results[0] - results[1]).abs().mean(dim=(1, 2, 3))
     equal = (difference == 0).float().mean()
     print(
@@ -124,6 +132,23 @@ def test_decoders_agree_on_real_photographs(name, shared_data, tmp_path):
     )
     worst, mean, least_equal = AGREEMENT[name]
     assert difference.max() < worst and difference.mean() < mean and equal >= least_equal
+
+
+@pytest.mark.parametrize("name", [DALI_RESIZES, ON_GPU])
+def test_a_window_is_of_the_upright_image_whatever_its_orientation(name):
+    buffers = []
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        buffers.append(encoded(draw(61, 83), quality=90, exif=exif))
+    windows = np.array([(3, 5, 40, 50)] * 8, np.int32)
+    pixels = []
+    for decoder in (made("torch"), made(name)):
+        got, bad = run(decoder, buffers, windows, 24)
+        decoder.close()
+        assert not bad
+        pixels.append(got.cpu().float())
+    assert (pixels[0] - pixels[1]).abs().mean(dim=(1, 2, 3)).max() < 2
 
 
 @pytest.mark.parametrize(
@@ -171,6 +196,22 @@ def test_pixels_stay_when_later_batches_come_and_the_decoder_goes(name):
     decoder.close()
     del decoder
     assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("where", ["_feed", "_collect"])
+def test_what_fails_on_the_device_is_no_bad_image(monkeypatch, error, where):
+    """Both are RuntimeErrors, which DALI raises for an image."""
+    decoder, window = cpu_decoder(DALI_RESIZES), np.array([(0, 0, 61, 83)], np.int32)
+
+    def fails(*arguments):
+        raise error("the device's own")
+
+    monkeypatch.setattr(type(decoder), where, fails)
+    for work in (lambda: run(decoder, [KINDS["baseline"]], window, 40), lambda: decoder.one(KINDS["444"], window, 40)):
+        with pytest.raises(error, match="the device's own"):
+            work()
+    decoder.close()
 
 
 @settings(max_examples=150, deadline=None)

@@ -30,6 +30,7 @@ Image.new("RGB", (8, 8)).save(_encoded, "JPEG")
 _SPECK = np.frombuffer(_encoded.getvalue(), np.uint8)
 
 _DECODES = ("JPEG", "PNG", "BMP", "WEBP")
+_DEVICES_OWN = (torch.OutOfMemoryError, torch.AcceleratorError)  # RuntimeErrors, as DALI's, but no image's fault
 
 
 def make(
@@ -142,6 +143,8 @@ class DaliDecoder:
         self._flying.append(batch)
         try:
             self._feed(batch)
+        except _DEVICES_OWN:
+            raise
         except RuntimeError:
             self._pipes.clear()
             self._broken = True  # an earlier batch did it; its `result` submits this one again
@@ -152,7 +155,7 @@ class DaliDecoder:
             if self._broken:
                 raise RuntimeError("broken by a batch in flight")
             pixels, bad = self._collect(batch), {}
-        except torch.OutOfMemoryError:
+        except _DEVICES_OWN:
             raise
         except RuntimeError:  # DALI names one culprit at most and its pipeline is lost: look at each
             self._pipes.clear()
@@ -249,7 +252,7 @@ class DaliDecoder:
             return torch.from_dlpack(shared)
         with torch.cuda.stream(self._stream):
             copy = torch.from_dlpack(shared).clone()
-        self._stream.synchronize()
+        self._stream.record_event().synchronize()  # of this copy alone: torch's sync debug mode lets it pass
         copy.record_stream(torch.cuda.default_stream(self._gpu))
         return copy
 
@@ -273,6 +276,8 @@ class DaliDecoder:
             if by_dali:
                 self._alone._feed(batch)
                 return self._alone._collect(batch)[0]
+        except _DEVICES_OWN:
+            raise
         except RuntimeError:
             self._alone._pipes.clear()
         return window_pixels(buffer, window[0], size)
