@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
@@ -107,6 +108,21 @@ def test_small_blocks_of_classes_give_the_same_table(data, monkeypatch):
     whole = table()
     monkeypatch.setattr(lowshot, "_BLOCK_BYTES", 1)
     np.testing.assert_allclose(table(), whole, atol=1e-6)
+
+
+def test_threads_side_by_side_give_the_same_table_and_leave_torchs_own_as_they_were(data):
+    before, tables = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results, _ = low_shot(
+                *data, lambda sample, k: drawn_targets(data[1], sample, k, seed=1), ks=(2, 3), samples=3, costs=COSTS
+            )
+            assert torch.get_num_threads() == threads
+            tables.append([result.test for result in results])
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(*tables, atol=1e-6)
 
 
 def test_published_draws_are_read_without_pickle(tmp_path):
