@@ -121,7 +121,7 @@ def svm(args) -> dict:
     return {
         "rows": [len(unit), len(unit_test)], "features": x.shape[1], "of": source(args), "classes": classes,
         "costs": len(COSTS),
-        "ours_s": clock, "ours_runs_s": clocks, "ours_processor_s": cpu, "ours_error": ours.error, "ours_products": ours.products,
+        "ours_s": clock, "ours_runs_s": clocks, "ours_processor_s": cpu, "ours_error": ours.error,
         "gate": gates, "objectives": objectives, "linear_svc": by_cost,
         "linear_svc_every_s": every, "linear_svc_chosen_s": chosen,
         "ratio_every": every / clock, "ratio_chosen": chosen / clock,

@@ -52,26 +52,23 @@ class Solution:
     beta, scores  float64 [G, n, P]: w = Xᵀβ, b = 1ᵀβ, and f on every row, those left out too.
     error         float64 [G, P]: the gradient's norm; at most this far from the optimum is (w, b).
     factors       of K, for the next problems.
-    products      how often K was multiplied by a block of vectors.
     """
 
     beta: Tensor
     scores: Tensor
     error: Tensor
     factors: Factors
-    products: int
 
     def part(self, columns: slice) -> "Solution":
-        """Of neighbouring problems; the products of all count with the first."""
+        """Of neighbouring problems."""
         arrays = (a[..., columns] for a in (self.beta, self.scores, self.error))
-        products = self.products if columns.start == 0 else 0
-        return Solution(*arrays, self.factors.part(columns), products)
+        return Solution(*arrays, self.factors.part(columns))
 
 
 def beginning(kernel: Gram | Features, beta: Tensor) -> Solution:
     """A guess at some solutions, float64 [G, n, P], for Newton to begin at; its error is not known."""
     factors = Factors(*beta.shape, beta.device)
-    return Solution(beta, kernel.product(beta), torch.full_like(beta[:, 0], torch.inf), factors, 1)
+    return Solution(beta, kernel.product(beta), torch.full_like(beta[:, 0], torch.inf), factors)
 
 
 def lengthened(start: Solution, labels: Tensor, bounds: Tensor) -> Solution:
@@ -99,11 +96,11 @@ def solve(
     labels = labels.expand(bounds.shape)
     if start is None:
         nought = torch.zeros_like(bounds)
-        start = Solution(nought, nought, nought[:, 0], Factors(*bounds.shape, bounds.device), 0)
+        start = Solution(nought, nought, nought[:, 0], Factors(*bounds.shape, bounds.device))
     beta, scores, factors = start.beta, start.scores, start.factors
-    final = Solution(torch.empty_like(bounds), torch.empty_like(bounds), torch.empty_like(bounds[:, 0]), factors, 0)
+    final = Solution(torch.empty_like(bounds), torch.empty_like(bounds), torch.empty_like(bounds[:, 0]), factors)
     before = torch.zeros_like(bounds)  # D of the last step
-    columns, products = torch.arange(bounds.shape[-1], device=bounds.device), 0
+    columns = torch.arange(bounds.shape[-1], device=bounds.device)
     for newton_step in range(_NEWTON_STEPS):
         residual = bounds * _shortfall(labels, scores) - beta
         pull = kernel.product(residual)
@@ -114,7 +111,7 @@ def solve(
         final.beta[..., columns], final.scores[..., columns], final.error[:, columns] = beta, scores, error[:, 0]
         alive = ~done.all(0).flatten()
         if not alive.any():
-            return replace(final, products=products + 1)
+            return final
         if not alive.all():
             columns, labels, bounds, beta, scores, before, residual, pull, error, target, done = (
                 a[..., alive]
@@ -136,13 +133,11 @@ def solve(
             way = torch.where(done, 0, scale * way)
         else:
             parts = curve, residual, pull, goal, scale
-            way, used = _conjugate_gradients(kernel, dtype, *parts, factors if factors.any(columns) else None, columns)
-            products += used
+            way = _conjugate_gradients(kernel, dtype, *parts, factors if factors.any(columns) else None, columns)
         before = curve
         moved = kernel.product(way)
         length = _search(labels, bounds, beta, scores, way, moved, torch.ones_like(error))
         beta, scores = beta + length * way, scores + length * moved
-        products += 2
     raise Fault(f"SVM: {int((~done).sum())} problems did not converge in {_NEWTON_STEPS} Newton steps")
 
 
@@ -166,18 +161,17 @@ def _conjugate_gradients(
     scale: Tensor,
     factors: Factors | None,
     names: Tensor,
-) -> tuple[Tensor, int]:
+) -> Tensor:
     """δ of (I + D K) δ = residual, D = diag(curve), until the gradient left is below goal.
 
     pull = K residual; scale is the gradient's size; names are the problems' places in factors.
-    Returns δ and how often K was multiplied by a block of vectors.
 
     I + D K is self-adjoint in the inner product aᵀ K b, which is that of the weights Xᵀa and Xᵀb: these are the
     conjugate gradients of the primal Newton system. Its inverse for the rows of a factor is self-adjoint, too: the
     preconditioner. In float32 they run at twice the rate, and the next Newton step, whose gradient is
     float64, mends what they left.
     """
-    solution, products = torch.zeros_like(residual), 0
+    solution = torch.zeros_like(residual)
     rest = residual / scale
     rest = torch.where(rest.abs() < _SPECK, 0, rest)
     curve, rest, pull, goal = (a.to(dtype) for a in (curve, rest, pull / scale, (goal / scale) ** 2))
@@ -195,13 +189,12 @@ def _conjugate_gradients(
             step, rest, pull, way, moved, curve, square, goal, open_ = (
                 a[..., alive] for a in (step, rest, pull, way, moved, curve, square, goal, open_)
             )
-            last = last[..., alive] if products else 0
+            last = last[..., alive] if torch.is_tensor(last) else 0
         if factors is None:
             near, near_moved, descent = rest, pull, square
         else:
             near = factors.solved(rest, pull, open_[:, 0], names[columns])
             near_moved, descent = kernel.product(near), _inner(near, pull)
-            products += 1
         ratio = descent / last.clamp(min=_TINY_SINGLE) if torch.is_tensor(last) else 0
         way, moved = near + ratio * way, near_moved + ratio * moved
         bent = torch.addcmul(way, curve, moved)
@@ -211,10 +204,9 @@ def _conjugate_gradients(
         step = torch.addcmul(step, length, way)
         rest = torch.addcmul(rest, length, bent, value=-1)
         pull = kernel.product(rest)
-        products += 1
         last, square = descent, _inner(rest, pull).clamp(min=0)
     solution[..., columns] = step.double()
-    return solution * scale, products
+    return solution * scale
 
 
 def _search(

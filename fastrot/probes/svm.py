@@ -11,6 +11,7 @@ from torch import Tensor
 from fastrot.errors import UserError
 from fastrot.probes.kernel import kernel_of
 from fastrot.probes.precision import area_ap, eleven_point_ap, step_ap
+from fastrot.probes.ridge import ridges
 from fastrot.probes.solver import TOLERANCE, Solution, beginning, lengthened, solve
 
 # MMSelfSup 0.11, svm_voc07/tools/svm_helper.py; the first of equals is taken, so the order matters
@@ -32,7 +33,7 @@ class SvmResult:
     costs  float64 [classes], chosen by cross-validation.
     cross_validation   float64 [classes, costs]: mean step AP of the held-out folds, in the given order of costs.
     error              the largest distance of any solution from its optimum that the gradient allows.
-    fits, products     problems solved; how often K was multiplied by a block of vectors.
+    fits               problems solved.
     """
 
     average_precision: float
@@ -43,7 +44,6 @@ class SvmResult:
     cross_validation: NDArray[np.float64]
     error: float
     fits: int
-    products: int
 
 
 def normalised(x: ArrayLike, device: torch.device | str = "cpu") -> Tensor:
@@ -80,7 +80,9 @@ def path(
     solution = None
     if len(low):
         bounds = torch.cat([2 * float(costs[index]) * weights for index in low], 2)
-        together = solve(kernel, labels.expand(weights.shape).repeat(1, 1, len(low)), bounds, None, tolerance)
+        guesses = ridges(kernel, labels, weights, torch.from_numpy(costs[low]).to(weights.device), tolerance)
+        start = beginning(kernel, torch.cat([*guesses], 2))
+        together = solve(kernel, labels.expand(weights.shape).repeat(1, 1, len(low)), bounds, start, tolerance)
         for at, index in enumerate(low.tolist()):
             solution = together.part(slice(at * problems, (at + 1) * problems))
             yield index, solution
@@ -119,12 +121,12 @@ def voc_svm(
     held_out = np.stack([stratified_folds(column, FOLDS) for column in positive.T], axis=1)
     n, classes = positive.shape
     betas = torch.zeros(FOLDS, n, classes, len(costs), dtype=torch.float64, device=device)  # w = Xᵀβ
-    error, products = 0.0, 0
+    error = 0.0
     steps = FOLDS * len(_blocks(classes)) * len(costs)
     found = track(_fold_paths(kernel, labels, weights, held_out, costs), steps, "cross-validating costs")
     for fold, rows, block, index, solution in found:
         betas[fold, rows[:, None], block, index] = solution.beta[0]
-        error, products = max(error, float(solution.error.max())), products + solution.products
+        error = max(error, float(solution.error.max()))
     scores = np.empty((n, classes, len(costs)))  # of each row by the fold that held it out
     for fold in range(FOLDS):
         decisions = kernel.product(betas[fold].flatten(1)[None]).view_as(betas[fold]).cpu().numpy()
@@ -152,7 +154,7 @@ def voc_svm(
         start = beginning(kernel, betas[:, :, those, index].sum(0, keepdim=True) / (FOLDS - 1))
         final = solve(kernel, labels[..., those], 2 * float(costs[index]) * weights[..., those], start)
         beta[..., those] = final.beta
-        error, products = max(error, float(final.error.max())), products + final.products
+        error = max(error, float(final.error.max()))
     parts = (normalised(test_x[at : at + _BLOCK_ROWS], device) for at in range(0, len(test_x), _BLOCK_ROWS))
     test_scores = torch.cat(list(decide(x, beta[0], parts))).cpu().numpy()
     kept = [test_y[:, c] != -1 for c in range(classes)]
@@ -173,7 +175,6 @@ def voc_svm(
         validation,
         error,
         classes * (len(costs) * FOLDS + 1),
-        products,
     )
 
 

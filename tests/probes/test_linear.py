@@ -28,7 +28,9 @@ def test_each_head_of_the_grid_steps_as_torchs_nesterov_sgd_does():
     for head, (rate, decay) in enumerate(zip(rates, decays, strict=True)):
         layer = torch.nn.Linear(12, 4)
         torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
-        sgd = torch.optim.SGD(layer.parameters(), lr=float(rate), momentum=0.9, nesterov=True, weight_decay=float(decay))
+        sgd = torch.optim.SGD(
+            layer.parameters(), lr=float(rate), momentum=0.9, nesterov=True, weight_decay=float(decay)
+        )
         for step in range(5):
             sgd.param_groups[0]["lr"] = float(rate) * (0.5 if step > 2 else 1.0)
             sgd.zero_grad()

@@ -1,5 +1,7 @@
 """The batched solver against LIBLINEAR, and VOC07's protocol against scikit-learn's pieces."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from fastrot.probes import factors, solver
 from fastrot.probes.factors import Factors
 from fastrot.probes.kernel import Features, Gram, gram, kernel_of
 from fastrot.probes.precision import area_ap
+from fastrot.probes.ridge import ridges
 from fastrot.probes.solver import beginning, lengthened, solve
 from fastrot.probes.svm import COSTS, decide, normalised, path, stratified_folds, voc_svm
 
@@ -177,6 +180,27 @@ def test_factors_new_or_old_and_conjugate_gradients_alone_reach_the_same_optimum
         assert float((a.scores - b.scores).abs().max()) <= 2**0.5 * float((a.error + b.error).max()) + 1e-9
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 60), st.integers(0, 999), st.lists(st.floats(-7, 1), min_size=1, max_size=5))
+def test_ridges_of_all_costs_are_those_of_a_dense_solver(rows, features, seed, exponents):
+    rng = np.random.default_rng(seed)
+    x = normalised(rng.standard_normal((2 * rows, features))).view(2, rows, features)
+    labels = torch.from_numpy(rng.choice([-1.0, 1.0], (2, rows, 3)))
+    weights = torch.from_numpy(rng.integers(0, 3, (2, rows, 3)).astype(float))  # some rows are left out
+    costs, k = 10.0 ** torch.tensor(exponents, dtype=torch.float64), gram(x)
+
+    def gradient(residual):
+        return (residual * (k @ residual)).sum(1).clamp(min=0).sqrt()
+
+    for kernel in (Gram(k), Features(x)):
+        for cost, got in zip(costs, ridges(kernel, labels, weights, costs, 1e-4), strict=True):
+            curve = 2 * cost * weights
+            system = torch.eye(rows, dtype=torch.float64) + curve.mT[..., None] * k[:, None]  # [2, 3, rows, rows]
+            want = torch.linalg.solve(system, (curve * labels).mT[..., None])[..., 0].mT
+            rounding = (1e-5 if kernel.dense else 1e-12) * curve.norm(dim=1)  # float32's or float64's
+            assert (gradient(got - want) <= 1e-3 * gradient(curve * labels) + rounding).all()
+
+
 @pytest.mark.parametrize("dtype, far", [(torch.float64, 1e-8), (torch.float32, 1e-3)])
 def test_a_newton_step_is_the_same_by_a_factor_as_by_conjugate_gradients(dtype, far):
     x, y = problem(*WIDE)
@@ -190,16 +214,19 @@ def test_a_newton_step_is_the_same_by_a_factor_as_by_conjugate_gradients(dtype, 
     fresh.renew(kernel, dtype, curve, torch.ones(1, y.shape[1], dtype=torch.bool), names)
     other = torch.where(torch.rand(curve.shape, generator=torch.Generator().manual_seed(0)) < 0.1, 1.0, 0.1 * curve)
     stale.renew(kernel, dtype, other, torch.ones(1, y.shape[1], dtype=torch.bool), names)
-    (by_factor, one), (by_old, few), (by_rounds, many) = (
-        solver._conjugate_gradients(kernel, dtype, curve, residual, pull, 1e-10 * scale, scale, factors, names)
-        for factors in (fresh, stale, None)
-    )
+    counted, results, counts = mock.Mock(wraps=kernel), [], []
+    for held in (fresh, stale, None):
+        parts = curve, residual, pull, 1e-10 * scale, scale
+        results.append(solver._conjugate_gradients(counted, dtype, *parts, held, names))
+        counts.append(counted.product.call_count)
+        counted.reset_mock()
     if dtype == torch.float64:
+        one, few, many = counts
         assert one <= 4 and few / 2 < many  # two products a round, or one
     want = torch.linalg.solve(torch.eye(len(y)) + curve[0].T[:, :, None] * kernel.matrix, residual[0].T[..., None])[
         ..., 0
     ].T[None]
-    for got in (by_factor, by_old, by_rounds):
+    for got in results:
         assert float((got - want).norm() / want.norm()) <= far
 
 
