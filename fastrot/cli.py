@@ -107,7 +107,7 @@ def _run_linear_on_features(args: argparse.Namespace) -> int:
 def _run_probe(args: argparse.Namespace) -> int:
     from fastrot import probe
 
-    options = vars(args)
+    options = dict(vars(args))
     command, as_json = options.pop("command"), options.pop("json")
     if "k" in options:
         options["ks"] = options.pop("k")

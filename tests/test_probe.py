@@ -71,6 +71,15 @@ def test_lowshot_says_which_cost_saw_the_test_set(fastrot, stores):
     assert layer["k"]["1"]["cross_validated_costs"] == [[1.0] * 3] * 5
 
 
+def test_ctrl_c_ends_the_draws_with_a_line(fastrot, stores, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastrot.probes.lowshot._one_draw", interrupted)
+    done = fastrot("lowshot", "--train", stores[0], "--test", stores[1], "--k", "1")
+    assert done.code == 130 and done.errors == ["fastrot: stopped by Ctrl-C"]
+
+
 def test_lowshot_takes_published_draws(fastrot, stores, tmp_path):
     train, test, *_ = stores
     labels, rng = np.load(train / "labels.npy"), np.random.default_rng(3)
