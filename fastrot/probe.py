@@ -18,6 +18,8 @@ from fastrot.probes.knn import knn
 from fastrot.probes.linear import DECAYS, HELD_OUT, RATES, linear
 from fastrot.probes.svm import COSTS, voc_svm
 
+_CHECKED_ROWS = 8192  # read at once to look whether they are finite
+
 
 def svm(train: FeatureStore, test: FeatureStore, layers: list[str], device: str) -> dict:
     """VOC07's SVM a layer: AP in percent, a class and its cost, timings."""
@@ -171,7 +173,11 @@ def run(probe: Callable[..., dict], train: str, test: str, layers: str | None, o
     """Open the stores, run a probe on the layers asked for (all of them by default), write `out`; the result."""
     if out and not Path(out).absolute().parent.is_dir():
         raise UserError(f"--out {out}: the folder {Path(out).parent} is not there; create it first")
+    if out and Path(out).is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file")
     stores = open_store(train), open_store(test)
+    if all(store.classes for store in stores) and stores[0].classes != stores[1].classes:
+        raise UserError(f"{train} and {test}: their manifests name other classes, whose numbers mean different things")
     shared = [tap for tap in stores[0].features if tap in stores[1].features]
     wanted = layers.split(",") if layers else shared
     for layer in wanted:
@@ -181,6 +187,7 @@ def run(probe: Callable[..., dict], train: str, test: str, layers: str | None, o
         train_d, test_d = (store.features[layer].shape[1] for store in stores)
         if train_d != test_d:
             raise UserError(f"{layer}: {train_d} features a row in {train}, {test_d} in {test}")
+    _expect_finite(stores, wanted)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device != "cpu" and not torch.cuda.is_available():
@@ -199,6 +206,18 @@ def _layers(train: FeatureStore, test: FeatureStore, layers: list[str], one: Cal
         results[layer]["seconds"] = time.perf_counter() - started
     rows = {"train_rows": len(train.labels), "test_rows": len(test.labels)}
     return {"train": str(train.folder), "test": str(test.folder), **rows, "classes": train.classes, "layers": results}
+
+
+def _expect_finite(stores: tuple[FeatureStore, ...], layers: list[str]) -> None:
+    """Raise UserError for the first row that no probe can use: one would give a figure all the same."""
+    blocks = [(s, layer, at) for s in stores for layer in layers for at in range(0, len(s.labels), _CHECKED_ROWS)]
+    for store, layer, at in runlog.track(blocks, len(blocks), "looking for rows that are not finite"):
+        finite = np.isfinite(store.features[layer][at : at + _CHECKED_ROWS]).all(1)
+        if not finite.all():
+            raise UserError(
+                f"{store.folder / layer}.npy: row {at + int(finite.argmin())} is not finite; "
+                "make the features again (float16 holds no more than 65,504)"
+            )
 
 
 def _expect(train: FeatureStore, test: FeatureStore, axes: int, what: str) -> None:

@@ -126,6 +126,8 @@ def test_what_cannot_be_probed_is_one_line(fastrot, stores, tmp_path):
     broken = write_store(tmp_path / "broken", np.ones((4, 30)), np.zeros(5, np.int64))
     pickled = write_store(tmp_path / "pickled", np.ones((4, 30)), np.zeros(4, np.int64))
     np.save(pickled / "feature4.npy", np.array([{}], object), allow_pickle=True)
+    others = write_store(tmp_path / "others", np.ones((4, 90)), np.ones((4, 3), np.int8), ("cat", "dog", "table"))
+    spoiled = write_store(tmp_path / "spoiled", np.where(np.arange(180).reshape(6, 30) == 100, np.nan, 1), np.zeros(6, np.int64))
     for words, line in (
         (("svm", "--train", tmp_path, "--test", test), "no feature store"),
         (("svm", "--train", bank, "--test", queries), "expected class matrices"),
@@ -134,6 +136,9 @@ def test_what_cannot_be_probed_is_one_line(fastrot, stores, tmp_path):
         (("knn", "--train", bank, "--test", narrow, "--layers", "feature4"), "90 features a row"),
         (("knn", "--train", broken, "--test", queries), "expected float32, float16, bfloat16 [5, D]"),
         (("knn", "--train", pickled, "--test", queries), "not a plain numpy array"),
+        (("svm", "--train", train, "--test", others), "name other classes"),
+        (("knn", "--train", spoiled, "--test", spoiled, "--k", "1"), "spoiled/feature4.npy: row 3 is not finite"),
+        (("knn", "--train", bank, "--test", queries, "--out", tmp_path), "is a folder; name a file"),
         (("knn", "--train", bank, "--test", queries, "--k", "500"), "k = 500 needs as many rows"),
         (("knn", "--train", bank, "--test", queries, "--out", tmp_path / "no" / "x.json"), "create it first"),
         (("lowshot", "--train", train, "--test", test, "--draws", tmp_path / "none"), "no such folder"),

@@ -58,14 +58,15 @@ def prepare(folder: Path, facts: dict, manifest: Manifest) -> bool:
             _clear(folder)
             return True
         if not (folder / "plan.json").exists():
+            if (folder / "labels.npy").exists():  # ours come after the plan
+                raise UserError(f"--out {folder}: holds features that this command did not begin; name another folder")
             for stale in folder.glob("progress-*.txt"):
                 stale.unlink()
             for name, tap in facts["taps"].items():
                 _allocate(folder / f"{name}.npy", (passes * len(manifest), tap["width"]), DTYPES[facts["dtype"]])
-            labels = np.concatenate([manifest.label] * passes)
-            np.save(folder / "labels.npy", labels, allow_pickle=False)
             manifest.save(folder / "rows")
             write_text(folder / "plan.json", json.dumps(facts, indent=1) + "\n")
+        np.save(folder / "labels.npy", np.concatenate([manifest.label] * passes), allow_pickle=False)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
     return False

@@ -221,6 +221,39 @@ def test_bfloat16_features_are_those_of_float32_rounded_and_probed_like_them(fas
     assert fastrot("linear", "--features", *stores[1:], "--epochs", "1").code == 0
 
 
+def test_a_kill_while_the_store_is_laid_out_leaves_none_to_probe(fastrot, images, checkpoint, tmp_path, monkeypatch):
+    """Neither before its plan is there, when all is laid out again, nor between the plan and the labels."""
+    words = ["features", "--checkpoint", checkpoint, "--data", images, "--out", tmp_path / "f", "--taps", "avg", *SMALL]
+    write, save = store.write_text, np.save
+
+    def killed(write, name):
+        def wrapped(path, *rest, **options):
+            if str(path).endswith(name):
+                raise KeyboardInterrupt
+            return write(path, *rest, **options)
+
+        return wrapped
+
+    for where, work, name in (("write_text", write, "plan.json"), ("np.save", save, "labels.npy")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fastrot.features.store.{where}", killed(work, name))
+            assert fastrot(*words).code == 130
+        distributed.end()  # a killed process leaves its group
+        with pytest.raises(UserError, match="no feature store|not all there"):
+            open_store(tmp_path / "f")
+    assert (tmp_path / "f" / "plan.json").exists()
+    assert fastrot(*words).code == 0
+    assert len(open_store(tmp_path / "f").labels)
+
+
+def test_features_that_others_made_are_not_overwritten(fastrot, images, checkpoint, tmp_path):
+    (tmp_path / "f").mkdir()
+    np.save(tmp_path / "f" / "labels.npy", np.arange(3))
+    done = fastrot("features", "--checkpoint", checkpoint, "--data", images, "--out", tmp_path / "f", "--taps", "avg", *SMALL)
+    assert done.code == 2 and "did not begin; name another folder" in done.errors[0]
+    assert np.load(tmp_path / "f" / "labels.npy").tolist() == [0, 1, 2]
+
+
 def test_what_a_user_may_get_wrong_is_one_line(fastrot, images, checkpoint, tmp_path):
     words = ["features", "--data", images, *SMALL]
     mine = [*words, "--checkpoint", checkpoint, "--taps", "avg", "--out", tmp_path / "f"]
