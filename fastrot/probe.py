@@ -187,11 +187,11 @@ def run(probe: Callable[..., dict], train: str, test: str, layers: str | None, o
         train_d, test_d = (store.features[layer].shape[1] for store in stores)
         if train_d != test_d:
             raise UserError(f"{layer}: {train_d} features a row in {train}, {test_d} in {test}")
-    _expect_finite(stores, wanted)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: torch sees no CUDA device here")
+    _expect_finite(stores, wanted)
     result = _plain(probe(*stores, wanted, device, **options) | runlog.environment("no ranks") | {"device": device})
     if out:
         write_text(Path(out), json.dumps(result, indent=1) + "\n")

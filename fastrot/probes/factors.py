@@ -34,9 +34,9 @@ class Factors:
 
         wanted  bool [G, P']: the problems that step at all.
 
-        An old factor, or one of some rows, leaves an eigenvalue other than 1 for each row whose D has changed, spread over about 1 to D:
-        conjugate gradients take a few rounds for each, or √D. Products are shared: the problem of most rounds pays
-        for them, so those are renewed first, as many as make the whole cheapest.
+        An old factor, or one of some rows, leaves an eigenvalue other than 1 for each row whose D it does not hold,
+        spread over about 1 to D: conjugate gradients take a few rounds for each, or √D. Products are shared: the problem
+        of most rounds pays for them, so those are renewed first, as many as make the whole cheapest.
         """
         groups, rows, problems = curve.shape
         held = self.curve[..., columns]

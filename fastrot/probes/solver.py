@@ -175,8 +175,9 @@ def _conjugate_gradients(
     rest = residual / scale
     rest = torch.where(rest.abs() < _SPECK, 0, rest)
     curve, rest, pull, goal = (a.to(dtype) for a in (curve, rest, pull / scale, (goal / scale) ** 2))
-    step, way, moved, last = torch.zeros_like(rest), torch.zeros_like(rest), torch.zeros_like(rest), 0
+    step, way, moved = torch.zeros_like(rest), torch.zeros_like(rest), torch.zeros_like(rest)
     square = _inner(rest, pull)
+    last = torch.full_like(square, torch.inf)  # descent of the round before: the first way is the rest's own
     columns = torch.arange(rest.shape[-1], device=rest.device)
     for _ in range(_CG_STEPS):
         open_ = square > goal
@@ -186,16 +187,15 @@ def _conjugate_gradients(
         if int(alive.sum()) <= 0.8 * len(columns):
             solution[..., columns] = step.double()
             columns = columns[alive]
-            step, rest, pull, way, moved, curve, square, goal, open_ = (
-                a[..., alive] for a in (step, rest, pull, way, moved, curve, square, goal, open_)
+            step, rest, pull, way, moved, curve, square, goal, open_, last = (
+                a[..., alive] for a in (step, rest, pull, way, moved, curve, square, goal, open_, last)
             )
-            last = last[..., alive] if torch.is_tensor(last) else 0
         if factors is None:
             near, near_moved, descent = rest, pull, square
         else:
             near = factors.solved(rest, pull, open_[:, 0], names[columns])
             near_moved, descent = kernel.product(near), _inner(near, pull)
-        ratio = descent / last.clamp(min=_TINY_SINGLE) if torch.is_tensor(last) else 0
+        ratio = descent / last.clamp(min=_TINY_SINGLE)
         way, moved = near + ratio * way, near_moved + ratio * moved
         bent = torch.addcmul(way, curve, moved)
         bend = _inner(bent, moved)

@@ -18,7 +18,7 @@ from fastrot.probes.solver import TOLERANCE, Solution, beginning, lengthened, so
 COSTS = (1.0, 10.0, 100.0, *(0.5**n for n in range(4, 20)))
 FOLDS = 3
 POSITIVE_WEIGHT = 2.0  # class_weight {1: 2, -1: 1}
-_LOW_COST = 0.1  # a start from nought takes no more rounds than one from half the cost
+_LOW_COST = 0.1  # up to which nearly all rows lack of their margin, as `ridges` takes them
 _BLOCK_ROWS = 512  # test rows held in float64
 _BLOCK_COLUMNS = 32  # classes solved together; their float64 arrays of rows and low costs stay small beside K
 
