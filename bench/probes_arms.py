@@ -14,7 +14,7 @@ from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
-from fastrot.taps import SPECIFIED, TAPS
+from fastrot.models.taps import SPECIFIED, TAPS
 
 
 def features(rows: int, dims: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ import os
 import harness
 import torch
 import torch.distributed as dist
+from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from step_arms import batches_of, fed, plain_pytorch
 
 from fastrot import distributed, optim
@@ -15,11 +16,11 @@ from fastrot.data.loader import MicroBatch
 from fastrot.engine import AUTOCAST, StepSettings
 from fastrot.engine.plain import PlainEngine
 from fastrot.errors import UserError
-from fastrot.fusedconv import FUSED
 from fastrot.graphs import WARM_UPS, Graphed
-from fastrot.model import pad_stem, synchronise_batchnorm
+from fastrot.models.fused_conv import FUSED
+from fastrot.models.recompute import recompute_blocks
+from fastrot.models.resnet import pad_stem
 from fastrot.profiling import roofline
-from fastrot.recompute import recompute_blocks
 from fastrot.runlog import track
 from fastrot.tasks.rotation import RotationTask
 

@@ -84,7 +84,7 @@ def _pack(args, config) -> dict:
 
 
 def _run_export(args: argparse.Namespace) -> int:
-    from fastrot.export import export
+    from fastrot.models.export import export
 
     result = export(args.checkpoint, args.to, args.out)
     if args.json:

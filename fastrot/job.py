@@ -20,12 +20,13 @@ from fastrot.data.storage import FileStorage
 from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST, StepSettings, make_engine
 from fastrot.errors import UserError
-from fastrot.fusedconv import FUSED
 from fastrot.loop import Course
-from fastrot.model import pad_stem, synchronise_batchnorm
+from fastrot.models.fused_conv import FUSED
+from fastrot.models.recompute import recompute_blocks
+from fastrot.models.resnet import pad_stem
+from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from fastrot.profiling import roofline
 from fastrot.profiling.clock import Clock
-from fastrot.recompute import recompute_blocks
 from fastrot.tasks.rotation import RotationTask
 from fastrot.tuned import Tuned
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from fastrot.backbone import Origin, backbone_of
 from fastrot.config import Config, flat
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.job import Job, open_manifest
+from fastrot.models.backbone import Origin, backbone_of
 from fastrot.profiling.roofline import Row
 
 # switches of engine that pretraining alone has, and what leaves them out

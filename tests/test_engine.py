@@ -14,8 +14,8 @@ from fastrot.engine import StepSettings
 from fastrot.engine.buckets import Buckets
 from fastrot.engine.deepspeed import merged, settings_to_json
 from fastrot.errors import UserError
-from fastrot.model import build_model
-from fastrot.recompute import recompute_blocks
+from fastrot.models.recompute import recompute_blocks
+from fastrot.models.resnet import build_model
 from workers.steps import IMAGES, STEPS, batch, bottlenecks, network
 
 EXACT = [

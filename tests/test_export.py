@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastrot.config import load, to_yaml
-from fastrot.model import backbone_state, build_model, tap_maps
-from fastrot.taps import TAPS, pooled_maps
+from fastrot.models.resnet import backbone_state, build_model, tap_maps
+from fastrot.models.taps import TAPS, pooled_maps
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from fastrot.fused import FusedNorm2d, fuse_norm, fuse_norms
-from fastrot.model import backbone_state, tap_maps
+from fastrot.models.fused_norm import FusedNorm2d, fuse_norm, fuse_norms
+from fastrot.models.resnet import backbone_state, tap_maps
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])]

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from fastrot.fused import fuse_norms
-from fastrot.fusedconv import fuse_convs
+from fastrot.models.fused_conv import fuse_convs
+from fastrot.models.fused_norm import fuse_norms
 from fastrot_kernels import norm, pointwise
 from fastrot_kernels.norm import triton_norm
 from fastrot_kernels.pointwise import triton_pointwise

@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastrot.backbone import load_backbone
 from fastrot.errors import UserError
-from fastrot.model import backbone_state, build_model
-from fastrot.names import EXPORTS, to_library, to_torchvision
+from fastrot.models.backbone import load_backbone
+from fastrot.models.key_names import EXPORTS, to_library, to_torchvision
+from fastrot.models.resnet import backbone_state, build_model
 
 
 @pytest.fixture(scope="module")

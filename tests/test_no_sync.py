@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrot import pretrain
 from fastrot.data.loader import MicroBatch
-from fastrot.model import build_model
+from fastrot.models.resnet import build_model
 from fastrot.profiling.clock import Clock
 from fastrot.runlog import RunLog
 from fastrot.tasks.finetune import FinetuneTask

@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
+from fastrot.models.sync_batchnorm import SyncBatchNorm2d, synchronise_batchnorm
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastrot import distributed
-from fastrot.fused import fuse_norms
-from fastrot.fusedconv import fuse_convs
-from fastrot.model import SyncBatchNorm2d, synchronise_batchnorm
-from fastrot.recompute import recompute_blocks
+from fastrot.models.fused_conv import fuse_convs
+from fastrot.models.fused_norm import fuse_norms
+from fastrot.models.recompute import recompute_blocks
 
 NORMS = {
     "torch": lambda model: model,

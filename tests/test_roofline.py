@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastrot.fused import fuse_norms
-from fastrot.fusedconv import fuse_convs
-from fastrot.model import build_model
+from fastrot.models.fused_conv import fuse_convs
+from fastrot.models.fused_norm import fuse_norms
+from fastrot.models.resnet import build_model
 from fastrot.profiling import roofline
 from fastrot.profiling.roofline import Rates, Row, Work, measure_rates, step_rows
 

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from fastrot.errors import UserError
-from fastrot.model import build_model
-from fastrot.taps import AVERAGE, TAPS, flat_features, pooled_maps
+from fastrot.models.resnet import build_model
+from fastrot.models.taps import AVERAGE, TAPS, flat_features, pooled_maps
 
 
 @pytest.mark.parametrize("arch, channels", [("resnet18", (64, 64, 128, 256, 512)), ("resnet50", (64, 256, 512, 1024, 2048))])

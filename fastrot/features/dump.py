@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from fastrot import distributed, job, runlog
-from fastrot.backbone import Origin, backbone_of
 from fastrot.config import Config
 from fastrot.data.decode import make_decoder, squash
 from fastrot.data.faults import BadImages
@@ -23,7 +22,8 @@ from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST
 from fastrot.errors import UserError
 from fastrot.features import store
-from fastrot.taps import AVERAGE, TAPS, flat_features
+from fastrot.models.backbone import Origin, backbone_of
+from fastrot.models.taps import AVERAGE, TAPS, flat_features
 from fastrot_kernels import rotate_views
 
 BLOCK = 64  # rows computed together, whatever the ranks, so that the numbers do not depend on them

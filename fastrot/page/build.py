@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from fastrot import runlog
-from fastrot.backbone import Origin, load_backbone, pretraining, random_backbone
 from fastrot.checkpoint import write_text
 from fastrot.config import Config
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.featurestore import open_store
+from fastrot.models.backbone import Origin, load_backbone, pretraining, random_backbone
 from fastrot.page import markdown, pictures, published, rotation, suite, tables
 from fastrot.page.html import render
 from fastrot.page.run import SEED, Outcome, run_suite

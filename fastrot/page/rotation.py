@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from fastrot import config as configs
 from fastrot import job
-from fastrot.backbone import Origin
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
-from fastrot.model import TURNS
+from fastrot.models.backbone import Origin
+from fastrot.models.resnet import TURNS
 from fastrot.tasks.rotation import RotationTask
 
 _IMAGES = 64  # a batch

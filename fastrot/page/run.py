@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastrot import job, probe
-from fastrot.backbone import Origin, load_backbone
 from fastrot.config import Config, load
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.features import dump
+from fastrot.models.backbone import Origin, load_backbone
 from fastrot.page.suite import Set, Suite
 from fastrot.probes import knn, linear, lowshot
 

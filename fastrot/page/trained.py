@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastrot import job
-from fastrot.backbone import Origin
 from fastrot.checkpoint import write_text
 from fastrot.config import Config, flat, load
 from fastrot.distributed import Ranks
 from fastrot.finetune import fine_tune
 from fastrot.linear import train_heads
+from fastrot.models.backbone import Origin
 from fastrot.page.run import BACKBONES, SEED, missing
 from fastrot.page.suite import Run, Suite
 

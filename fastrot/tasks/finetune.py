@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrot.data.loader import MicroBatch
-from fastrot.model import build_model
+from fastrot.models.resnet import build_model
 from fastrot.optim import HEAD
 from fastrot_kernels import rotate_views
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fastrot.data import augment
 from fastrot.data.loader import MicroBatch
-from fastrot.taps import AVERAGE, pooled_maps
+from fastrot.models.taps import AVERAGE, pooled_maps
 from fastrot.tasks import colour
 from fastrot_kernels import rotate_views
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torchvision import transforms as T
 
 from conftest import ROOT, write_folder
-from fastrot import backbone, distributed
+from fastrot import distributed
 from fastrot.data.decode.squash import squashed_pixels
 from fastrot.data.manifest import Manifest
 from fastrot.data.order import FullOrder
@@ -23,8 +23,9 @@ from fastrot.data.plan import Plan
 from fastrot.errors import UserError
 from fastrot.features import store
 from fastrot.featurestore import open_store
-from fastrot.model import backbone_state, build_model
-from fastrot.taps import flat_features
+from fastrot.models import backbone
+from fastrot.models.resnet import backbone_state, build_model
+from fastrot.models.taps import flat_features
 
 SMALL = ("--pool", "adaptive", "data.crop=64", "engine.images_per_micro_step=2", "data.decode=torch")
 

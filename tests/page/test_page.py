@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from conftest import write_folder
 from fastrot.config import load, to_yaml
-from fastrot.model import backbone_state, build_model
+from fastrot.models.resnet import backbone_state, build_model
 from fastrot.page import build, suite, svg, tables
 
 SUITE = """
@@ -146,7 +146,7 @@ def test_a_page_holds_figures_controls_gaps_and_pictures(fastrot, run):
 
 
 def test_the_epochs_after_the_checkpoint_are_not_its_curves(run):
-    from fastrot.backbone import load_backbone
+    from fastrot.models.backbone import load_backbone
     from fastrot.page.rotation import metrics
 
     log = metrics(load_backbone(str(run / "run"))[1])
@@ -155,7 +155,7 @@ def test_the_epochs_after_the_checkpoint_are_not_its_curves(run):
 
 def test_a_fine_tuned_run_has_no_rotation_curves_and_no_confusion(run, tmp_path):
     from fastrot import distributed
-    from fastrot.backbone import load_backbone
+    from fastrot.models.backbone import load_backbone
     from fastrot.page import rotation
 
     shutil.copytree(run / "run", tmp_path / "run")

@@ -23,7 +23,7 @@ from fastrot.data.plan import Plan
 from fastrot.data.storage import FileStorage
 from fastrot.errors import UserError
 from fastrot.finetune import drawn_rows, named_rows
-from fastrot.model import backbone_state, build_model
+from fastrot.models.resnet import backbone_state, build_model
 from fastrot.optim import build_optimizer, lr_at, set_lr
 
 CONFIG = ROOT / "configs" / "semi_in1k_1.yaml"

@@ -7,7 +7,7 @@ import torchvision.transforms.functional as T
 from safetensors.torch import load_file, save_file
 
 from fastrot.data.augment import colour_jitter, lighting
-from fastrot.model import backbone_state, build_model
+from fastrot.models.resnet import backbone_state, build_model
 from fastrot.tasks import colour
 from fastrot.tasks.linear import Heads
 

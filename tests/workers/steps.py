@@ -16,15 +16,15 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastrot import distributed
 from fastrot.data.plan import slice_of
 from fastrot.engine import StepSettings, make_engine
-from fastrot.fused import fuse_norm
-from fastrot.fusedconv import fuse_convs
-from fastrot.model import synchronise_batchnorm
+from fastrot.models.fused_conv import fuse_convs
+from fastrot.models.fused_norm import fuse_norm
 from fastrot.optim import build_optimizer
 
 IMAGES, STEPS = 7, 4  # uneven over two ranks

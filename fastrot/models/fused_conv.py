@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.resnet import ResNet
 
-from fastrot.fused import FusedBottleneck, fuse_norms, maps_of, merged, rows_of, summed
+from fastrot.models.fused_norm import FusedBottleneck, fuse_norms, maps_of, merged, rows_of, summed
 from fastrot_kernels import norm, pointwise
 
 

@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fastrot import runlog
-from fastrot.backbone import Origin, load_backbone, pretraining
 from fastrot.checkpoint import write_text
 from fastrot.errors import UserError
-from fastrot.model import backbone_state
-from fastrot.names import to_library
+from fastrot.models.backbone import Origin, load_backbone, pretraining
+from fastrot.models.key_names import to_library
+from fastrot.models.resnet import backbone_state
 
 _SUFFIXES = (".safetensors", ".pth")
 

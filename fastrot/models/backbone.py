@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastrot.errors import UserError
-from fastrot.model import build_model
-from fastrot.names import to_torchvision
+from fastrot.models.key_names import to_torchvision
+from fastrot.models.resnet import build_model
 
 # blocks a stage, and whether they are bottlenecks
 _ARCHS = {

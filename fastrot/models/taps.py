@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrot.errors import UserError
-from fastrot.model import tap_maps
+from fastrot.models.resnet import tap_maps
 
 TAPS = ("feature1", "feature2", "feature3", "feature4", "feature5")
 AVERAGE = "avg"  # stage 4, global average: what k-NN and the AvgPool head read
