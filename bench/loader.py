@@ -22,9 +22,9 @@ import torch
 from loader_arms import ARMS, BATCH, COLD, RATIO, SCALE, SIDE, Files
 from PIL import Image
 
-from fastrot import __version__, distributed
+from fastrot import __version__, machine
 from fastrot.data.manifest import Manifest, index
-from fastrot.runlog import track
+from fastrot.terminal import track
 
 # A decoder's stated error on photographs, levels against the torch decoder: mean, and the worst image's mean.
 STATED = {"turbo": (0.001, 0.05), "turbo_fast": (1.2, 4), "dali": (0.01, 0.5), "ffcv": (1.9, 8)}
@@ -248,7 +248,7 @@ def main() -> None:
     options.add_argument("--sheets", type=Path, default=Path("runs/loader_sheets"), help="folder of the contact sheets")
     args = options.parse_args()
     arms = {n: a for n, a in (COLD if args.cold else ARMS).items() if not args.arms or any(t in n for t in args.arms)}
-    cores = distributed.cores()
+    cores = machine.cores()
     settings = args.threads or ([cores] if args.cold else [cores, cores + max(1, cores // 2)])
     began = time.monotonic()
     result = {"facts": harness.facts(), "batch": BATCH, "side": SIDE, "rows": [], "missing": {}}

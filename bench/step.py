@@ -7,7 +7,6 @@ import os
 import harness
 import torch
 import torch.distributed as dist
-from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from step_arms import batches_of, fed, plain_pytorch
 
 from fastrot import distributed, optim
@@ -20,9 +19,10 @@ from fastrot.graphs import WARM_UPS, Graphed
 from fastrot.models.fused_conv import FUSED
 from fastrot.models.recompute import recompute_blocks
 from fastrot.models.resnet import pad_stem
+from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from fastrot.profiling import roofline
-from fastrot.runlog import track
 from fastrot.tasks.rotation import RotationTask
+from fastrot.terminal import track
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 BASE = {

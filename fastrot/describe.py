@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrot import distributed, runlog
+from fastrot import distributed, terminal
 from fastrot.config import Config
 from fastrot.data.faults import KINDS
 from fastrot.data.manifest import Manifest
@@ -27,7 +27,7 @@ def describe_source(source: str | None, config: Config, ranks: Ranks, decode: bo
     folder = manifest_folder(source, config, ranks, "data.train")
     broken = None
     if decode:
-        broken = distributed.on_first(ranks, lambda: verify(folder, runlog.track))
+        broken = distributed.on_first(ranks, lambda: verify(folder, terminal.track))
     manifest = Manifest.load(folder)
     result = {
         "source": manifest.source,
@@ -103,9 +103,9 @@ def _show(r: dict) -> None:
         newest = r["verified"] or r["quarantined"]
         rows += [("", f"{place}: {reason}") for place, reason in newest[:_SHOWN]]
         rows.append(("  all of them", f"{r['manifest']}/meta.json"))
-    runlog.table(r["source"], rows)
+    terminal.table(r["source"], rows)
     for name, bins in r["histograms"].items():
-        runlog.table(name.replace("_", " "), _bars(bins))
+        terminal.table(name.replace("_", " "), _bars(bins))
 
 
 def _class_rows(r: dict) -> list[tuple[str, str]]:

@@ -1,33 +1,21 @@
 """Ranks: who we are, how we start and end, and saying the same thing on all of them."""
 
 import os
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from fastrot import machine
 from fastrot.errors import Fault, UserError
+from fastrot.watch import die_with_launcher
 
 T = TypeVar("T")
 # what a launcher would set, for a process that has none; no launcher gives port 0
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-
-
-def cache_folder() -> Path:
-    """Where caches lie: $FASTROT_CACHE, else the user's XDG cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FASTROT_CACHE") or Path(home) / "fastrot")
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -56,7 +44,7 @@ def start(timeout_s: float = 7200) -> Ranks:
         ("TRITON_CACHE_DIR", "triton"),
         ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
     ):
-        os.environ.setdefault(name, str(cache_folder() / folder))
+        os.environ.setdefault(name, str(machine.cache_folder() / folder))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
@@ -70,9 +58,9 @@ def start(timeout_s: float = 7200) -> Ranks:
     else:
         device, backend = torch.device("cpu"), "gloo"
         # the cores are shared with the other ranks here; more threads than cores wait for one another
-        torch.set_num_threads(max(1, cores() // local_world))
+        torch.set_num_threads(max(1, machine.cores() // local_world))
     if "RANK" in os.environ:
-        _die_with_launcher()
+        die_with_launcher()
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     else:  # a plain `python`: DeepSpeed wants the variables too, else it looks for MPI
         os.environ.update(_ALONE)
@@ -101,39 +89,3 @@ def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
-
-
-def _python_ancestors() -> list[tuple[int, str]]:
-    """(pid, start time) of the launchers above us: the unbroken line of Python processes."""
-    line, pid = [], os.getppid()
-    while pid > 1:
-        try:
-            name, rest = Path(f"/proc/{pid}/stat").read_text().split("(", 1)[1].rsplit(") ", 1)
-            cmdline = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
-        except (OSError, IndexError, ValueError):
-            break
-        if b"python" not in os.path.basename(cmdline) and "python" not in name:
-            break
-        fields = rest.split()
-        line.append((pid, fields[19]))
-        pid = int(fields[1])
-    return line
-
-
-def _die_with_launcher() -> None:
-    """End this process when a launcher above it is gone: a killed launcher leaves no orphans."""
-    watched = _python_ancestors()
-
-    def watch() -> None:
-        while True:
-            time.sleep(1)
-            for pid, started in watched:
-                try:
-                    stat = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
-                except OSError:
-                    os._exit(Fault.exit_code)
-                if stat[19] != started or stat[0] == "Z":
-                    os._exit(Fault.exit_code)
-
-    if watched:
-        threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from fastrot import runlog
+from fastrot import terminal
 from fastrot.config import Config, flat
 from fastrot.distributed import Ranks
 from fastrot.graphs import WARM_UPS
@@ -27,7 +27,7 @@ def dry_run(config: Config, sources: dict[str, str], ranks: Ranks, deepspeed_con
 
     Prints the resolved config with each value's source, the batch arithmetic, size and hours.
     """
-    say = partial(runlog.console().print, soft_wrap=True, markup=False) if ranks.first else lambda line: None
+    say = partial(terminal.console().print, soft_wrap=True, markup=False) if ranks.first else lambda line: None
     train = open_manifest(config.data.train, config, ranks, "data.train")
     val = open_manifest(config.data.val, config, ranks, "data.val") if config.data.val else None
     for manifest in filter(None, (train, val)):
@@ -78,8 +78,8 @@ def _roof(job: Job, step_s: float) -> dict:
 
 
 def _show(config: Config, sources: dict[str, str], r: dict) -> None:
-    runlog.table("config", [(key, f"{value}  ({sources[key]})") for key, value in flat(config).items()])
-    runlog.table(
+    terminal.table("config", [(key, f"{value}  ({sources[key]})") for key, value in flat(config).items()])
+    terminal.table(
         "dry run",
         [
             (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastrot import distributed, optim, runlog, tuned
+from fastrot import distributed, machine, optim, terminal, tuned
 from fastrot.config import GRAPHING_MODES, Config
 from fastrot.data.decode import make_decoder
 from fastrot.data.faults import BadImages
@@ -130,8 +130,8 @@ def manifest_folder(source: str | None, config: Config, ranks: Ranks, key: str) 
     """Index a source on rank 0; the folder of its manifest in the cache."""
     if source is None:
         raise UserError(f"{key} is not set; name an image folder, as in {key}=/path, or list:FILE")
-    cache = distributed.cache_folder() / "manifests"
-    return distributed.on_first(ranks, lambda: index(source, cache, config.data.max_pixels, runlog.track))
+    cache = machine.cache_folder() / "manifests"
+    return distributed.on_first(ranks, lambda: index(source, cache, config.data.max_pixels, terminal.track))
 
 
 def open_manifest(source: str | None, config: Config, ranks: Ranks, key: str) -> Manifest:
@@ -156,7 +156,7 @@ def describe(manifest: Manifest, say) -> None:
 def settings_of(config: Config, ranks: Ranks) -> Tuned:
     """Threads, prefetch and the hardware decoder's share: the config's, else as tuned here, else the defaults."""
     data = config.data
-    share = max(1, distributed.cores() // ranks.local_world)
+    share = max(1, machine.cores() // ranks.local_world)
     kept = tuned.read(tuned.place(data, ranks)) or Tuned(share, tuned.PREFETCH, None, "")
     asked = {name: getattr(data, name) for name in ("threads", "prefetch", "hw_decoder_load")}
     asked = {name: value for name, value in asked.items() if value is not None}

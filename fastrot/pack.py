@@ -10,14 +10,14 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import BinaryIO
 
-from fastrot import distributed, runlog
-from fastrot.checkpoint import fsync
+from fastrot import machine, terminal
 from fastrot.config import Data
 from fastrot.data import beton
 from fastrot.data.encode import Encoding, Sample, encode_rows, start_worker
 from fastrot.data.faults import BadImages
 from fastrot.data.manifest import Manifest, index
 from fastrot.errors import Fault, UserError
+from fastrot.files import fsync
 
 _BLOCK = 32  # rows a task
 _AHEAD = 4  # tasks a worker: what waits in memory to be written
@@ -38,7 +38,7 @@ def pack(source: str, out: str, encoding: Encoding, workers: int | None, data: D
         raise UserError(f"{out}: exists; remove it or name another")
     if not path.parent.is_dir():
         raise UserError(f"{out}: no such folder {path.parent}; make it first")
-    folder = index(source, distributed.cache_folder() / "manifests", data.max_pixels, runlog.track)
+    folder = index(source, machine.cache_folder() / "manifests", data.max_pixels, terminal.track)
     manifest = Manifest.load(folder)
     if manifest.label.ndim != 1:
         raise UserError(f"{source}: has several labels an image; a .beton holds one int")
@@ -47,7 +47,7 @@ def pack(source: str, out: str, encoding: Encoding, workers: int | None, data: D
     scratch = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         with scratch.open("wb") as file:
-            result = _write(file, manifest, folder, encoding, workers or distributed.cores(), page, most, data.timeout)
+            result = _write(file, manifest, folder, encoding, workers or machine.cores(), page, most, data.timeout)
             file.flush()
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back from the disk, not from memory
@@ -85,7 +85,7 @@ def _write(
         blocks = [range(at, min(at + _BLOCK, n)) for at in range(0, n, _BLOCK)]
         samples = _ahead(pool, blocks, workers * _AHEAD, timeout)
         title = f"packing {manifest.source}"
-        for row, sample in enumerate(runlog.track(samples, n, title, lambda: f"{writer.bytes_written / 1e9:.2f} GB")):
+        for row, sample in enumerate(terminal.track(samples, n, title, lambda: f"{writer.bytes_written / 1e9:.2f} GB")):
             if isinstance(sample, str):
                 left_out.append([manifest.name(row), sample])
                 bad.add(manifest.name(row), row, sample)
@@ -121,14 +121,14 @@ def _read_back(path: Path) -> None:
     """Raises Fault where the file does not hold what was written into it."""
     table = beton.read_table(path)
     with path.open("rb") as file:
-        for at in runlog.track(range(len(table.offset)), len(table.offset), "reading it back"):
+        for at in terminal.track(range(len(table.offset)), len(table.offset), "reading it back"):
             file.seek(int(table.offset[at]))
             if zlib.crc32(file.read(int(table.length[at]))) != table.checksum[at]:
                 raise Fault(f"{path.name}: sample {at} is not read back as it was written; is the disk sound?")
 
 
 def _show(r: dict) -> None:
-    runlog.table(
+    terminal.table(
         r["out"],
         [
             ("images", f"{r['rows']:,} in {r['bytes'] / 1e9:.3f} GB"),

@@ -12,13 +12,16 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from fastrot import checkpoint, distributed, runlog
+from fastrot import distributed, machine, terminal
 from fastrot.config import Config, flat, to_yaml
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.errors import Fault, UserError
+from fastrot.files import write_text
 from fastrot.job import Job, describe, open_manifest
 from fastrot.loop import run
+from fastrot.runs import checkpoint
+from fastrot.runs.log import RunLog, write_status
 
 Chooser = Callable[[Manifest], Manifest]
 _FIXED = ("model.arch", "run.seed", "data")  # no resume can change these
@@ -126,7 +129,7 @@ def train(
         step, position = saved_state["step"], saved_state["position"]
         left = max(0, math.ceil((config.optim.epochs * len(manifest) - position) / config.optim.images_per_step))
         last = max(step, min(step + left, config.run.max_steps or step + left))
-        log = runlog.RunLog(folder if ranks.first else None, last, step, config.run.tensorboard)
+        log = RunLog(folder if ranks.first else None, last, step, config.run.tensorboard)
         try:
             for one in filter(None, (manifest, val)):
                 describe(one, log.say)
@@ -142,7 +145,7 @@ def train(
             log.status("done", **result)
         except BaseException as error:
             if ranks.first or isinstance(error, Fault):  # the rank that failed knows why
-                runlog.write_status(folder, "failed", rank=ranks.rank, reason=f"{type(error).__name__}: {error}")
+                write_status(folder, "failed", rank=ranks.rank, reason=f"{type(error).__name__}: {error}")
             raise
         finally:
             log.close()
@@ -152,7 +155,7 @@ def train(
 
 
 def _find(resume: str, folder: Path) -> str | None:
-    path = checkpoint.find(resume, folder, lambda line: runlog.console().print(line, soft_wrap=True, markup=False))
+    path = checkpoint.find(resume, folder, lambda line: terminal.console().print(line, soft_wrap=True, markup=False))
     return str(path) if path else None
 
 
@@ -193,7 +196,7 @@ def _run(job: Job, folder: Path, now: dict, steps: range, position: int, log) ->
 
 def _show(result: dict, task) -> None:
     """The short table a run ends with."""
-    rows = [("steps", f"{result['steps']:,} in {runlog.duration(result['seconds'])}")]
+    rows = [("steps", f"{result['steps']:,} in {terminal.duration(result['seconds'])}")]
     if "held_out_accuracy" in result:
         rows.append((task.says, f"{result['held_out_accuracy']:.1%}"))
     if "held_out_top5" in result:
@@ -205,15 +208,15 @@ def _show(result: dict, task) -> None:
         ]
     if "mfu" in result:
         rows.append(("MFU, share of the roof", f"{result['mfu']:.1%}, {result['roof_fraction']:.1%}"))
-    runlog.table(task.title, [*rows, ("outputs", result["out"])])
+    terminal.table(task.title, [*rows, ("outputs", result["out"])])
 
 
 def _write_facts(folder: Path, job: Job, manifest: Manifest) -> None:
     config, ranks = job.config, job.ranks
     if ranks.first:
-        checkpoint.write_text(folder / "config.yaml", to_yaml(config))
-        facts = runlog.environment(f"{ranks.world} on {ranks.device.type}") | {
+        write_text(folder / "config.yaml", to_yaml(config))
+        facts = machine.environment(f"{ranks.world} on {ranks.device.type}") | {
             "data": {"content": manifest.content, "storage": manifest.storage, "rows": len(manifest)},
             "device_per_s": asdict(job.rates),
         }
-        checkpoint.write_text(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
+        write_text(folder / "environment.json", json.dumps(facts, indent=1) + "\n")

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastrot import runlog
-from fastrot.checkpoint import write_text
+from fastrot import machine, terminal
 from fastrot.errors import UserError
 from fastrot.featurestore import FeatureStore, open_store
+from fastrot.files import write_text
 from fastrot.probes import lowshot
 from fastrot.probes.knn import knn
 from fastrot.probes.linear import DECAYS, HELD_OUT, RATES, linear
@@ -26,7 +26,7 @@ def svm(train: FeatureStore, test: FeatureStore, layers: list[str], device: str)
     _expect(train, test, 2, "class matrices [N, classes] of 1, 0 and -1")
 
     def one(layer: str) -> dict:
-        r = voc_svm(train.features[layer], train.labels, test.features[layer], test.labels, COSTS, device, runlog.track)
+        r = voc_svm(train.features[layer], train.labels, test.features[layer], test.labels, COSTS, device, terminal.track)
         return {
             "average_precision": r.average_precision,
             "eleven_point": r.eleven_point,
@@ -41,14 +41,14 @@ def svm(train: FeatureStore, test: FeatureStore, layers: list[str], device: str)
     result = _layers(train, test, layers, one) | {"cost_grid": COSTS}
     best = max(layers, key=lambda layer: result["layers"][layer]["average_precision"])
     rows = [
-        (layer, f"{r['average_precision']:.2f}  11-point {r['eleven_point']:.2f}  {runlog.duration(r['seconds'])}")
+        (layer, f"{r['average_precision']:.2f}  11-point {r['eleven_point']:.2f}  {terminal.duration(r['seconds'])}")
         for layer, r in result["layers"].items()
     ]
     left_out = [c for c, v in enumerate(result["layers"][best]["per_class"]) if math.isnan(v)]
     if left_out:
         names = [train.classes[c] if train.classes else str(c) for c in left_out]
         rows.append(("left out: no image of it in train or test", ", ".join(names)))
-    runlog.table("VOC07 SVM, mean AP (%)", [*rows, ("best layer", best)])
+    terminal.table("VOC07 SVM, mean AP (%)", [*rows, ("best layer", best)])
     return result | {"best_layer": best, "left_out": left_out}
 
 
@@ -84,7 +84,7 @@ def low_shot(
             targets,
             ks,
             device=device,
-            track=runlog.track,
+            track=terminal.track,
         )
         by_k = {
             r.k: {
@@ -110,7 +110,7 @@ def low_shot(
             for k, v in r["k"].items()
         ]
         rows += [(f"k = {k}", "left out: cannot be drawn for every class") for k in r["left_out"]]
-        runlog.table(f"low-shot SVM, {layer}, mean AP (%) of {lowshot.SAMPLES} draws", rows)
+        terminal.table(f"low-shot SVM, {layer}, mean AP (%) of {lowshot.SAMPLES} draws", rows)
     return result | {"seed": None if draws else seed, "draws": draws}
 
 
@@ -126,7 +126,7 @@ def nearest(train: FeatureStore, test: FeatureStore, layers: list[str], device: 
             test.labels,
             ks,
             device=device,
-            track=runlog.track,
+            track=terminal.track,
         )
         return {"k": {k: {"top1": top1, "top5": top5} for k, (top1, top5) in found.items()}}
 
@@ -136,7 +136,7 @@ def nearest(train: FeatureStore, test: FeatureStore, layers: list[str], device: 
         for layer, r in result["layers"].items()
         for k, v in r["k"].items()
     ]
-    runlog.table("k-NN accuracy (%)", rows)
+    terminal.table("k-NN accuracy (%)", rows)
     return result
 
 
@@ -152,7 +152,7 @@ def linear_grid(train: FeatureStore, test: FeatureStore, layers: list[str], devi
             test.labels,
             epochs=epochs,
             device=device,
-            track=runlog.track,
+            track=terminal.track,
         )
         return vars(r)
 
@@ -162,7 +162,7 @@ def linear_grid(train: FeatureStore, test: FeatureStore, layers: list[str], devi
         for layer, r in result["layers"].items()
     ]
     note = f"on stored features, rate and decay by one training row in {HELD_OUT}; not the protocol's augmented heads"
-    runlog.table("linear classifiers, accuracy (%)", [*rows, ("", note)])
+    terminal.table("linear classifiers, accuracy (%)", [*rows, ("", note)])
     return result | {"epochs": epochs, "rates": RATES, "decays": DECAYS, "protocol": False, "note": note}
 
 
@@ -192,7 +192,7 @@ def run(probe: Callable[..., dict], train: str, test: str, layers: str | None, o
     elif device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: torch sees no CUDA device here")
     _expect_finite(stores, wanted)
-    result = _plain(probe(*stores, wanted, device, **options) | runlog.environment("no ranks") | {"device": device})
+    result = _plain(probe(*stores, wanted, device, **options) | machine.environment("no ranks") | {"device": device})
     if out:
         write_text(Path(out), json.dumps(result, indent=1) + "\n")
     return result
@@ -211,7 +211,7 @@ def _layers(train: FeatureStore, test: FeatureStore, layers: list[str], one: Cal
 def _expect_finite(stores: tuple[FeatureStore, ...], layers: list[str]) -> None:
     """Raise UserError for the first row that no probe can use: one would give a figure all the same."""
     blocks = [(s, layer, at) for s in stores for layer in layers for at in range(0, len(s.labels), _CHECKED_ROWS)]
-    for store, layer, at in runlog.track(blocks, len(blocks), "looking for rows that are not finite"):
+    for store, layer, at in terminal.track(blocks, len(blocks), "looking for rows that are not finite"):
         finite = np.isfinite(store.features[layer][at : at + _CHECKED_ROWS]).all(1)
         if not finite.all():
             raise UserError(

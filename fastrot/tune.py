@@ -8,7 +8,7 @@ from functools import partial
 
 import torch.distributed as dist
 
-from fastrot import distributed, runlog, tuned
+from fastrot import distributed, machine, terminal, tuned
 from fastrot.config import Config
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
@@ -34,7 +34,7 @@ class _Bench:
         """Of each: images/s of all ranks, median of the rounds; and the seconds of every batch."""
         laps: list[list] = [[] for _ in settings]
         turns = [(at, one) for _ in range(_ROUNDS) for at, one in enumerate(settings)]
-        for at, one in runlog.track(turns, len(turns), title) if self.ranks.first else turns:
+        for at, one in terminal.track(turns, len(turns), title) if self.ranks.first else turns:
             laps[at].append(self._lap(one))
         return [(statistics.median(pace for pace, _ in of), [s for _, took in of for s in took]) for of in laps]
 
@@ -76,11 +76,11 @@ def tune(config: Config, ranks: Ranks, seconds: float) -> dict:
     if seconds <= 0:
         raise UserError(f"--seconds {seconds:g}: must be above 0")
     manifest = open_manifest(config.data.train, config, ranks, "data.train")
-    describe(manifest, runlog.console().print if ranks.first else lambda line: None)
+    describe(manifest, terminal.console().print if ranks.first else lambda line: None)
     bench = _Bench(config, manifest, ranks, seconds / _ROUNDS)
     settings = replace(settings_of(config, ranks), found=f"by fastrot tune, {time.strftime('%Y-%m-%d')}")
 
-    tried = [replace(settings, threads=n) for n in tuned.thread_counts(distributed.cores() // ranks.local_world)]
+    tried = [replace(settings, threads=n) for n in tuned.thread_counts(machine.cores() // ranks.local_world)]
     laps = bench.run(tried, "threads")
     by_threads = {one.threads: pace for one, (pace, _) in zip(tried, laps, strict=True)}
     settings = replace(settings, threads=tuned.cheapest(by_threads))
@@ -126,4 +126,4 @@ def _show(r: dict) -> None:
         by_load = paces(r["images_per_s_by_hw_decoder_load"])
         rows.append(("data.hw_decoder_load", f"{r['hw_decoder_load']:g}: the fastest (images/s {by_load})"))
     rows.append(("kept in", f"{r['kept']}; training uses it where the config leaves these keys unset"))
-    runlog.table("tuned", rows)
+    terminal.table("tuned", rows)

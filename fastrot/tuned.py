@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from fastrot.checkpoint import write_text
 from fastrot.config import Data
-from fastrot.distributed import Ranks, cache_folder, cores
+from fastrot.distributed import Ranks
 from fastrot.errors import UserError
+from fastrot.files import write_text
+from fastrot.machine import cache_folder, cores
 
 PREFETCH = 3  # micro-batches ahead where neither config nor tune says
 _NEAR = 0.97  # a setting this close to the fastest is as fast

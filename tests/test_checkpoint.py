@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastrot import checkpoint
 from fastrot.errors import Fault, UserError
+from fastrot.runs import checkpoint
 
 SAID: list[str] = []
 

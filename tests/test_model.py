@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torchvision
-from fastrot.models.sync_batchnorm import _local_statistics, _SyncedNorm
 
 from fastrot import distributed
 from fastrot.data.loader import MicroBatch
 from fastrot.models.resnet import backbone_state, build_model, pad_stem, tap_maps
+from fastrot.models.sync_batchnorm import _local_statistics, _SyncedNorm
 from fastrot.tasks.rotation import RotationTask
 
 

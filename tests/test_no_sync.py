@@ -14,7 +14,7 @@ from fastrot import pretrain
 from fastrot.data.loader import MicroBatch
 from fastrot.models.resnet import build_model
 from fastrot.profiling.clock import Clock
-from fastrot.runlog import RunLog
+from fastrot.runs.log import RunLog
 from fastrot.tasks.finetune import FinetuneTask
 from fastrot.tasks.linear import LinearTask
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from fastrot.models.sync_batchnorm import SyncBatchNorm2d, synchronise_batchnorm
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -12,6 +11,7 @@ from fastrot import distributed
 from fastrot.models.fused_conv import fuse_convs
 from fastrot.models.fused_norm import fuse_norms
 from fastrot.models.recompute import recompute_blocks
+from fastrot.models.sync_batchnorm import SyncBatchNorm2d, synchronise_batchnorm
 
 NORMS = {
     "torch": lambda model: model,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fastrot import distributed, job, runlog
+from fastrot import distributed, job, terminal
 from fastrot.config import Config
 from fastrot.data.decode import make_decoder, squash
 from fastrot.data.faults import BadImages
@@ -130,7 +130,7 @@ def dump(request: Request, config: Config, ranks: Ranks) -> dict:
 
 
 def _sayer(ranks: Ranks):
-    out = runlog.console()
+    out = terminal.console()
     return (lambda line: out.print(line, soft_wrap=True, markup=False)) if ranks.first else (lambda line: None)
 
 
@@ -161,7 +161,7 @@ def _compute(folder, request: Request, config: Config, ranks: Ranks, loader: Loa
 
 
 def _tracked(batches, total: int, title: str, ranks: Ranks):
-    return runlog.track(batches, total, title) if ranks.first else batches
+    return terminal.track(batches, total, title) if ranks.first else batches
 
 
 def _on_host(taps: dict[str, torch.Tensor]):
@@ -240,6 +240,6 @@ def _show(result: dict) -> None:
     rows = [("rows", f"{result['rows']:,}{passes}"), ("numbers a row", taps)]
     if result["computed"]:
         rows.append(
-            ("throughput", f"{result['images_per_s']:,.1f} images/s in {runlog.duration(result['seconds'])}")
+            ("throughput", f"{result['images_per_s']:,.1f} images/s in {terminal.duration(result['seconds'])}")
         )
-    runlog.table("features", [*rows, ("outputs", result["out"])])
+    terminal.table("features", [*rows, ("outputs", result["out"])])

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrot.checkpoint import write_text
 from fastrot.data.manifest import Manifest
 from fastrot.errors import Fault, UserError
 from fastrot.featurestore import BFLOAT16, DTYPES, mapped
+from fastrot.files import write_text
 
 _DONE = re.compile(r"block (\d+) of (\d+) rows is on disk")
 _COMMIT_S = 1.0  # between two fsyncs: what a kill may cost

@@ -9,9 +9,9 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fastrot import runlog
-from fastrot.checkpoint import write_text
+from fastrot import terminal
 from fastrot.errors import UserError
+from fastrot.files import write_text
 from fastrot.models.backbone import Origin, load_backbone, pretraining
 from fastrot.models.key_names import to_library
 from fastrot.models.resnet import backbone_state
@@ -61,7 +61,7 @@ def export(checkpoint: str, to: str, out: str) -> dict:
         write_text(path.with_suffix(".md"), card(origin, to, path.name, digest))
     except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where the folder is missing
         raise UserError(f"--out {out}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
-    runlog.table(
+    terminal.table(
         "export",
         [
             ("from", origin.says()),

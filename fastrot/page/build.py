@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fastrot import runlog
-from fastrot.checkpoint import write_text
+from fastrot import terminal
 from fastrot.config import Config
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.featurestore import open_store
+from fastrot.files import write_text
 from fastrot.models.backbone import Origin, load_backbone, pretraining, random_backbone
 from fastrot.page import markdown, pictures, published, rotation, suite, tables
 from fastrot.page.html import render
@@ -77,7 +77,7 @@ def build(checkpoint: str, suite_file: str, out: str, config: Config, ranks: Ran
     """Run the suite and write the page. Returns what --json prints. Raises UserError."""
     if ranks.world > 1:
         raise UserError("fastrot page runs in one process; start fastrot features on many ranks before, it goes on there")
-    console = runlog.console()
+    console = terminal.console()
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False)
@@ -97,7 +97,7 @@ def build(checkpoint: str, suite_file: str, out: str, config: Config, ranks: Ran
     write_text(files["md"], markdown.render(page))
     write_text(files["json"], json.dumps(page.plain(), indent=1) + "\n")
     gaps = [table.title for table in page.tables if table.gap]
-    runlog.table(
+    terminal.table(
         "page",
         [
             ("tables", f"{len(page.tables) - len(gaps)} with our figures, {len(gaps)} gaps"),

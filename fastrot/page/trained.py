@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastrot import job
-from fastrot.checkpoint import write_text
 from fastrot.config import Config, flat, load
 from fastrot.distributed import Ranks
+from fastrot.files import write_text
 from fastrot.finetune import fine_tune
 from fastrot.linear import train_heads
 from fastrot.models.backbone import Origin

@@ -16,7 +16,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -25,6 +24,7 @@ from fastrot.data.plan import slice_of
 from fastrot.engine import StepSettings, make_engine
 from fastrot.models.fused_conv import fuse_convs
 from fastrot.models.fused_norm import fuse_norm
+from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from fastrot.optim import build_optimizer
 
 IMAGES, STEPS = 7, 4  # uneven over two ranks

@@ -6,9 +6,7 @@ each file, written last). `latest` and `best` are text files beside the folders.
 """
 
 import difflib
-import hashlib
 import json
-import os
 import re
 import shutil
 import threading
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastrot.errors import Fault, UserError
+from fastrot.files import fsync, sha256_of, write_text
 
 _NAME = re.compile(r"step-(\d{8,})")
 _FAILURES = 3  # checkpoints in a row that may fail before the run ends
@@ -36,28 +35,6 @@ class Checkpoint:
     state: dict
 
 
-def fsync(path: Path) -> None:
-    """A file, or a folder's entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file at once: a reader sees the old text or the new, never half."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    fsync(scratch)
-    scratch.replace(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def verify(folder: Path) -> str:
     """What is wrong with a checkpoint; empty where every file is as its manifest says."""
     try:
@@ -66,7 +43,7 @@ def verify(folder: Path) -> str:
             path = folder / name
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
-            if _sha256(path) != entry["sha256"]:
+            if sha256_of(path) != entry["sha256"]:
                 return f"{name} does not match its sha256"
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
@@ -201,7 +178,7 @@ class Saver:
             files = {}
             for name in sorted(p.name for p in scratch.iterdir()):
                 fsync(scratch / name)
-                files[name] = {"sha256": _sha256(scratch / name), "bytes": (scratch / name).stat().st_size}
+                files[name] = {"sha256": sha256_of(scratch / name), "bytes": (scratch / name).stat().st_size}
             (scratch / "manifest.json").write_text(json.dumps({"files": files}, indent=1))
             fsync(scratch / "manifest.json")
             fsync(scratch)

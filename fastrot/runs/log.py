@@ -2,109 +2,13 @@
 
 import json
 import os
-import platform
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
-import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
-
-from fastrot.checkpoint import write_text
-
-T = TypeVar("T")
-_PACKAGES = (
-    "fastrot",
-    "torch",
-    "torchvision",
-    "triton",
-    "deepspeed",
-    "nvidia-dali-cuda130",
-    "numpy",
-    "pillow",
-    "safetensors",
-)
-_QUIET_S = 10  # seconds between plain progress lines
-
-
-def console() -> Console:
-    """Standard error: standard output is for results."""
-    return Console(stderr=True, highlight=False)
-
-
-def _bar(out: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=out,
-    )
-
-
-def duration(seconds: float) -> str:
-    """As a person says it: 42 s, 3 min 20 s, 5 h 12 min."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
-
-
-def track(items: Iterable[T], total: int, title: str, note: Callable[[], str] = str) -> Iterator[T]:
-    """The items, with a progress bar on a terminal and a line every ten seconds elsewhere.
-
-    note  a word on the state of things, asked for when it is shown.
-    """
-    out = console()
-    if out.is_terminal:
-        with _bar(out) as bar:
-            task = bar.add_task(escape(title), total=total, note="")
-            for item in items:
-                yield item
-                bar.update(task, advance=1, note=note())
-        return
-    start = said = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - said > _QUIET_S:
-            said = now
-            left = (now - start) / done * (total - done)
-            out.print(f"{title}: {done:,} of {total:,}, {duration(left)} left  {note()}".rstrip(), soft_wrap=True, markup=False)
-
-
-def environment(ranks_line: str) -> dict:
-    """What a result depends on: versions, machine, command."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "command": sys.argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "host": socket.gethostname(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "gpus": gpus,
-        "ranks": ranks_line,
-        "versions": versions,
-    }
+from fastrot import terminal
+from fastrot.files import write_text
 
 
 def cut_back(path: Path, steps: int) -> None:
@@ -138,7 +42,7 @@ class RunLog:
 
     def __init__(self, folder: Path | None, total_steps: int, first_step: int, tensorboard: bool):
         self._folder, self._total = folder, total_steps
-        self._out = console()
+        self._out = terminal.console()
         self._bar = self._task = self._board = None
         self._metrics = None
         self._warned = False
@@ -151,7 +55,7 @@ class RunLog:
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         if self._out.is_terminal:
-            self._bar = _bar(self._out)
+            self._bar = terminal.progress_bar(self._out)
             self._task = self._bar.add_task("training", total=total_steps, completed=first_step, note="")
             self._bar.start()
 
@@ -215,13 +119,5 @@ def _line(values: dict, total: int) -> str:
     mfu = f"  MFU {values['mfu']:.1%}  roof {values['roof_fraction']:.1%}" if "mfu" in values else ""
     return (
         f"{head}  loss {values['loss']:.3f}  accuracy {values['accuracy']:.1%}  lr {values['lr']:.4g}  "
-        f"{values['views_per_s']:,.0f} views/s  wait {values['wait_share']:.1%}{mfu}  ETA {duration(values['eta_s'])}"
+        f"{values['views_per_s']:,.0f} views/s  wait {values['wait_share']:.1%}{mfu}  ETA {terminal.duration(values['eta_s'])}"
     )
-
-
-def table(title: str, rows: list[tuple[str, str]]) -> None:
-    """A short two-column table on standard error."""
-    grid = Table("", Column(overflow="fold"), title=title, show_header=False, title_justify="left")
-    for name, value in rows:
-        grid.add_row(escape(name), escape(value))
-    console().print(grid)
