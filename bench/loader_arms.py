@@ -43,8 +43,8 @@ class Arm:
 
 def loader(files: Files, form: str, decoder: str, threads: int):
     """Our Loader over a form of the files, as training makes it."""
+    from fastrot.data.bad_images import BadImages
     from fastrot.data.decode import make_decoder
-    from fastrot.data.faults import BadImages
     from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
     from fastrot.data.manifest import Manifest, index
     from fastrot.data.order import FullOrder
@@ -253,7 +253,7 @@ def prepare(paths: list[str], home: Path, all_forms: bool) -> Files:
 
     from fastrot.config import Data
     from fastrot.data.encode import Encoding
-    from fastrot.pack import pack
+    from fastrot.data.pack import pack
 
     home.mkdir(parents=True)
     listing = home / "files.txt"

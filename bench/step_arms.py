@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2.functional import normalize
 
 from fastrot import config as configs
+from fastrot.data.build import make_loader, open_manifest
 from fastrot.data.loader import MicroBatch
 from fastrot.distributed import Ranks
-from fastrot.job import make_loader, open_manifest
 from fastrot.profiling.clock import Clock
 
 _WARM_BATCHES = 8  # untimed before a lap: what was made ahead is gone, and the pace is steady

@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _pack(args, config) -> dict:
     from fastrot.data.encode import Encoding
-    from fastrot.pack import pack
+    from fastrot.data.pack import pack
 
     encoding = Encoding(args.mode, args.quality, args.max_side, args.raw_share)
     return pack(args.source, args.out, encoding, args.workers, config.data)
@@ -128,7 +128,7 @@ def _hand_over(args, config, sources, ranks) -> dict:
                     print(f"{name} {result[name]}")
         return result
     if args.command == "index":
-        from fastrot.describe import describe_source
+        from fastrot.data.contents import describe_source
 
         return describe_source(args.source or config.data.train, config, ranks, args.verify)
     if args.command == "features":

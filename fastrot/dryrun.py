@@ -5,9 +5,10 @@ from functools import partial
 
 from fastrot import terminal
 from fastrot.config import Config, flat
+from fastrot.data.build import describe, open_manifest
 from fastrot.distributed import Ranks
 from fastrot.graphs import WARM_UPS
-from fastrot.job import RECIPE_VIEWS, Job, describe, open_manifest
+from fastrot.job import RECIPE_VIEWS, Job
 from fastrot.loop import run
 
 _TIMED = 2  # steps after those that warm up, with the loader running ahead

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from fastrot import distributed, machine, terminal
 from fastrot.config import Config, flat, to_yaml
+from fastrot.data.build import describe, open_manifest
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.errors import Fault, UserError
 from fastrot.files import write_text
-from fastrot.job import Job, describe, open_manifest
+from fastrot.job import Job
 from fastrot.loop import run
 from fastrot.runs import checkpoint
 from fastrot.runs.log import RunLog, write_status

@@ -7,11 +7,12 @@ from functools import partial
 import numpy as np
 
 from fastrot.config import Config
+from fastrot.data.build import crop_at, make_loader, open_manifest, plan_of
 from fastrot.data.manifest import Manifest
 from fastrot.data.plan import Sample, StreamHash, slice_of
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
-from fastrot.job import Arithmetic, arithmetic, crop_at, make_loader, open_manifest, plan_of
+from fastrot.job import Arithmetic, arithmetic
 
 
 def stream(config: Config, ranks: Ranks, first_step: int, steps: int, as_ranks: int, pixels: bool) -> dict:

@@ -6,10 +6,11 @@ import numpy as np
 from torch import nn
 
 from fastrot.config import Config, flat
+from fastrot.data.build import open_manifest
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
-from fastrot.job import Job, open_manifest
+from fastrot.job import Job
 from fastrot.models.backbone import Origin, backbone_of
 from fastrot.profiling.roofline import Row
 

@@ -8,13 +8,15 @@ from functools import partial
 
 import torch.distributed as dist
 
-from fastrot import distributed, machine, terminal, tuned
+from fastrot import distributed, machine, terminal
 from fastrot.config import Config
+from fastrot.data import loader_settings
+from fastrot.data.build import crop_at, describe, make_loader, open_manifest, settings_of
+from fastrot.data.loader_settings import Tuned
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
-from fastrot.job import arithmetic, crop_at, describe, make_loader, open_manifest, settings_of
-from fastrot.tuned import Tuned
+from fastrot.job import arithmetic
 
 _WARM = 3  # batches before the clock starts
 _LEAST = 8  # batches timed, however slow
@@ -80,10 +82,10 @@ def tune(config: Config, ranks: Ranks, seconds: float) -> dict:
     bench = _Bench(config, manifest, ranks, seconds / _ROUNDS)
     settings = replace(settings_of(config, ranks), found=f"by fastrot tune, {time.strftime('%Y-%m-%d')}")
 
-    tried = [replace(settings, threads=n) for n in tuned.thread_counts(machine.cores() // ranks.local_world)]
+    tried = [replace(settings, threads=n) for n in loader_settings.thread_counts(machine.cores() // ranks.local_world)]
     laps = bench.run(tried, "threads")
     by_threads = {one.threads: pace for one, (pace, _) in zip(tried, laps, strict=True)}
-    settings = replace(settings, threads=tuned.cheapest(by_threads))
+    settings = replace(settings, threads=loader_settings.cheapest(by_threads))
     pace, took = laps[tried.index(settings)]
     by_load = {}
     if ranks.device.type == "cuda" and config.data.decode in ("auto", "dali") and config.data.decode_on != "cpu":
@@ -92,9 +94,9 @@ def tune(config: Config, ranks: Ranks, seconds: float) -> dict:
         by_load = {one.hw_decoder_load: pace for one, (pace, _) in zip(tried, laps, strict=True)}
         settings = replace(settings, hw_decoder_load=max(by_load, key=by_load.get))
         pace, took = laps[tried.index(settings)]
-    settings = replace(settings, prefetch=tuned.depth_for(took))
-    kept = tuned.place(config.data, ranks)
-    distributed.on_first(ranks, lambda: tuned.write(kept, settings))
+    settings = replace(settings, prefetch=loader_settings.depth_for(took))
+    kept = loader_settings.place(config.data, ranks)
+    distributed.on_first(ranks, lambda: loader_settings.write(kept, settings))
     result = {
         "threads": settings.threads,
         "prefetch": settings.prefetch,
@@ -102,7 +104,7 @@ def tune(config: Config, ranks: Ranks, seconds: float) -> dict:
         "images_per_s": pace,
         "images_per_s_by_threads": by_threads,
         "images_per_s_by_hw_decoder_load": by_load,
-        "waiting_by_prefetch": {depth: tuned.waiting(took, depth) for depth in range(2, settings.prefetch + 1)},
+        "waiting_by_prefetch": {depth: loader_settings.waiting(took, depth) for depth in range(2, settings.prefetch + 1)},
         "kept": str(kept),
     }
     if ranks.first:

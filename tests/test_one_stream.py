@@ -11,10 +11,10 @@ import torch
 
 from conftest import runnable_decoders, write_folder
 from fastrot import config as configs
+from fastrot.data.build import crop_at, make_loader
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.plan import Sample, StreamHash
 from fastrot.distributed import Ranks
-from fastrot.job import crop_at, make_loader
 
 STEPS, RESUMED_AT, IMAGES = 50, 17, 7
 STORAGES = ("folder", "tar", "beton")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastrot.data import beton
-from fastrot.data.faults import KINDS, decode_upright, kind_of, open_image, orientation_of
+from fastrot.data.images import KINDS, decode_upright, kind_of, open_image, orientation_of
 from fastrot.data.jpeg import frame_of
 from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage

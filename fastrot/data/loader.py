@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastrot.data.bad_images import BadImages
 from fastrot.data.decode import Decoder
-from fastrot.data.faults import BadImages
 from fastrot.data.manifest import Manifest
 from fastrot.data.plan import Plan, Sample, slice_of
 from fastrot.data.storage import FileStorage

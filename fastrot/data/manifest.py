@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrot.data import parts
-from fastrot.data.faults import KINDS, decode_upright, kind_of, open_image, orientation_of
+from fastrot.data import scan
+from fastrot.data.images import KINDS, decode_upright, kind_of, open_image, orientation_of
 from fastrot.data.sources import open_source, shards_of
 from fastrot.errors import BadImage, UserError
 
@@ -259,7 +259,7 @@ def _scan_all(source, listing, sizes, storage, max_pixels, unfinished, track) ->
     n = len(listing.file)
     raw_shape = np.zeros((n, 2), np.int32) if listing.raw_shape is None else listing.raw_shape
     look = partial(scan_file, max_pixels=max_pixels)
-    found = parts.look_at(n, words_of, look, unfinished, track, f"indexing {source}")
+    found = scan.look_at(n, words_of, look, unfinished, track, f"indexing {source}")
     bad = [
         [place(listing.files[listing.file[row]], int(listing.offset[row])), reason]
         for row, reason in found.reason.items()

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrot.data.faults import KINDS
+from fastrot.data.images import KINDS
 from fastrot.data.manifest import Manifest
 from fastrot.errors import BadImage
 

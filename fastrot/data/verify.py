@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrot.data import beton, parts
-from fastrot.data.faults import decode_upright, kind_of
+from fastrot.data import beton, scan
+from fastrot.data.images import decode_upright, kind_of
 from fastrot.data.manifest import COLUMNS, HEAD, Manifest, content_hash
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage, UserError
@@ -54,7 +54,7 @@ def verify(folder: Path, track: Callable) -> list[list[str]]:
     def words_of(first: int, last: int):
         return ((folder, manifest.content, row) for row in range(first, last))
 
-    found = parts.look_at(n, words_of, _look, unfinished, track, f"decoding {manifest.source}")
+    found = scan.look_at(n, words_of, _look, unfinished, track, f"decoding {manifest.source}")
     shutil.rmtree(unfinished)
     broken = [[manifest.name(row), reason] for row, reason in found.reason.items()]
     if len(broken) == n:

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fastrot import distributed, job, terminal
+from fastrot import distributed, terminal
 from fastrot.config import Config
+from fastrot.data.bad_images import BadImages
+from fastrot.data.build import describe, open_manifest, plan_of, settings_of, short_side
 from fastrot.data.decode import make_decoder, squash
-from fastrot.data.faults import BadImages
 from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
 from fastrot.data.manifest import Manifest
 from fastrot.data.plan import slice_of
@@ -93,8 +94,8 @@ def dump(request: Request, config: Config, ranks: Ranks) -> dict:
     say = _sayer(ranks)
     model, origin = backbone_of(request.checkpoint, request.seed, config.model.arch)
     say(origin.says())
-    manifest = job.open_manifest(request.source, config, ranks, "--data")
-    job.describe(manifest, say)
+    manifest = open_manifest(request.source, config, ranks, "--data")
+    describe(manifest, say)
     extract = Extractor(model, config, ranks.device, request.taps, request.pool)
     folder = Path(request.out)
     block = config.engine.images_per_micro_step or BLOCK
@@ -149,7 +150,7 @@ def _compute(folder, request: Request, config: Config, ranks: Ranks, loader: Loa
     if request.passes:
         batches = loader.augmented(((part % rows, part // rows) for part in parts), config.data.crop)
     else:
-        batches = loader.shown(parts, job.short_side(config), config.data.crop)
+        batches = loader.shown(parts, short_side(config), config.data.crop)
     title = f"features of {request.source}, blocks of {block}"
     try:
         for number, batch in zip(mine, _tracked(batches, len(mine), title, ranks), strict=True):
@@ -183,15 +184,15 @@ def _on_host(taps: dict[str, torch.Tensor]):
 
 def _loader(request: Request, config: Config, manifest: Manifest, ranks: Ranks, block: int) -> tuple[Loader, str]:
     """The engine's loader under the transform asked for, and the line that says how it decodes."""
-    data, settings = config.data, job.settings_of(config, ranks)
+    data, settings = config.data, settings_of(config, ranks)
     if request.transform == "svm":
-        decoder = squash.make(settings.threads, job.short_side(config))
+        decoder = squash.make(settings.threads, short_side(config))
         line = f"decoding with {decoder.name}, {settings.threads} threads"
     else:
         where = (data.decode, data.decode_on, ranks.device, settings.threads)
         decoder, line = make_decoder(*where, block, DECODES_IN_FLIGHT, settings.hw_decoder_load)
     bad = BadImages(None, manifest.source, data.max_bad or 0)  # another image's features are no row's own
-    plan, storage = job.plan_of(config, manifest), FileStorage(manifest)
+    plan, storage = plan_of(config, manifest), FileStorage(manifest)
     return Loader(manifest, plan, storage, decoder, bad, ranks.device, settings.prefetch, data.timeout), line
 
 
@@ -212,7 +213,7 @@ def _facts(request: Request, config: Config, manifest: Manifest, origin: Origin,
         "pool": request.pool,
         "transform": request.transform,
         "side": side,
-        "short": job.short_side(config),
+        "short": short_side(config),
         "mean": config.data.mean,
         "std": config.data.std,
         "dtype": request.dtype,

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastrot.data.faults import decode_upright
+from fastrot.data.images import decode_upright
 from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage

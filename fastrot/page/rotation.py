@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastrot import config as configs
-from fastrot import job
+from fastrot.data.build import make_loader, open_manifest, short_side
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.models.backbone import Origin
@@ -46,7 +46,7 @@ def confusion(origin: Origin, ranks: Ranks) -> list[list[float]] | None:
         return None
     config = configs.load(str(Path(origin.run) / "config.yaml"), [])[0]
     try:
-        manifest = job.open_manifest(config.data.val, config, ranks, "data.val")
+        manifest = open_manifest(config.data.val, config, ranks, "data.val")
     except UserError:
         return None  # trained without held-out images, or they are gone
     task = RotationTask(
@@ -58,8 +58,8 @@ def confusion(origin: Origin, ranks: Ranks) -> list[list[float]] | None:
         return None  # a run that learnt other classes
     model.load_state_dict(state)
     model.to(ranks.device, memory_format=torch.channels_last).eval()
-    loader, _ = job.make_loader(config, manifest, ranks, _IMAGES, None)
-    short = job.short_side(config)
+    loader, _ = make_loader(config, manifest, ranks, _IMAGES, None)
+    short = short_side(config)
     counts = np.zeros((TURNS, TURNS))
     with torch.inference_mode():
         for batch in loader.held_out(1, 0, _IMAGES, short, config.data.crop):

@@ -6,8 +6,9 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastrot import job, probe
+from fastrot import probe
 from fastrot.config import Config, load
+from fastrot.data.build import open_manifest
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.features import dump
@@ -72,7 +73,7 @@ def missing(name: str, train: str, test: str, config: Config, ranks: Ranks) -> s
     """Why these images cannot be had, or None."""
     try:
         for source in (train, test):
-            job.open_manifest(source, config, ranks, name)
+            open_manifest(source, config, ranks, name)
     except UserError as error:
         return str(error).splitlines()[0]
     return None

@@ -7,8 +7,8 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastrot import job
 from fastrot.config import Config, flat, load
+from fastrot.data.build import open_manifest
 from fastrot.distributed import Ranks
 from fastrot.files import write_text
 from fastrot.finetune import fine_tune
@@ -70,7 +70,7 @@ def _done(
 ) -> tuple[dict, str]:
     """A run's result, as it lies there where weights, settings and data are the same, else new; and its command."""
     settings = load(run.config, words)[0]
-    contents = [job.open_manifest(source, settings, ranks, run.name).content for source in (run.train, run.test)]
+    contents = [open_manifest(source, settings, ranks, run.name).content for source in (run.train, run.test)]
     digest = origin.sha256 if backbone == "ours" else SEED
     known = {key: value for key, value in flat(settings).items() if not key.startswith("run.") or key == "run.seed"}
     key = hashlib.sha256(json.dumps([run.task, known, contents, digest]).encode()).hexdigest()[:12]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from conftest import draw, write_folder
 from fastrot.data import beton
 from fastrot.data.decode import make_decoder
-from fastrot.data.faults import KINDS
+from fastrot.data.images import KINDS
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage, UserError

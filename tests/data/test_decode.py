@@ -13,7 +13,7 @@ from PIL import Image
 from conftest import DALI_RESIZES, cpu_decoder, draw, runnable_decoders
 from fastrot.data.augment import central_boxes, crop_windows
 from fastrot.data.decode import make_decoder
-from fastrot.data.faults import decode_upright
+from fastrot.data.images import decode_upright
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage

@@ -6,7 +6,7 @@ from PIL import Image
 
 from conftest import DALI_RESIZES, cpu_decoder, draw, runnable_decoders
 from corpus import BROKEN, FAULTS, SILENT, SOUND, encode
-from fastrot.data.faults import decode_upright
+from fastrot.data.images import decode_upright
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.storage import FileStorage
 from fastrot.data.verify import verify

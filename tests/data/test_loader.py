@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from conftest import write_folder
+from fastrot.data.bad_images import BadImages
 from fastrot.data.decode import make_decoder
-from fastrot.data.faults import BadImages
 from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.order import FullOrder

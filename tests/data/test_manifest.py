@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from conftest import draw, write_folder
-from fastrot.data.faults import decode_upright
+from fastrot.data.images import decode_upright
 from fastrot.data.manifest import Manifest, index, scan_file
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage, UserError
@@ -154,7 +154,7 @@ def test_the_kind_is_read_from_the_bytes_not_the_name(tmp_path):
     (tmp_path / "d/c").mkdir(parents=True)
     draw(20, 20).save(tmp_path / "d/c/png.jpg", "PNG")
     manifest = build(tmp_path / "d", tmp_path / "cache")
-    from fastrot.data.faults import KINDS
+    from fastrot.data.images import KINDS
 
     assert KINDS[manifest.kind[0]] == "PNG"
 

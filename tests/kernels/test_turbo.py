@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as F
 
-from fastrot.data.faults import decode_upright
+from fastrot.data.images import decode_upright
 from fastrot_kernels import build
 from fastrot_kernels.turbo import BROKEN, NOT_OURS, Turbo
 

@@ -17,7 +17,7 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 from fastrot.data.decode.torch import LeftToPillow, window_pixels
-from fastrot.data.faults import kind_of
+from fastrot.data.images import kind_of
 from fastrot.data.jpeg import frame_of
 from fastrot.errors import BadImage
 from fastrot_kernels.build import BuildError

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastrot.data.decode.torch import LeftToPillow, window_pixels
-from fastrot.data.faults import kind_of, open_image, orientation_of
+from fastrot.data.images import kind_of, open_image, orientation_of
 from fastrot.data.jpeg import Frame, frame_of
 from fastrot.errors import BadImage
 

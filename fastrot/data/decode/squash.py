@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastrot.data.decode.torch import TorchDecoder
-from fastrot.data.faults import decode_upright
+from fastrot.data.images import decode_upright
 
 
 def make(threads: int, short: int) -> TorchDecoder:

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
-from fastrot.data.faults import decode_upright, kind_of, open_image
+from fastrot.data.images import decode_upright, kind_of, open_image
 from fastrot.errors import BadImage
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from collections import deque
 import torch
 
 from fastrot.data.decode.torch import LeftToPillow, window_pixels
-from fastrot.data.faults import kind_of
+from fastrot.data.images import kind_of
 from fastrot.errors import BadImage, UserError
 from fastrot_kernels.build import BuildError
 from fastrot_kernels.turbo import NOT_OURS, Turbo

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrot.data.parts import workers_pool
+from fastrot.data.scan import workers_pool
 from fastrot.data.sources.folder import EXTENSIONS
 from fastrot.data.sources.listing import Listing
 from fastrot.errors import Fault, UserError

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from conftest import draw, write_folder
+from fastrot.data.contents import histogram
 from fastrot.data.sources.voc import CLASSES
-from fastrot.describe import histogram
 
 
 def damaged(root) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import ROOT, write_folder
 from fastrot.data import manifest as manifests
-from fastrot.data import parts
+from fastrot.data import scan
 from fastrot.data.manifest import Manifest, index
 from fastrot.errors import Fault, UserError
 
@@ -21,9 +21,9 @@ from fastrot.errors import Fault, UserError
 BY_PROCESSES = """
 import sys
 from pathlib import Path
-from fastrot.data import parts
+from fastrot.data import scan
 from fastrot.data.manifest import index
-parts._MANY, parts.ROWS = 0, 4
+scan._MANY, scan.ROWS = 0, 4
 index(sys.argv[1], Path(sys.argv[2]), 10**8, lambda items, total, title: items)
 """
 
@@ -34,8 +34,8 @@ def plain(items, total, title):
 
 @pytest.fixture
 def by_processes(monkeypatch):
-    monkeypatch.setattr(parts, "_MANY", 0)
-    monkeypatch.setattr(parts, "ROWS", 4)
+    monkeypatch.setattr(scan, "_MANY", 0)
+    monkeypatch.setattr(scan, "ROWS", 4)
 
 
 def test_processes_find_what_threads_find(tmp_path, monkeypatch, by_processes):
@@ -51,7 +51,7 @@ def test_processes_find_what_threads_find(tmp_path, monkeypatch, by_processes):
 
 def test_a_worker_that_dies_is_a_fault(tmp_path, by_processes):
     with pytest.raises(Fault, match="^[^\n]*a worker process died[^\n]*$"):
-        parts.look_at(8, lambda first, last: [(1,)] * (last - first), os._exit, tmp_path, plain, "looking")
+        scan.look_at(8, lambda first, last: [(1,)] * (last - first), os._exit, tmp_path, plain, "looking")
 
 
 def test_killed_and_started_again_only_what_was_not_done_is_looked_at(tmp_path, monkeypatch):
@@ -80,9 +80,9 @@ def test_killed_and_started_again_only_what_was_not_done_is_looked_at(tmp_path, 
         looked.append(words[0])
         return scan_file(*words, max_pixels=max_pixels)
 
-    monkeypatch.setattr(parts, "ROWS", 4)
-    monkeypatch.setattr(parts, "_MANY", 0)
-    monkeypatch.setattr(parts, "workers_pool", lambda processes: ThreadPoolExecutor(2))
+    monkeypatch.setattr(scan, "ROWS", 4)
+    monkeypatch.setattr(scan, "_MANY", 0)
+    monkeypatch.setattr(scan, "workers_pool", lambda processes: ThreadPoolExecutor(2))
     monkeypatch.setattr(manifests, "scan_file", spy)
     source = f"list:{root / 'files.txt'}"
     resumed = Manifest.load(index(source, cache, 10**8, plain))
@@ -110,7 +110,7 @@ def test_parts_of_a_source_that_changed_since_are_not_used(tmp_path, monkeypatch
 def test_a_damaged_part_is_one_line(tmp_path):
     (tmp_path / "0-1.npz").write_bytes(b"PK\3\4junk")
     with pytest.raises(UserError, match=f"^{tmp_path}/0-1.npz: damaged [^\n]*; remove {tmp_path} and start again$"):
-        parts.look_at(1, None, None, tmp_path, plain, "looking")
+        scan.look_at(1, None, None, tmp_path, plain, "looking")
 
 
 def test_two_at_once_index_a_source_once(tmp_path, monkeypatch):
@@ -135,7 +135,7 @@ def test_what_is_found_keeps_its_rows(tmp_path):
     def look(row):
         return f"bad {row}" if row % 7 == 3 else (row + 1, row + 2, row % 5, row.to_bytes(32, "little"))
 
-    found = parts.look_at(n, lambda a, b: ((row,) for row in range(a, b)), look, tmp_path, plain, "looking")
+    found = scan.look_at(n, lambda a, b: ((row,) for row in range(a, b)), look, tmp_path, plain, "looking")
     good = np.array([row % 7 != 3 for row in range(n)])
     rows = np.arange(n)
     assert np.array_equal(found.sound, good)

@@ -1,16 +1,13 @@
 """What an image is, judged by Pillow; and the list of those that are not."""
 
 import io
-import json
-import threading
 import warnings
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastrot.errors import BadImage, Fault
+from fastrot.errors import BadImage
 
 # Ours to enforce, from the header, before a pixel is allocated.
 Image.MAX_IMAGE_PIXELS = None
@@ -95,41 +92,3 @@ def decode_upright(data: NDArray[np.uint8] | bytes) -> Image.Image:
     except Exception as error:  # as above: any type
         raise BadImage(f"cannot be decoded ({type(error).__name__}: {error})") from None
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
-
-
-class BadImages:
-    """bad_images.jsonl: every image replaced while running, once over all ranks and resumes.
-
-    path    the file, shared by the ranks; None keeps the list in memory.
-    source  the data set; most counts its images alone, and a longer list stops the run.
-    """
-
-    def __init__(self, path: Path | None, source: str, most: int):
-        self._path, self._source, self._most = path, source, most
-        self._known: set[str] = set()
-        self._lock = threading.Lock()
-
-    def add(self, name: str, row: int, reason: str) -> None:
-        """List one image by its place. Raises Fault when there are more than data.max_bad."""
-        with self._lock:
-            if name in self._known:
-                return
-            self._read_what_other_ranks_found()
-            if name not in self._known:
-                self._known.add(name)
-                if self._path is not None:
-                    with self._path.open("a", encoding="utf-8") as file:
-                        file.write(
-                            json.dumps({"path": name, "source": self._source, "row": row, "reason": reason}) + "\n"
-                        )
-        if len(self._known) > self._most:
-            raise Fault(
-                f"{len(self._known)} unreadable images, more than data.max_bad {self._most}; the last: "
-                f"{name}: {reason}" + (f"; all are in {self._path}" if self._path else "")
-            )
-
-    def _read_what_other_ranks_found(self) -> None:
-        if self._path is not None and self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            entries = [json.loads(line) for line in lines if line.endswith("\n")]
-            self._known |= {entry["path"] for entry in entries if entry["source"] == self._source}

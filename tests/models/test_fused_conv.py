@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_fused import assert_step_as_exact
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -12,7 +13,6 @@ from fastrot.models.fused_norm import fuse_norms
 from fastrot_kernels import norm, pointwise
 from fastrot_kernels.norm import triton_norm
 from fastrot_kernels.pointwise import triton_pointwise
-from test_fused import assert_step_as_exact
 from workers.steps import bottlenecks
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

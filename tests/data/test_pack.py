@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from conftest import draw, write_folder
-from fastrot import pack as packing
 from fastrot.data import beton
+from fastrot.data import pack as packing
 from fastrot.data.encode import Encoding
-from fastrot.data.faults import decode_upright
+from fastrot.data.images import decode_upright
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.storage import FileStorage
 from fastrot.errors import UserError

@@ -13,8 +13,8 @@ from typing import BinaryIO
 from fastrot import machine, terminal
 from fastrot.config import Data
 from fastrot.data import beton
+from fastrot.data.bad_images import BadImages
 from fastrot.data.encode import Encoding, Sample, encode_rows, start_worker
-from fastrot.data.faults import BadImages
 from fastrot.data.manifest import Manifest, index
 from fastrot.errors import Fault, UserError
 from fastrot.files import fsync

@@ -8,62 +8,62 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastrot import tuned
 from fastrot.config import Data, load
+from fastrot.data import loader_settings
+from fastrot.data.build import make_loader
+from fastrot.data.loader_settings import Tuned
 from fastrot.data.manifest import Manifest, index
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
-from fastrot.job import make_loader
-from fastrot.tuned import Tuned
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 seconds = st.lists(st.floats(1e-3, 1), min_size=1, max_size=60)
 
 
 def test_the_fewest_threads_near_the_fastest_are_chosen():
-    assert tuned.cheapest({1: 500.0, 2: 985.0, 3: 1000.0, 4: 990.0}) == 2
-    assert tuned.cheapest({1: 500.0, 2: 900.0, 3: 1000.0}) == 3
-    assert tuned.cheapest({1: 40.0}) == 1
+    assert loader_settings.cheapest({1: 500.0, 2: 985.0, 3: 1000.0, 4: 990.0}) == 2
+    assert loader_settings.cheapest({1: 500.0, 2: 900.0, 3: 1000.0}) == 3
+    assert loader_settings.cheapest({1: 40.0}) == 1
 
 
 def test_thread_counts_surround_a_ranks_share_of_the_cores():
-    assert tuned.thread_counts(0) == [1]
-    assert tuned.thread_counts(1) == [1, 2]
-    assert tuned.thread_counts(16) == [8, 12, 16, 24, 32]
+    assert loader_settings.thread_counts(0) == [1]
+    assert loader_settings.thread_counts(1) == [1, 2]
+    assert loader_settings.thread_counts(16) == [8, 12, 16, 24, 32]
 
 
 def test_an_even_pace_never_waits_and_needs_the_least_depth():
-    assert tuned.waiting([0.1] * 50, 2) == 0
-    assert tuned.depth_for([0.1] * 50) == 2
+    assert loader_settings.waiting([0.1] * 50, 2) == 0
+    assert loader_settings.depth_for([0.1] * 50) == 2
 
 
 def test_a_slow_batch_costs_what_the_queue_does_not_hide():
     # a step takes (10 * 0.1 + 0.5) / 11 / 0.9 s; two batches ahead, the third is 0.5 s in the making
     course, step = [0.1] * 10 + [0.5], 1.5 / 11 / 0.9
-    assert tuned.waiting(course, 1) > tuned.waiting(course, 4)
+    assert loader_settings.waiting(course, 1) > loader_settings.waiting(course, 4)
     ahead = 1 * step  # the queue of one is refilled long before
-    assert tuned.waiting(course, 1) == pytest.approx((0.5 - ahead) / (11 * step + 0.5 - ahead), rel=1e-6)
+    assert loader_settings.waiting(course, 1) == pytest.approx((0.5 - ahead) / (11 * step + 0.5 - ahead), rel=1e-6)
 
 
 @given(seconds, st.integers(1, 8))
 def test_a_deeper_queue_never_waits_longer(course, depth):
     def lost(depth):
-        share = tuned.waiting(course, depth)
+        share = loader_settings.waiting(course, depth)
         return share / (1 - share)  # waiting per second of work
 
-    assert 0 <= tuned.waiting(course, depth) < 1
+    assert 0 <= loader_settings.waiting(course, depth) < 1
     assert lost(depth + 1) <= lost(depth) + 1e-9
-    assert 2 <= tuned.depth_for(course) <= 8
+    assert 2 <= loader_settings.depth_for(course) <= 8
 
 
 def test_what_was_found_is_read_as_written_and_for_its_machine_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTROT_CACHE", str(tmp_path))
-    here = tuned.place(Data(), ALONE)
-    assert tuned.read(here) is None
-    tuned.write(here, Tuned(5, 4, 0.8, "by fastrot tune, 2020-02-02"))
-    assert tuned.read(here) == Tuned(5, 4, 0.8, "by fastrot tune, 2020-02-02")
+    here = loader_settings.place(Data(), ALONE)
+    assert loader_settings.read(here) is None
+    loader_settings.write(here, Tuned(5, 4, 0.8, "by fastrot tune, 2020-02-02"))
+    assert loader_settings.read(here) == Tuned(5, 4, 0.8, "by fastrot tune, 2020-02-02")
     others = [(Data(crop=96), ALONE), (Data(decode="torch"), ALONE), (Data(), Ranks(0, 2, 0, 2, ALONE.device))]
-    assert all(tuned.read(tuned.place(data, ranks)) is None for data, ranks in others)
+    assert all(loader_settings.read(loader_settings.place(data, ranks)) is None for data, ranks in others)
 
 
 @pytest.mark.parametrize(
@@ -73,14 +73,14 @@ def test_a_damaged_file_is_named(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(UserError, match=r"x\.json: not what fastrot tune wrote .*; remove it"):
-        tuned.read(path)
+        loader_settings.read(path)
 
 
 def test_training_uses_what_tune_found_and_says_so(fastrot, images, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTROT_CACHE", str(tmp_path / "cache"))
     words = [f"data.train={images}", "data.crop=32", "data.decode=torch", "optim.images_per_step=6"]
     found = fastrot("tune", *words, "--seconds", "0.01", "--json").json
-    assert found["threads"] == tuned.cheapest({int(k): v for k, v in found["images_per_s_by_threads"].items()})
+    assert found["threads"] == loader_settings.cheapest({int(k): v for k, v in found["images_per_s_by_threads"].items()})
     kept = json.loads(Path(found["kept"]).read_text())
     assert (kept["threads"], kept["prefetch"]) == (found["threads"], found["prefetch"])
 
@@ -109,7 +109,7 @@ def test_the_stream_does_not_depend_on_what_tune_found(fastrot, images, tmp_path
         "--json",
     ]
     before = fastrot(*words).json
-    tuned.write(tuned.place(Data(crop=32, decode="torch"), ALONE), Tuned(7, 1, None, "here"))
+    loader_settings.write(loader_settings.place(Data(crop=32, decode="torch"), ALONE), Tuned(7, 1, None, "here"))
     assert fastrot(*words).json == before
 
 

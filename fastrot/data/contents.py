@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 
 from fastrot import distributed, terminal
 from fastrot.config import Config
-from fastrot.data.faults import KINDS
+from fastrot.data.build import manifest_folder
+from fastrot.data.images import KINDS
 from fastrot.data.manifest import Manifest
 from fastrot.data.verify import verify
 from fastrot.distributed import Ranks
-from fastrot.job import manifest_folder
 
 _SHOWN = 10  # quarantined images named in the terminal
 _BAR = 30  # characters of a histogram's longest bar

@@ -1,0 +1,125 @@
+"""What a config says of data, built: manifests, the plan, a loader."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from fastrot import distributed, machine, terminal
+from fastrot.config import Config
+from fastrot.data import loader_settings
+from fastrot.data.bad_images import BadImages
+from fastrot.data.decode import make_decoder
+from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
+from fastrot.data.loader_settings import Tuned
+from fastrot.data.manifest import Manifest, index
+from fastrot.data.order import FullOrder, WindowOrder
+from fastrot.data.plan import Plan
+from fastrot.data.storage import FileStorage
+from fastrot.distributed import Ranks
+from fastrot.errors import UserError
+
+
+def short_side(config: Config) -> int:
+    """What evaluation resizes the short side to, pixels."""
+    return config.data.resize or round(config.data.crop * 256 / 224)
+
+
+def plan_of(config: Config, manifest: Manifest) -> Plan:
+    data, n = config.data, len(manifest)
+    order = (
+        FullOrder(n, config.run.seed)
+        if data.order == "full"
+        else WindowOrder(n, config.run.seed, data.window_rows, data.window_chunks)
+    )
+    return Plan(
+        config.run.seed,
+        manifest.height,
+        manifest.width,
+        order,
+        config.rotation.views,
+        data.scale,
+        data.ratio,
+        data.flip,
+        (short_side(config), data.crop) if data.window == "random" else None,
+    )
+
+
+def manifest_folder(source: str | None, config: Config, ranks: Ranks, key: str) -> Path:
+    """Index a source on rank 0; the folder of its manifest in the cache."""
+    if source is None:
+        raise UserError(f"{key} is not set; name an image folder, as in {key}=/path, or list:FILE")
+    cache = machine.cache_folder() / "manifests"
+    return distributed.on_first(ranks, lambda: index(source, cache, config.data.max_pixels, terminal.track))
+
+
+def open_manifest(source: str | None, config: Config, ranks: Ranks, key: str) -> Manifest:
+    """Index a source on rank 0 and map the result on every rank."""
+    return Manifest.load(manifest_folder(source, config, ranks, key))
+
+
+def describe(manifest: Manifest, say) -> None:
+    """What an index left out: a line each kind."""
+    if manifest.skipped:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(manifest.skipped.items()))
+        say(f"{manifest.source}: passed over {kinds}")
+    if manifest.quarantined:
+        path, reason = manifest.quarantined[0]
+        say(
+            f"{manifest.source}: {len(manifest.quarantined)} files are no sound images and are left out, the first: {path}: {reason}"
+        )
+    if len(manifest.classes) == 1:
+        say(f"{manifest.source}: one class ({manifest.classes[0]}); rotation needs no labels, so this trains")
+
+
+def settings_of(config: Config, ranks: Ranks) -> Tuned:
+    """Threads, prefetch and the hardware decoder's share: the config's, else as tuned here, else the defaults."""
+    data = config.data
+    share = max(1, machine.cores() // ranks.local_world)
+    kept = loader_settings.read(loader_settings.place(data, ranks)) or Tuned(share, loader_settings.PREFETCH, None, "")
+    asked = {name: getattr(data, name) for name in ("threads", "prefetch", "hw_decoder_load")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    return replace(kept, **asked, found="" if {"threads", "prefetch"} <= asked.keys() else kept.found)
+
+
+def make_loader(
+    config: Config,
+    manifest: Manifest,
+    ranks: Ranks,
+    batch: int,
+    bad_path: Path | None,
+    settings: Tuned | None = None,
+) -> tuple[Loader, str]:
+    """A loader over a manifest, and the line that says how it decodes. settings: default, those of settings_of."""
+    data = config.data
+    settings = settings or settings_of(config, ranks)
+    decoder, line = make_decoder(
+        data.decode,
+        data.decode_on,
+        ranks.device,
+        settings.threads,
+        batch,
+        DECODES_IN_FLIGHT,
+        settings.hw_decoder_load,
+    )
+    most = data.max_bad if data.max_bad is not None else max(10, len(manifest) // 1000)
+    loader = Loader(
+        manifest,
+        plan_of(config, manifest),
+        FileStorage(manifest),
+        decoder,
+        BadImages(bad_path, manifest.source, most),
+        ranks.device,
+        settings.prefetch,
+        data.timeout,
+    )
+    return loader, line + (f", prefetch {settings.prefetch} ({settings.found})" if settings.found else "")
+
+
+def crop_at(config: Config, epoch: float) -> int:
+    """Side of the training crops at an epoch, pixels."""
+    reached = [first for first in config.data.crop_by_epoch if first <= epoch]
+    return config.data.crop_by_epoch[max(reached)] if reached else config.data.crop
+
+
+def sides(config: Config) -> set[int]:
+    """Every side that training crops have."""
+    return {config.data.crop, *config.data.crop_by_epoch.values()}
