@@ -38,7 +38,7 @@ import torch
 from probes_arms import dino, features, hooked_dump, linear_svc, objective, scikit_knn, timed_fit
 
 from fastrot.cli import main as fastrot
-from fastrot.featurestore import open_store
+from fastrot.features.read import open_store
 from fastrot.models.backbone import random_backbone
 from fastrot.probes.kernel import Gram, gram
 from fastrot.probes.knn import knn

@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 from step_arms import batches_of, fed, plain_pytorch
 
-from fastrot import distributed, optim
+from fastrot import distributed
 from fastrot.config import GRAPHING_MODES
 from fastrot.data.loader import MicroBatch
 from fastrot.engine import AUTOCAST, StepSettings
+from fastrot.engine.graphs import WARM_UPS, Graphed
+from fastrot.engine.optimizers import build_optimizer
 from fastrot.engine.plain import PlainEngine
 from fastrot.errors import UserError
-from fastrot.graphs import WARM_UPS, Graphed
 from fastrot.models.fused_conv import FUSED
 from fastrot.models.recompute import recompute_blocks
 from fastrot.models.resnet import pad_stem
@@ -87,7 +88,7 @@ class Step:
             synchronise_batchnorm(model)
         model.to(device)
         kind = switches["optimizer"]
-        optimizer = optim.build_optimizer(
+        optimizer = build_optimizer(
             "lars" if kind == "lars" else "sgd", model, lr=0.01, momentum=0.9, nesterov=False, weight_decay=1e-4,
             decay_norms=True, trust=0.001, fused=kind == "fused",
         )  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from fastrot.scenes import draw
+from fastrot.demo.scenes import draw
 from fastrot_kernels import rotate_views
 
 SIDE, GAP, HEAD = 120, 8, 22

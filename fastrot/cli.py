@@ -93,25 +93,25 @@ def _run_export(args: argparse.Namespace) -> int:
 
 
 def _run_linear_on_features(args: argparse.Namespace) -> int:
-    from fastrot import probe
+    from fastrot.report import probing
 
     if args.test is None:
         raise UserError("--features: name the store to judge by, --test TEST")
-    run = probe.PROBES["linear"]
-    result = probe.run(run, args.features, args.test, args.layers, args.out, args.device, epochs=args.epochs)
+    run = probing.PROBES["linear"]
+    result = probing.run(run, args.features, args.test, args.layers, args.out, args.device, epochs=args.epochs)
     if args.json:
         print(json.dumps(result), flush=True)
     return 0
 
 
 def _run_probe(args: argparse.Namespace) -> int:
-    from fastrot import probe
+    from fastrot.report import probing
 
     options = dict(vars(args))
     command, as_json = options.pop("command"), options.pop("json")
     if "k" in options:
         options["ks"] = options.pop("k")
-    result = probe.run(probe.PROBES[command], **options)
+    result = probing.run(probing.PROBES[command], **options)
     if as_json:
         print(json.dumps(result), flush=True)
     return 0
@@ -119,7 +119,7 @@ def _run_probe(args: argparse.Namespace) -> int:
 
 def _hand_over(args, config, sources, ranks) -> dict:
     if args.command == "stream":
-        from fastrot.stream import stream
+        from fastrot.runs.stream import stream
 
         result = stream(config, ranks, args.first_step, args.steps, args.ranks, args.pixels)
         if not args.json:
@@ -132,35 +132,35 @@ def _hand_over(args, config, sources, ranks) -> dict:
 
         return describe_source(args.source or config.data.train, config, ranks, args.verify)
     if args.command == "features":
-        from fastrot.features import dump
+        from fastrot.features import extract
 
-        taps = dump.parse_taps(args.taps)
-        request = dump.Request(
+        taps = extract.parse_taps(args.taps)
+        request = extract.Request(
             args.data, args.out, args.checkpoint, args.random_init, taps, args.pool, args.transform, args.dtype, args.passes
         )
-        return dump.dump(request, config, ranks)
+        return extract.dump(request, config, ranks)
     if args.command == "linear":
-        from fastrot.linear import train_heads
+        from fastrot.runs.heads import train_heads
 
         return train_heads(args.checkpoint, args.random_init, config, ranks, args.resume)
     if args.command == "finetune":
-        from fastrot.finetune import fine_tune
+        from fastrot.runs.finetune import fine_tune
 
         return fine_tune(args.checkpoint, args.random_init, config, ranks, args.resume)
     if args.command == "page":
-        from fastrot.page.build import build
+        from fastrot.report.page import build
 
         return build(args.checkpoint, args.suite, args.out, config, ranks)
     if args.command == "tune":
-        from fastrot.tune import tune
+        from fastrot.runs.tune import tune
 
         return tune(config, ranks, args.seconds)
-    from fastrot import pretrain
-    from fastrot.dryrun import dry_run
+    from fastrot.runs.dry_run import dry_run
+    from fastrot.runs.run import train
 
     if args.dry_run:
         return dry_run(config, sources, ranks, args.deepspeed_config)
-    return pretrain.train(config, ranks, args.resume, args.resume_anyway, args.deepspeed_config)
+    return train(config, ranks, args.resume, args.resume_anyway, args.deepspeed_config)
 
 
 def entry(argv: list[str] | None = None) -> None:

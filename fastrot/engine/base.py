@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastrot.distributed import Ranks
 from fastrot.engine import StepSettings
 from fastrot.engine.buckets import Buckets
-from fastrot.optim import clip_and_measure
+from fastrot.engine.optimizers import clip_and_measure
 
 _PREFIX = "momentum_buffer/"
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrot.data.loader import MicroBatch
+from fastrot.engine.optimizers import HEAD
 from fastrot.models.resnet import build_model
-from fastrot.optim import HEAD
 from fastrot_kernels import rotate_views
 
 

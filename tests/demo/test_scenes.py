@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
+from fastrot.demo.scenes import CLASSES, draw, main, write
 from fastrot.errors import UserError
-from fastrot.scenes import CLASSES, draw, main, write
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from fastrot import config as configs
 from fastrot import distributed
 from fastrot.data.loader import MicroBatch
 from fastrot.distributed import Ranks
-from fastrot.dryrun import _Last
 from fastrot.engine import StepSettings
+from fastrot.engine.graphs import WARM_UPS, Graphed
+from fastrot.engine.optimizers import build_optimizer
 from fastrot.engine.plain import PlainEngine
 from fastrot.errors import UserError
-from fastrot.graphs import WARM_UPS, Graphed
-from fastrot.job import refuse_graphs
-from fastrot.optim import build_optimizer
+from fastrot.runs.arithmetic import refuse_graphs
+from fastrot.runs.dry_run import _Last
 from fastrot.tasks.rotation import RotationTask
 
 STEPS = WARM_UPS + 4
@@ -129,8 +129,8 @@ def test_the_compilers_graphs_refuse_micro_steps_and_ours_take_them():
 def test_a_dry_run_on_graphs_times_replays_alone(fastrot, images, tmp_path, monkeypatch):
     """Of both shapes of a step's micro-steps."""
     capture, said = OnTheHost(), []
-    monkeypatch.setattr("fastrot.job.refuse_graphs", lambda *_: None)
-    monkeypatch.setattr("fastrot.graphs.Capture", lambda device: capture)
+    monkeypatch.setattr("fastrot.runs.build.refuse_graphs", lambda *_: None)
+    monkeypatch.setattr("fastrot.engine.graphs.Capture", lambda device: capture)
     write = _Last.write
     monkeypatch.setattr(
         _Last, "write", lambda log, values: (said.append((capture.captured, capture.beside_runs)), write(log, values))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastrot import pretrain
 from fastrot.data.loader import MicroBatch
 from fastrot.models.resnet import build_model
 from fastrot.profiling.clock import Clock
+from fastrot.runs import run as running
 from fastrot.runs.log import RunLog
 from fastrot.tasks.finetune import FinetuneTask
 from fastrot.tasks.linear import LinearTask
@@ -99,12 +99,12 @@ def test_no_step_asks_a_tensor_for_its_value_before_a_line_is_due(fastrot, image
         with asked.watch():
             return run(*arguments)
 
-    run, tick = pretrain.run, RunLog.tick
+    run, tick = running.run, RunLog.tick
     if "engine.kind=deepspeed" in engine:
         from deepspeed.accelerator import get_accelerator
 
         monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: asked.steps[-1].append("synchronize"))
-    monkeypatch.setattr(pretrain, "run", watched)
+    monkeypatch.setattr(running, "run", watched)
     monkeypatch.setattr(RunLog, "tick", lambda log: (asked.steps.append([]), tick(log)))
     words = [*SMALL, *engine, f"data.train={images}", f"run.out={tmp_path / 'run'}", "--json"]
     assert fastrot("train", *words).json["steps"] == STEPS

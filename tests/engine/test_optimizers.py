@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastrot.optim import build_optimizer, clip_and_measure, lr_at
+from fastrot.engine.optimizers import build_optimizer, clip_and_measure
+from fastrot.engine.schedules import lr_at
 
 RECIPE = dict(epochs=70, peak=0.2, schedule="step", warmup_epochs=5, warmup_ratio=0.1, milestones=(30, 50), gamma=0.1)
 

@@ -21,8 +21,8 @@ from fastrot.data.manifest import Manifest
 from fastrot.data.order import FullOrder
 from fastrot.data.plan import Plan
 from fastrot.errors import UserError
-from fastrot.features import store
-from fastrot.featurestore import open_store
+from fastrot.features import write as writing
+from fastrot.features.read import open_store
 from fastrot.models import backbone
 from fastrot.models.resnet import backbone_state, build_model
 from fastrot.models.taps import flat_features
@@ -93,7 +93,7 @@ def test_a_store_killed_twice_and_resumed_is_the_same_bytes(fastrot, images, che
     words = ["features", "--checkpoint", checkpoint, "--data", images, *SMALL, *passes, "--out"]
     blocks = 12 if passes else 6
     assert fastrot(*words, tmp_path / "whole").code == 0
-    monkeypatch.setattr(store, "_COMMIT_S", -1.0)
+    monkeypatch.setattr(writing, "_COMMIT_S", -1.0)
     write = os.pwrite
     for fails_at in (7, 6):  # writes: 5 a block; the second death lies inside a block
         left = iter(range(fails_at))
@@ -104,11 +104,11 @@ def test_a_store_killed_twice_and_resumed_is_the_same_bytes(fastrot, images, che
                 raise OSError(28, "No space left on device")
             return write(handle, view, at)
 
-        monkeypatch.setattr(store.os, "pwrite", dying)
+        monkeypatch.setattr(writing.os, "pwrite", dying)
         died = fastrot(*words, tmp_path / "killed")
         distributed.end()  # what the end of the process does after a fault
         assert died.code == 3 and "cannot be written (No space left on device)" in died.err
-    monkeypatch.setattr(store.os, "pwrite", write)
+    monkeypatch.setattr(writing.os, "pwrite", write)
     done = fastrot(*words, tmp_path / "killed", "--json")
     assert done.json["computed"] == 2 * blocks - 2 * 2 and f"goes on after 2 of {blocks} blocks" in done.err
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
@@ -167,7 +167,7 @@ def test_real_kills_and_two_ranks_change_no_byte(fastrot, checkpoint, tmp_path):
     for launcher in ((), two):
         process = start(launcher, *words, tmp_path / "killed")
         while process.poll() is None:
-            if len(store.finished_blocks(tmp_path / "killed", 2)) > (150 if launcher else 20):
+            if len(writing.finished_blocks(tmp_path / "killed", 2)) > (150 if launcher else 20):
                 os.killpg(process.pid, signal.SIGKILL)
                 break
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -184,8 +184,8 @@ def test_the_manifest_names_what_was_computed_from_what(fastrot, images, checkpo
     assert fastrot(*words).code == 0
     facts = json.loads((tmp_path / "f" / "manifest.json").read_text())
     assert facts["content"] == Manifest.load(tmp_path / "f" / "rows").content
-    assert facts["checkpoint"]["sha256"] == store._sha256(checkpoint)
-    assert facts["files"]["avg.npy"]["sha256"] == store._sha256(tmp_path / "f" / "avg.npy")
+    assert facts["checkpoint"]["sha256"] == writing._sha256(checkpoint)
+    assert facts["files"]["avg.npy"]["sha256"] == writing._sha256(tmp_path / "f" / "avg.npy")
     assert facts["pool"] == "adaptive" and facts["transform"] == "test" and facts["side"] == 64
 
 
@@ -225,7 +225,7 @@ def test_bfloat16_features_are_those_of_float32_rounded_and_probed_like_them(fas
 def test_a_kill_while_the_store_is_laid_out_leaves_none_to_probe(fastrot, images, checkpoint, tmp_path, monkeypatch):
     """Neither before its plan is there, when all is laid out again, nor between the plan and the labels."""
     words = ["features", "--checkpoint", checkpoint, "--data", images, "--out", tmp_path / "f", "--taps", "avg", *SMALL]
-    write, save = store.write_text, np.save
+    write, save = writing.write_text, np.save
 
     def killed(write, name):
         def wrapped(path, *rest, **options):
@@ -237,7 +237,7 @@ def test_a_kill_while_the_store_is_laid_out_leaves_none_to_probe(fastrot, images
 
     for where, work, name in (("write_text", write, "plan.json"), ("np.save", save, "labels.npy")):
         with monkeypatch.context() as patch:
-            patch.setattr(f"fastrot.features.store.{where}", killed(work, name))
+            patch.setattr(f"fastrot.features.write.{where}", killed(work, name))
             assert fastrot(*words).code == 130
         distributed.end()  # a killed process leaves its group
         with pytest.raises(UserError, match="no feature store|not all there"):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from conftest import write_folder
 from fastrot.config import load, to_yaml
 from fastrot.models.resnet import backbone_state, build_model
-from fastrot.page import build, suite, svg, tables
+from fastrot.report import page, suite, svg, tables
 
 SUITE = """
 sets:
@@ -147,7 +147,7 @@ def test_a_page_holds_figures_controls_gaps_and_pictures(fastrot, run):
 
 def test_the_epochs_after_the_checkpoint_are_not_its_curves(run):
     from fastrot.models.backbone import load_backbone
-    from fastrot.page.rotation import metrics
+    from fastrot.report.rotation import metrics
 
     log = metrics(load_backbone(str(run / "run"))[1])
     assert [values["step"] for values in log] == [0, 1, 2, 3]
@@ -156,7 +156,7 @@ def test_the_epochs_after_the_checkpoint_are_not_its_curves(run):
 def test_a_fine_tuned_run_has_no_rotation_curves_and_no_confusion(run, tmp_path):
     from fastrot import distributed
     from fastrot.models.backbone import load_backbone
-    from fastrot.page import rotation
+    from fastrot.report import rotation
 
     shutil.copytree(run / "run", tmp_path / "run")
     step = tmp_path / "run" / "checkpoints" / "step-00000004"
@@ -169,8 +169,8 @@ def test_a_fine_tuned_run_has_no_rotation_curves_and_no_confusion(run, tmp_path)
 
 
 def test_a_chart_without_a_point_is_left_out():
-    bare, drawn = (build.Chart("k-NN", "layer", "%", [svg.Line("ours", "ours", points)]) for points in ([], [(0, 1.0)]))
-    assert build.drawable([bare, drawn]) == [drawn]
+    bare, drawn = (page.Chart("k-NN", "layer", "%", [svg.Line("ours", "ours", points)]) for points in ([], [(0, 1.0)]))
+    assert page.drawable([bare, drawn]) == [drawn]
 
 
 def test_low_shot_tables_follow_the_layer_that_is_best_at_the_largest_k():

@@ -241,7 +241,7 @@ def test_too_many_ranks_are_refused_with_one_line(images, tmp_path):
 def test_more_ranks_than_images_are_refused():
     from fastrot import config as configs
     from fastrot.errors import UserError
-    from fastrot.job import arithmetic
+    from fastrot.runs.arithmetic import arithmetic
 
     with pytest.raises(UserError, match="3 images for 4 ranks"):
         arithmetic(configs.load(None, [])[0], 4, 3)

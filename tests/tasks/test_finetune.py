@@ -21,10 +21,11 @@ from fastrot.data.manifest import Manifest, index
 from fastrot.data.order import FullOrder
 from fastrot.data.plan import Plan
 from fastrot.data.storage import FileStorage
+from fastrot.engine.optimizers import build_optimizer, set_lr
+from fastrot.engine.schedules import lr_at
 from fastrot.errors import UserError
-from fastrot.finetune import drawn_rows, named_rows
 from fastrot.models.resnet import backbone_state, build_model
-from fastrot.optim import build_optimizer, lr_at, set_lr
+from fastrot.runs.finetune import drawn_rows, named_rows
 
 CONFIG = ROOT / "configs" / "semi_in1k_1.yaml"
 SMALL = (

@@ -22,10 +22,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from fastrot import distributed
 from fastrot.data.plan import slice_of
 from fastrot.engine import StepSettings, make_engine
+from fastrot.engine.optimizers import build_optimizer
 from fastrot.models.fused_conv import fuse_convs
 from fastrot.models.fused_norm import fuse_norm
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
-from fastrot.optim import build_optimizer
 
 IMAGES, STEPS = 7, 4  # uneven over two ranks
 SMALL_MB = 400 / 2**20  # less than a filter's bytes, more than a norm's

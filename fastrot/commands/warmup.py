@@ -1,4 +1,4 @@
-"""python -m fastrot.warmup: compile once, at set-up, what the first run would wait for."""
+"""python -m fastrot.commands.warmup: compile once, at set-up, what the first run would wait for."""
 
 import contextlib
 import io

@@ -11,14 +11,14 @@ from fastrot import terminal
 from fastrot.config import Config
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
-from fastrot.featurestore import open_store
+from fastrot.features.read import open_store
 from fastrot.files import write_text
 from fastrot.models.backbone import Origin, load_backbone, pretraining, random_backbone
-from fastrot.page import markdown, pictures, published, rotation, suite, tables
-from fastrot.page.html import render
-from fastrot.page.run import SEED, Outcome, run_suite
-from fastrot.page.svg import Line
-from fastrot.page.trained import Trained, train_suite
+from fastrot.report import markdown, pictures, published, rotation, suite, tables
+from fastrot.report.html import render
+from fastrot.report.suite_run import SEED, Outcome, run_suite
+from fastrot.report.svg import Line
+from fastrot.report.trained import Trained, train_suite
 
 _QUERIES = 8
 _PUBLISHED_ARCH = "resnet50"

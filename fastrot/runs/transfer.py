@@ -10,9 +10,9 @@ from fastrot.data.build import open_manifest
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
-from fastrot.job import Job
 from fastrot.models.backbone import Origin, backbone_of
 from fastrot.profiling.roofline import Row
+from fastrot.runs.build import Job
 
 # switches of engine that pretraining alone has, and what leaves them out
 _PRETRAINING = {"compile": False, "cuda_graphs": False, "norm": "torch", "stem_channels": 3, "recompute": False}

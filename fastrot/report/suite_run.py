@@ -6,15 +6,15 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastrot import probe
 from fastrot.config import Config, load
 from fastrot.data.build import open_manifest
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
-from fastrot.features import dump
+from fastrot.features import extract
 from fastrot.models.backbone import Origin, load_backbone
-from fastrot.page.suite import Set, Suite
 from fastrot.probes import knn, linear, lowshot
+from fastrot.report import probing
+from fastrot.report.suite import Set, Suite
 
 BACKBONES = ("ours", "random")
 SEED = 0  # of the random backbone
@@ -51,7 +51,7 @@ def run_suite(
             for split, source in (("train", one.train), ("test", one.test)):
                 folder = out / "features" / backbone / f"{one.name}-{split}"
                 weights = {"checkpoint": checkpoint} if backbone == "ours" else {"seed": SEED}
-                request = dump.Request(
+                request = extract.Request(
                     source,
                     str(folder),
                     taps=one.taps,
@@ -61,7 +61,7 @@ def run_suite(
                     **weights,
                 )
                 say(f"{one.name}, {split}, {backbone} backbone")
-                dump.dump(request, settings, ranks)
+                extract.dump(request, settings, ranks)
                 outcome.stores[backbone, split] = folder
                 commands.append(_features_command(request, one, origin.arch))
             for name in one.probes:
@@ -104,11 +104,11 @@ def _probed(name: str, outcome: Outcome, backbone: str, out: Path, commands: lis
     )
     if not path.exists():
         train, test = map(str, stores)
-        probe.run(probe.PROBES[name], train, test, None, str(path), "auto", **options)
+        probing.run(probing.PROBES[name], train, test, None, str(path), "auto", **options)
     return json.loads(path.read_text())
 
 
-def _features_command(request: dump.Request, one: Set, arch: str) -> str:
+def _features_command(request: extract.Request, one: Set, arch: str) -> str:
     """The command that makes a store."""
     words = ["fastrot", "features", "--data", request.source, "--taps", ",".join(request.taps)]
     words += ["--pool", request.pool, "--transform", request.transform, "--dtype", request.dtype]

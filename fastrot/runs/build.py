@@ -2,98 +2,27 @@
 
 import math
 import os
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from fastrot import optim
-from fastrot.config import GRAPHING_MODES, Config
+from fastrot.config import Config
 from fastrot.data.build import crop_at, make_loader, short_side, sides
 from fastrot.data.manifest import Manifest
-from fastrot.data.plan import micro_steps_of, slice_of
 from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST, StepSettings, make_engine
-from fastrot.errors import UserError
-from fastrot.loop import Course
+from fastrot.engine.optimizers import build_optimizer
+from fastrot.engine.schedules import lr_at
 from fastrot.models.fused_conv import FUSED
 from fastrot.models.recompute import recompute_blocks
 from fastrot.models.resnet import pad_stem
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from fastrot.profiling import roofline
 from fastrot.profiling.clock import Clock
+from fastrot.runs.arithmetic import RECIPE_VIEWS, arithmetic, refuse_graphs, refuse_tiny_maps
+from fastrot.runs.loop import Course
 from fastrot.tasks.rotation import RotationTask
-
-RECIPE_VIEWS = 512  # that batch norm sees in the published run
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """How a step is shared out. images: of a step over all ranks; largest: of one rank at once."""
-
-    images: int
-    ranks: int
-    micro_steps: int
-    views_per_image: int
-    steps: int
-    largest: int
-    norm_views: int
-
-
-def arithmetic(config: Config, ranks: int, rows: int) -> Arithmetic:
-    """The step's shares. Raises UserError where a rank would get no image."""
-    images, engine = config.optim.images_per_step, config.engine
-    views = 4 if config.rotation.views == "all" else 1
-    if rows < ranks:
-        raise UserError(f"data.train: {rows} images for {ranks} ranks; start at most one rank an image")
-    if images < ranks:
-        raise UserError(
-            f"optim.images_per_step {images} leaves some of {ranks} ranks without an image; "
-            f"raise it to {ranks} or more, or start fewer ranks"
-        )
-    micro_steps = micro_steps_of(images, ranks, engine.images_per_micro_step)
-    shares = [slice_of(images, ranks, micro_steps, a, r) for a in range(micro_steps) for r in range(ranks)]
-    sizes = [last - first for first, last in shares]
-    norm = (images // micro_steps if config.model.sync_batchnorm else min(sizes)) * views
-    if norm < 2:
-        raise UserError(
-            f"optim.images_per_step {images} leaves batch norm {norm} view at a time; raise it, or rotation.views=all"
-        )
-    steps = math.ceil(config.optim.epochs * rows / images)
-    return Arithmetic(images, ranks, micro_steps, views, steps, max(sizes), norm)
-
-
-def refuse_graphs(config: Config, ranks: Ranks, micro_steps: int) -> None:
-    """Raise UserError where a step cannot be, or is not shown to be, replayed rightly from CUDA graphs: ours, or
-    those of torch.compile's mode."""
-    mode = config.engine.compile
-    if mode not in GRAPHING_MODES and not config.engine.cuda_graphs:
-        return
-    switch = f"engine.compile {mode}" if mode in GRAPHING_MODES else "engine.cuda_graphs"
-    if ranks.device.type != "cuda":
-        raise UserError(f"{switch} needs a CUDA device, and there is none; set it to false")
-    if ranks.world > 1 and config.model.sync_batchnorm:
-        raise UserError(
-            f"{switch} over {ranks.world} ranks would capture batch norm's communication, or cut its graphs there, which "
-            "is not shown to work; set it to false, or model.sync_batchnorm=false (another recipe)"
-        )
-    if mode in GRAPHING_MODES and micro_steps > 1:
-        raise UserError(
-            f"{switch} keeps gradients in its graphs' memory, where the next of {micro_steps} micro-steps overwrites "
-            "them; take engine.compile=max-autotune-no-cudagraphs, or leave engine.images_per_micro_step unset"
-        )
-
-
-def refuse_tiny_maps(config: Config, ranks: Ranks) -> None:
-    """Raise UserError where a 3 x 3 convolution of stride 2 meets 1 x 1 maps in 16 bits on a CPU: oneDNN leaves the
-    weights' gradient unwritten outside the middle (torch 2.11)."""
-    smallest = min(sides(config))
-    if ranks.device.type == "cpu" and config.engine.precision in AUTOCAST and smallest <= 16:
-        raise UserError(
-            f"data.crop {smallest} with engine.precision {config.engine.precision} on a CPU: torch's gradients of 1 x 1 "
-            "maps hold unwritten memory there; use crops above 16, or fp32"
-        )
 
 
 class Job:
@@ -148,7 +77,7 @@ class Job:
         if e.zero and e.precision in AUTOCAST:
             self.say(f"engine.zero 1 communicates gradients in {e.precision}")
         model.to(ranks.device)
-        optimizer = optim.build_optimizer(
+        optimizer = build_optimizer(
             o.name,
             model,
             lr=o.lr,
@@ -216,7 +145,7 @@ class Job:
 
     def lr_of(self, epoch: float) -> float:
         o = self.config.optim
-        return optim.lr_at(
+        return lr_at(
             epoch,
             epochs=o.epochs,
             peak=o.lr,

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 
-from fastrot.page import published
+from fastrot.report import published
 
 LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5")
 

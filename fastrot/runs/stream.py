@@ -12,7 +12,7 @@ from fastrot.data.manifest import Manifest
 from fastrot.data.plan import Sample, StreamHash, slice_of
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
-from fastrot.job import Arithmetic, arithmetic
+from fastrot.runs.arithmetic import Arithmetic, arithmetic
 
 
 def stream(config: Config, ranks: Ranks, first_step: int, steps: int, as_ranks: int, pixels: bool) -> dict:

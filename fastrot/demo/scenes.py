@@ -5,7 +5,7 @@ scenes are made so that "up" has to be learnt from many cues (roofs, shadows, gr
 clouds with a flat base, shading) and never from one: skies may be dark, red or green, grounds
 bright, cameras tilted, colours missing.
 
-    python -m fastrot.scenes --out data/scenes --train 4000 --val 400 --seed 0
+    python -m fastrot.demo.scenes --out data/scenes --train 4000 --val 400 --seed 0
 """
 
 import argparse
@@ -25,9 +25,9 @@ from PIL import Image, ImageFilter
 from rich.console import Console
 from rich.progress import track
 
+from fastrot.demo.objects import CLASSES, OBJECTS, PROPS, house, stone, tree
+from fastrot.demo.scenery import AT_HOME, INDOORS, MARGIN, PALETTES, SCALE, Brush, Scene, floor, heavens, hills, wall
 from fastrot.errors import UserError
-from fastrot.sceneobjects import CLASSES, OBJECTS, PROPS, house, stone, tree
-from fastrot.scenery import AT_HOME, INDOORS, MARGIN, PALETTES, SCALE, Brush, Scene, floor, heavens, hills, wall
 
 VERSION = 1  # raise it when the drawing changes: an older folder is then no longer accepted
 
@@ -165,9 +165,9 @@ def write(root, train, val, seed):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
-        prog="python -m fastrot.scenes",
+        prog="python -m fastrot.demo.scenes",
         description="Draw a data set of small upright scenes, one folder a class.",
-        epilog="example: python -m fastrot.scenes --out data/scenes --train 4000 --val 400 --seed 0",
+        epilog="example: python -m fastrot.demo.scenes --out data/scenes --train 4000 --val 400 --seed 0",
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder to write: train/ and val/ with one folder a class"

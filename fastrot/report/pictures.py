@@ -13,7 +13,7 @@ from fastrot.data.images import decode_upright
 from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage
-from fastrot.featurestore import FeatureStore
+from fastrot.features.read import FeatureStore
 from fastrot.probes.knn import neighbours
 
 _THUMB = 84  # pixels

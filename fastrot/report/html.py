@@ -4,9 +4,9 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from fastrot.page import svg
-from fastrot.page.markdown import DIFFERENCE, NOTHING, cells
-from fastrot.page.tables import Table
+from fastrot.report import svg
+from fastrot.report.markdown import DIFFERENCE, NOTHING, cells
+from fastrot.report.tables import Table
 
 _TURNS = ["0°", "90°", "180°", "270°"]
 _NAMES = {"ours": "pretrained", "random": "random"}
@@ -14,7 +14,7 @@ _NAMES = {"ours": "pretrained", "random": "random"}
 
 def render(page) -> str:
     """HTML that needs nothing else: styles, charts and pictures are inside."""
-    template = Template(files("fastrot.page").joinpath("template.html").read_text(encoding="utf-8"))
+    template = Template(files("fastrot.report").joinpath("template.html").read_text(encoding="utf-8"))
     charts = {chart.title: svg.lines(chart.title, chart.lines, chart.x, chart.y, chart.ticks) for chart in page.charts}
     pretraining = [html for title, html in charts.items() if title.startswith("Rotation")]
     probes = [html for title, html in charts.items() if not title.startswith("Rotation")]

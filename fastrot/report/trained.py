@@ -11,11 +11,11 @@ from fastrot.config import Config, flat, load
 from fastrot.data.build import open_manifest
 from fastrot.distributed import Ranks
 from fastrot.files import write_text
-from fastrot.finetune import fine_tune
-from fastrot.linear import train_heads
 from fastrot.models.backbone import Origin
-from fastrot.page.run import BACKBONES, SEED, missing
-from fastrot.page.suite import Run, Suite
+from fastrot.report.suite import Run, Suite
+from fastrot.report.suite_run import BACKBONES, SEED, missing
+from fastrot.runs.finetune import fine_tune
+from fastrot.runs.heads import train_heads
 
 _TRAIN = {"linear": train_heads, "finetune": fine_tune}
 

@@ -16,7 +16,7 @@ from fastrot.data.loader_settings import Tuned
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
-from fastrot.job import arithmetic
+from fastrot.runs.arithmetic import arithmetic
 
 _WARM = 3  # batches before the clock starts
 _LEAST = 8  # batches timed, however slow

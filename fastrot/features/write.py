@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from fastrot.data.manifest import Manifest
 from fastrot.errors import Fault, UserError
-from fastrot.featurestore import BFLOAT16, DTYPES, mapped
+from fastrot.features.read import BFLOAT16, DTYPES, mapped
 from fastrot.files import write_text
 
 _DONE = re.compile(r"block (\d+) of (\d+) rows is on disk")

@@ -11,7 +11,7 @@ import torch
 
 from fastrot import machine, terminal
 from fastrot.errors import UserError
-from fastrot.featurestore import FeatureStore, open_store
+from fastrot.features.read import FeatureStore, open_store
 from fastrot.files import write_text
 from fastrot.probes import lowshot
 from fastrot.probes.knn import knn

@@ -9,9 +9,9 @@ import torch
 
 from fastrot.data.loader import MicroBatch, StepBatch
 from fastrot.engine.base import Engine
+from fastrot.engine.graphs import Graphed
+from fastrot.engine.optimizers import set_lr
 from fastrot.errors import Fault
-from fastrot.graphs import Graphed
-from fastrot.optim import set_lr
 from fastrot.profiling.clock import STAGES, Clock
 from fastrot.profiling.roofline import Work
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from fastrot.scenery import LEAVES
+from fastrot.demo.scenery import LEAVES
 
 
 def boat(b):

@@ -1,6 +1,6 @@
 """The page as Markdown: its facts, tables, gaps, commands and fingerprints."""
 
-from fastrot.page.tables import Figure, Row, Table
+from fastrot.report.tables import Figure, Row, Table
 
 NOTHING = "\N{EN DASH}"
 DIFFERENCE = "ours \N{MINUS SIGN} random"

@@ -7,9 +7,10 @@ from fastrot import terminal
 from fastrot.config import Config, flat
 from fastrot.data.build import describe, open_manifest
 from fastrot.distributed import Ranks
-from fastrot.graphs import WARM_UPS
-from fastrot.job import RECIPE_VIEWS, Job
-from fastrot.loop import run
+from fastrot.engine.graphs import WARM_UPS
+from fastrot.runs.arithmetic import RECIPE_VIEWS
+from fastrot.runs.build import Job
+from fastrot.runs.loop import run
 
 _TIMED = 2  # steps after those that warm up, with the loader running ahead
 

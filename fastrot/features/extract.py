@@ -22,7 +22,7 @@ from fastrot.data.storage import FileStorage
 from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST
 from fastrot.errors import UserError
-from fastrot.features import store
+from fastrot.features import write
 from fastrot.models.backbone import Origin, backbone_of
 from fastrot.models.taps import AVERAGE, TAPS, flat_features
 from fastrot_kernels import rotate_views
@@ -102,7 +102,7 @@ def dump(request: Request, config: Config, ranks: Ranks) -> dict:
     loader, decoder = _loader(request, config, manifest, ranks, block)
     say(decoder)
     facts = _facts(request, config, manifest, origin, extract, block, decoder.partition(",")[0])
-    finished = distributed.on_first(ranks, lambda: store.prepare(folder, facts, manifest))
+    finished = distributed.on_first(ranks, lambda: write.prepare(folder, facts, manifest))
     began, computed = time.monotonic(), 0
     try:
         if finished:
@@ -110,7 +110,7 @@ def dump(request: Request, config: Config, ranks: Ranks) -> dict:
         else:
             computed = _compute(folder, request, config, ranks, loader, extract, block, say)
             dist.barrier()
-            distributed.on_first(ranks, lambda: store.finish(folder, facts))
+            distributed.on_first(ranks, lambda: write.finish(folder, facts))
     finally:
         loader.close()
     seconds = time.monotonic() - began
@@ -139,14 +139,14 @@ def _compute(folder, request: Request, config: Config, ranks: Ranks, loader: Loa
     """Compute this rank's contiguous share of the blocks that are not on disk; how many rows those were."""
     rows = len(loader.manifest)
     n = rows * (request.passes or 1)
-    done = distributed.on_first(ranks, lambda: store.finished_blocks(folder, block))
+    done = distributed.on_first(ranks, lambda: write.finished_blocks(folder, block))
     todo = [number for number in range(-(-n // block)) if number not in done]
     if done:
         say(f"{folder}: goes on after {len(done):,} of {-(-n // block):,} blocks")
     first, last = slice_of(len(todo), ranks.world, 1, 0, ranks.rank)
     mine = todo[first:last]
     parts = [np.arange(number * block, min((number + 1) * block, n)) for number in mine]
-    writer = store.BlockWriter(folder, list(request.taps), block, ranks.rank)
+    writer = write.BlockWriter(folder, list(request.taps), block, ranks.rank)
     if request.passes:
         batches = loader.augmented(((part % rows, part // rows) for part in parts), config.data.crop)
     else:

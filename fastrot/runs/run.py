@@ -19,10 +19,10 @@ from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.errors import Fault, UserError
 from fastrot.files import write_text
-from fastrot.job import Job
-from fastrot.loop import run
 from fastrot.runs import checkpoint
+from fastrot.runs.build import Job
 from fastrot.runs.log import RunLog, write_status
+from fastrot.runs.loop import run
 
 Chooser = Callable[[Manifest], Manifest]
 _FIXED = ("model.arch", "run.seed", "data")  # no resume can change these

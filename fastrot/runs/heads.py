@@ -2,12 +2,13 @@
 
 from functools import partial
 
-from fastrot import pretrain, transfer
 from fastrot.config import Config
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
+from fastrot.runs import transfer
+from fastrot.runs.run import train
+from fastrot.runs.transfer import TransferJob
 from fastrot.tasks.linear import LinearTask
-from fastrot.transfer import TransferJob
 
 
 class LinearJob(TransferJob):
@@ -43,4 +44,4 @@ def train_heads(checkpoint: str | None, seed: int | None, config: Config, ranks:
         )
     begin = transfer.start("linear", checkpoint, seed, config, ranks)
     job = partial(LinearJob, begin)
-    return pretrain.train(begin.config, ranks, resume, [], None, job, begin.defining("linear"))
+    return train(begin.config, ranks, resume, [], None, job, begin.defining("linear"))

@@ -7,15 +7,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastrot import pretrain, transfer
 from fastrot.config import Config
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST
 from fastrot.errors import UserError
 from fastrot.probes.lowshot import draw
+from fastrot.runs import transfer
+from fastrot.runs.run import train
+from fastrot.runs.transfer import Start, TransferJob
 from fastrot.tasks.finetune import FinetuneTask
-from fastrot.transfer import Start, TransferJob
 
 
 class FinetuneJob(TransferJob):
@@ -51,7 +52,7 @@ def fine_tune(checkpoint: str | None, seed: int | None, config: Config, ranks: R
     begin = transfer.start("finetune", checkpoint, seed, config, ranks)
     job = partial(FinetuneJob, begin)
     choose = partial(subset, config=config)
-    return pretrain.train(begin.config, ranks, resume, [], None, job, begin.defining("finetune"), choose)
+    return train(begin.config, ranks, resume, [], None, job, begin.defining("finetune"), choose)
 
 
 def subset(manifest: Manifest, config: Config) -> Manifest:
