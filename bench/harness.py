@@ -14,8 +14,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # import this before fastrot, which need not be installed
-_PACKAGES = ("numpy", "pillow", "torch", "torchvision", "triton", "nvidia-dali-cuda130", "ffcv", "webdataset",
-             "simplejpeg", "litdata", "spdl-core", "scikit-learn")
+_PACKAGES = (
+    "numpy",
+    "pillow",
+    "torch",
+    "torchvision",
+    "triton",
+    "nvidia-dali-cuda130",
+    "ffcv",
+    "webdataset",
+    "simplejpeg",
+    "litdata",
+    "spdl-core",
+    "scikit-learn",
+)
 
 
 def parser(question: str) -> argparse.ArgumentParser:

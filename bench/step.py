@@ -51,7 +51,9 @@ SWITCHES = {
     "cuda_graphs=true": {"cuda_graphs": True},
     "norm=fused stem_channels=4 cuda_graphs=true": {"norm": "fused", "stem_channels": 4, "cuda_graphs": True},
     "norm=fused_conv stem_channels=4 cuda_graphs=true": {
-        "norm": "fused_conv", "stem_channels": 4, "cuda_graphs": True,
+        "norm": "fused_conv",
+        "stem_channels": 4,
+        "cuda_graphs": True,
     },
     "SGD unfused": {"optimizer": "unfused"},
     "LARS": {"optimizer": "lars"},
@@ -220,7 +222,9 @@ def gate(name: str, learnt: tuple, base: tuple, switches: dict, ranks: distribut
     harness.gate(near, f"{name}: the losses {losses[:many]} are base's {base_losses[:many]} within {share:.0%}")
     if ranks.world == 1 or switches["sync_batchnorm"]:
         near = abs(norm - base_norm) < NORM_SHARE * base_norm
-        harness.gate(near, f"{name}: the first gradient's norm {norm:.4g} is base's {base_norm:.4g} within {NORM_SHARE:.0%}")
+        harness.gate(
+            near, f"{name}: the first gradient's norm {norm:.4g} is base's {base_norm:.4g} within {NORM_SHARE:.0%}"
+        )
 
 
 def measure(arms: dict, rounds: int, lap: int, clock) -> dict[str, dict]:
@@ -246,9 +250,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128 if cuda else 8, help="a step and rank, before rotation")
     parser.add_argument("--side", type=int, default=224 if cuda else 64)
     names = [name for name, switches in SWITCHES.items() if able(BASE | switches, world, cuda)]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="SWITCH", help=f"of {', '.join(names)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, metavar="SWITCH", help=f"of {', '.join(names)}"
+    )
     parser.add_argument("--lap", type=int, default=10 if cuda else 2, help="steps timed at a time")
-    parser.add_argument("--data", metavar="FOLDER", help="also train the fastest switch on these images as they are loaded")
+    parser.add_argument(
+        "--data", metavar="FOLDER", help="also train the fastest switch on these images as they are loaded"
+    )
     parser.add_argument("--quick", action="store_true", help="a rehearsal: one round of tiny steps, no compiling")
     arguments = parser.parse_args()
     if arguments.quick:

@@ -22,7 +22,11 @@ def main(argv: list[str] | None = None) -> int:
         _complain(error)
         return error.exit_code
     except KeyboardInterrupt:
-        goes_on = "; --resume auto goes on from the last checkpoint" if args.command in ("train", "linear", "finetune") else ""
+        goes_on = (
+            "; --resume auto goes on from the last checkpoint"
+            if args.command in ("train", "linear", "finetune")
+            else ""
+        )
         _complain(f"stopped by Ctrl-C{goes_on}")
         return 130
 
@@ -136,7 +140,15 @@ def _hand_over(args, config, sources, ranks) -> dict:
 
         taps = extract.parse_taps(args.taps)
         request = extract.Request(
-            args.data, args.out, args.checkpoint, args.random_init, taps, args.pool, args.transform, args.dtype, args.passes
+            args.data,
+            args.out,
+            args.checkpoint,
+            args.random_init,
+            taps,
+            args.pool,
+            args.transform,
+            args.dtype,
+            args.passes,
         )
         return extract.dump(request, config, ranks)
     if args.command == "linear":

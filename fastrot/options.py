@@ -25,7 +25,9 @@ examples:
 def _parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument(
-        "--config", metavar="FILE", help="YAML file of sections data, rotation, linear, finetune, model, optim, engine, run"
+        "--config",
+        metavar="FILE",
+        help="YAML file of sections data, rotation, linear, finetune, model, optim, engine, run",
     )
     options.add_argument("--json", action="store_true", help="print the result as one line of JSON on standard output")
     options.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -170,7 +172,9 @@ def _add_finetune(commands, common, page) -> None:
 def _add_features(commands, common, page) -> None:
     features = commands.add_parser("features", help="a frozen backbone's taps over a source", parents=[common], **page)
     _add_backbone(features)
-    features.add_argument("--data", required=True, metavar="SOURCE", help="a folder, list:FILE, shards, voc:ROOT?split=S")
+    features.add_argument(
+        "--data", required=True, metavar="SOURCE", help="a folder, list:FILE, shards, voc:ROOT?split=S"
+    )
     features.add_argument("--taps", default="1,2,3,4,5", metavar="LIST", help="of 1,2,3,4,5,avg (default: 1,2,3,4,5)")
     features.add_argument("--pool", choices=("specified", "gap", "adaptive"), default="specified")
     features.add_argument(

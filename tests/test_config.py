@@ -59,10 +59,27 @@ def test_the_linear_heads_of_other_sets_are_the_protocols(name, epochs, mileston
     """protocols.md, "Linear heads", row by row."""
     config, _ = configs.load(str(FILES[0].parent / f"linear_{name}.yaml"), [])
     o = config.optim
-    assert (o.name, o.images_per_step, o.lr, o.momentum, o.nesterov, o.weight_decay) == ("sgd", 256, 0.01, 0.9, True, 1e-4)
+    assert (o.name, o.images_per_step, o.lr, o.momentum, o.nesterov, o.weight_decay) == (
+        "sgd",
+        256,
+        0.01,
+        0.9,
+        True,
+        1e-4,
+    )
     assert (o.epochs, o.schedule, o.milestones, o.gamma, o.warmup_epochs) == (epochs, "step", milestones, 0.1, 0)
-    assert (config.linear.jitter, config.linear.lighting, len(config.linear.taps), config.linear.pool) == (0, 0, 5, "specified")
-    assert (config.data.window, config.data.crop, config.data.resize or 256, config.data.flip) == (window, 224, 256, 0.5)
+    assert (config.linear.jitter, config.linear.lighting, len(config.linear.taps), config.linear.pool) == (
+        0,
+        0,
+        5,
+        "specified",
+    )
+    assert (config.data.window, config.data.crop, config.data.resize or 256, config.data.flip) == (
+        window,
+        224,
+        256,
+        0.5,
+    )
     assert (config.run.evaluate_every, config.engine.precision) == (10, "fp32")
 
 

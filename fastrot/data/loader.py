@@ -145,7 +145,9 @@ class Loader:
         for request, pixels in self._flow(requests, show):
             yield self._batch(request, pixels, len(self.manifest))
 
-    def augmented(self, parts: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]], crop: int) -> Iterator[MicroBatch]:
+    def augmented(
+        self, parts: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]], crop: int
+    ) -> Iterator[MicroBatch]:
         """Given (rows, epochs) as training shows them, a batch for each of `parts`, in order."""
         requests = (_Request(self.plan.of(rows, epochs), crop) for rows, epochs in parts)
         for request, pixels in self._flow(requests, self.plan.of):

@@ -101,7 +101,9 @@ def _write(
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     if len(left_out) == n:
-        raise UserError(f"{manifest.source}: none of its {n} images can be decoded; the first: {': '.join(left_out[0])}")
+        raise UserError(
+            f"{manifest.source}: none of its {n} images can be decoded; the first: {': '.join(left_out[0])}"
+        )
     writer.finish()
     return {"rows": n - len(left_out), "bytes": file.seek(0, os.SEEK_END), "page": page, **counts, "left_out": left_out}
 

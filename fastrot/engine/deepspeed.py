@@ -37,7 +37,9 @@ def settings_to_json(settings, world: int) -> dict:
 def _bucket_size(settings) -> dict:
     """ZeRO 1's own buckets, in elements: filled after the backward pass, since it overlaps nothing where we count the
     micro-steps. Its default makes a buffer of 2 GB a step."""
-    return {"reduce_bucket_size": max(1, int(settings.bucket_mb * 2**18))} if settings.zero and settings.bucket_mb else {}
+    return (
+        {"reduce_bucket_size": max(1, int(settings.bucket_mb * 2**18))} if settings.zero and settings.bucket_mb else {}
+    )
 
 
 def merged(ours: dict, path: str, batch: dict[str, int], clip: float | None) -> dict:

@@ -240,7 +240,5 @@ def _show(result: dict) -> None:
     passes = f" in {result['passes']} augmented passes" if result["passes"] else ""
     rows = [("rows", f"{result['rows']:,}{passes}"), ("numbers a row", taps)]
     if result["computed"]:
-        rows.append(
-            ("throughput", f"{result['images_per_s']:,.1f} images/s in {terminal.duration(result['seconds'])}")
-        )
+        rows.append(("throughput", f"{result['images_per_s']:,.1f} images/s in {terminal.duration(result['seconds'])}"))
     terminal.table("features", [*rows, ("outputs", result["out"])])

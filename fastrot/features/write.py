@@ -176,9 +176,7 @@ def finish(folder: Path, facts: dict) -> None:
     paths = sorted(folder.glob("*.npy"))
     with ThreadPoolExecutor(4) as pool:
         hashes = list(pool.map(_sha256, paths))
-    files = {
-        path.name: {"sha256": sha, "bytes": path.stat().st_size} for path, sha in zip(paths, hashes, strict=True)
-    }
+    files = {path.name: {"sha256": sha, "bytes": path.stat().st_size} for path, sha in zip(paths, hashes, strict=True)}
     write_text(folder / "manifest.json", json.dumps(facts | {"files": files}, indent=1) + "\n")
     _clear(folder)
 

@@ -90,7 +90,10 @@ def load_backbone(path: str) -> tuple[nn.Module, Origin]:
     _refuse_differences(state, model, arch, file)
     counters = {key: torch.tensor(0) for key in model.state_dict() if key.endswith(_COUNTER)}
     # copied: a file's tensors lie at any alignment, and sums may depend on it
-    state = {key: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True) for key, value in state.items()}
+    state = {
+        key: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+        for key, value in state.items()
+    }
     model.load_state_dict(counters | state, assign=True)
     with file.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()

@@ -108,7 +108,11 @@ def _loading(to: str, file: str, arch: str) -> str:
 def _recipe(facts: dict) -> list[str]:
     """What the run of the checkpoint says of itself; for foreign weights, that nothing is known."""
     if not facts:
-        return ["## Training", "", "The weights come from a file of another library; nothing is known of their training."]
+        return [
+            "## Training",
+            "",
+            "The weights come from a file of another library; nothing is known of their training.",
+        ]
     config, environment, state = yaml.safe_load(facts["config"]), facts.get("environment", {}), facts.get("state", {})
     data, optim = config["data"], config["optim"]
     defining = state.get("defining", {})
@@ -118,7 +122,10 @@ def _recipe(facts: dict) -> list[str]:
         ("seen", seen),
         ("crop", f"{data['crop']} pixels, area {data['scale']}, flip {data['flip']}"),
         ("views", f"{config['rotation']['views']} turns an image, {optim['images_per_step']} images a step"),
-        ("optimiser", f"{optim['name']}, lr {optim['lr']}, momentum {optim['momentum']}, decay {optim['weight_decay']}"),
+        (
+            "optimiser",
+            f"{optim['name']}, lr {optim['lr']}, momentum {optim['momentum']}, decay {optim['weight_decay']}",
+        ),
         ("schedule", f"{optim['schedule']} over {optim['epochs']} epochs, {optim['warmup_epochs']} of them warm-up"),
         ("precision", config["engine"]["precision"]),
         ("seed", config["run"]["seed"]),

@@ -18,7 +18,9 @@ ADAPTIVE = (12, 6, 4, 3, 2)
 def _specified(x: Tensor, at: int) -> Tensor:
     kernel, stride, padding = SPECIFIED[at]
     if min(x.shape[2:]) + 2 * padding < kernel:
-        raise UserError(f"pool specified is for images of 224: {TAPS[at]} is only {x.shape[2]}x{x.shape[3]}; use adaptive")
+        raise UserError(
+            f"pool specified is for images of 224: {TAPS[at]} is only {x.shape[2]}x{x.shape[3]}; use adaptive"
+        )
     return F.avg_pool2d(x, kernel, stride, padding)
 
 

@@ -66,7 +66,9 @@ def _cell(column: int, text: str) -> str:
 
 def _filters(name: str, uri: str) -> str:
     alt = f"first-layer filters, {name}"
-    return f'<figure><figcaption><b>{escape(name)}</b></figcaption><img class="filters" src="{uri}" alt="{alt}"></figure>'
+    return (
+        f'<figure><figcaption><b>{escape(name)}</b></figcaption><img class="filters" src="{uri}" alt="{alt}"></figure>'
+    )
 
 
 def _neighbours(shown: dict) -> str:

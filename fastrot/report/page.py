@@ -76,7 +76,9 @@ class Page:
 def build(checkpoint: str, suite_file: str, out: str, config: Config, ranks: Ranks) -> dict:
     """Run the suite and write the page. Returns what --json prints. Raises UserError."""
     if ranks.world > 1:
-        raise UserError("fastrot page runs in one process; start fastrot features on many ranks before, it goes on there")
+        raise UserError(
+            "fastrot page runs in one process; start fastrot features on many ranks before, it goes on there"
+        )
     console = terminal.console()
 
     def say(line: str) -> None:
@@ -107,9 +109,7 @@ def build(checkpoint: str, suite_file: str, out: str, config: Config, ranks: Ran
     return {name: str(path) for name, path in files.items()} | {"gaps": gaps}
 
 
-def _page(
-    origin: Origin, outcomes: list[Outcome], trained: list[Trained], commands: list[str], ranks: Ranks
-) -> Page:
+def _page(origin: Origin, outcomes: list[Outcome], trained: list[Trained], commands: list[str], ranks: Ranks) -> Page:
     log = rotation.metrics(origin)
     weights = {
         "pretrained": load_backbone(origin.path)[0].conv1.weight,
@@ -254,7 +254,10 @@ def _facts(origin: Origin, log: list[dict]) -> list[tuple[str, str]]:
     if rates:
         images, waits = np.median(rates) / 4, [v["wait_share"] for v in log if "wait_share" in v]
         rows += [
-            ("throughput", f"{np.median(rates):,.1f} views/s ({images:,.1f} images/s at four views), median of the log"),
+            (
+                "throughput",
+                f"{np.median(rates):,.1f} views/s ({images:,.1f} images/s at four views), median of the log",
+            ),
             ("waiting for data", f"{100 * np.median(waits):.2f} % of a step, median of the log"),
         ]
     held_out = [v["held_out_accuracy"] for v in log if "held_out_accuracy" in v]
@@ -267,7 +270,9 @@ def _warnings(origin: Origin) -> list[str]:
     """What keeps a reader from comparing with the published figures."""
     out = []
     if origin.arch != _PUBLISHED_ARCH:
-        out.append(f"The published figures are ResNet-50's; this backbone is {origin.arch.replace('resnet', 'ResNet-')}.")
+        out.append(
+            f"The published figures are ResNet-50's; this backbone is {origin.arch.replace('resnet', 'ResNet-')}."
+        )
     if origin.run is None:
         out.append("The weights come from a file without its run: how they were trained is not known.")
     return out

@@ -32,7 +32,9 @@ def filters(weight: torch.Tensor, columns: int = 16) -> str:
     sheet = np.full((rows * pitch - 2, columns * pitch - 2, 4), 0, np.uint8)
     for at, tile in enumerate(tiles):
         top, left = at // columns * pitch, at % columns * pitch
-        sheet[top : top + len(tile), left : left + len(tile)] = np.dstack([tile, np.full(tile.shape[:2], 255, np.uint8)])
+        sheet[top : top + len(tile), left : left + len(tile)] = np.dstack(
+            [tile, np.full(tile.shape[:2], 255, np.uint8)]
+        )
     return _uri(Image.fromarray(sheet), "PNG")
 
 

@@ -26,7 +26,9 @@ def svm(train: FeatureStore, test: FeatureStore, layers: list[str], device: str)
     _expect(train, test, 2, "class matrices [N, classes] of 1, 0 and -1")
 
     def one(layer: str) -> dict:
-        r = voc_svm(train.features[layer], train.labels, test.features[layer], test.labels, COSTS, device, terminal.track)
+        r = voc_svm(
+            train.features[layer], train.labels, test.features[layer], test.labels, COSTS, device, terminal.track
+        )
         return {
             "average_precision": r.average_precision,
             "eleven_point": r.eleven_point,

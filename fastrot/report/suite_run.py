@@ -99,9 +99,7 @@ def _probed(name: str, outcome: Outcome, backbone: str, out: Path, commands: lis
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{outcome.set.name}-{name}-{key.hexdigest()[:12]}.json"
     fit = "--features" if name == "linear" else "--train"
-    commands.append(
-        shlex.join(["fastrot", name, fit, str(stores[0]), "--test", str(stores[1]), "--out", str(path)])
-    )
+    commands.append(shlex.join(["fastrot", name, fit, str(stores[0]), "--test", str(stores[1]), "--out", str(path)]))
     if not path.exists():
         train, test = map(str, stores)
         probing.run(probing.PROBES[name], train, test, None, str(path), "auto", **options)

@@ -19,7 +19,9 @@ class Line:
     marks: bool = True
 
 
-def lines(title: str, series: list[Line], x_label: str, y_label: str, ticks: list[tuple[float, str]] | None = None) -> str:
+def lines(
+    title: str, series: list[Line], x_label: str, y_label: str, ticks: list[tuple[float, str]] | None = None
+) -> str:
     """A line chart with its legend, as HTML.
 
     ticks  (x, label) of the horizontal axis; by default round numbers.

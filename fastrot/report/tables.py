@@ -135,7 +135,9 @@ def knn(title: str, of: str | None, ours, random, notes: list[str], gap: str | N
     """k-NN on the global average at each k, then every layer at k = 20."""
     figures = published.KNN.get(of, {})
     rows = [
-        Row(f"avg, k = {k}", figures.get(k), *(_figure(r, "layers", "avg", "k", str(k), "top1") for r in (ours, random)))
+        Row(
+            f"avg, k = {k}", figures.get(k), *(_figure(r, "layers", "avg", "k", str(k), "top1") for r in (ours, random))
+        )
         for k in (10, 20, 100, 200)
     ]
     layers = [tap for tap in LAYERS if ours and tap in ours["layers"]]
@@ -149,7 +151,9 @@ def knn(title: str, of: str | None, ours, random, notes: list[str], gap: str | N
 def heads(title: str, of: str | None, taps: tuple[str, ...], ours, random, notes: list[str], gap: str | None) -> Table:
     """The protocol's linear heads, trained on the images; a layer each."""
     rows = [
-        Row(tap, published.LINEAR.get(of, {}).get(tap), *(_share(r, f"held_out_accuracy_{tap}") for r in (ours, random)))
+        Row(
+            tap, published.LINEAR.get(of, {}).get(tap), *(_share(r, f"held_out_accuracy_{tap}") for r in (ours, random))
+        )
         for tap in taps
     ]
     last = ["The last epoch's, trained on augmented images."] if ours else []
@@ -186,6 +190,8 @@ def _choice(ours: dict | None, random: dict | None) -> list[str]:
 def elsewhere() -> list[Table]:
     """The mission's tables that the suite runs nothing for."""
     return [
-        Table(title, unit, [Row(label, value) for label, value in rows], source, gap="No door of fastrot runs this yet.")
+        Table(
+            title, unit, [Row(label, value) for label, value in rows], source, gap="No door of fastrot runs this yet."
+        )
         for title, unit, source, rows in published.ELSEWHERE
     ]

@@ -51,7 +51,10 @@ def start(command: str, checkpoint: str | None, seed: int | None, config: Config
     for wrong, line in (
         (config.rotation.views != "one", "rotation.views must be one: an image is one view, and is not turned"),
         (config.rotation.shuffle_labels, "rotation.shuffle_labels is for pretraining"),
-        *((getattr(config.engine, key) != off, f"engine.{key} is for pretraining") for key, off in _PRETRAINING.items()),
+        *(
+            (getattr(config.engine, key) != off, f"engine.{key} is for pretraining")
+            for key, off in _PRETRAINING.items()
+        ),
     ):
         if wrong:
             raise UserError(f"fastrot {command}: {line}")

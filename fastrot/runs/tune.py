@@ -104,7 +104,9 @@ def tune(config: Config, ranks: Ranks, seconds: float) -> dict:
         "images_per_s": pace,
         "images_per_s_by_threads": by_threads,
         "images_per_s_by_hw_decoder_load": by_load,
-        "waiting_by_prefetch": {depth: loader_settings.waiting(took, depth) for depth in range(2, settings.prefetch + 1)},
+        "waiting_by_prefetch": {
+            depth: loader_settings.waiting(took, depth) for depth in range(2, settings.prefetch + 1)
+        },
         "kept": str(kept),
     }
     if ranks.first:

@@ -26,7 +26,9 @@ class Heads(nn.Module):
         self.backbone = backbone.requires_grad_(False)
         self._taps, self._pool = taps, pool
         with torch.inference_mode():
-            shapes = {tap: x.shape[1:] for tap, x in pooled_maps(backbone, torch.zeros(1, 3, side, side), taps, pool).items()}
+            shapes = {
+                tap: x.shape[1:] for tap, x in pooled_maps(backbone, torch.zeros(1, 3, side, side), taps, pool).items()
+            }
         self.norms, self.heads = nn.ModuleDict(), nn.ModuleDict()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -78,7 +80,9 @@ class LinearTask:
         self.device, self._taps = device, taps
         self._build = (backbone, taps, pool, side, classes)
         self._classes, self._seed, self._jitter, self._light = classes, seed, jitter, light
-        self._mean, self._std = (torch.tensor(v, dtype=torch.float32, device=device).view(1, 3, 1, 1) for v in (mean, std))
+        self._mean, self._std = (
+            torch.tensor(v, dtype=torch.float32, device=device).view(1, 3, 1, 1) for v in (mean, std)
+        )
         self._zero, self._full = (torch.full((3,), v, device=device) for v in (0.0, 255.0))
         self.metrics = ("loss", "count", *(f"right_{tap}" for tap in taps))
         self.says = f"held-out accuracy of the best head (chance {1 / classes:.1%})"

@@ -25,7 +25,9 @@ class RotationTask:
     # sums a step adds up, in this order; `count` and `right` are by true turn
     metrics = ("loss", *(f"count_{t}" for t in range(TURNS)), *(f"right_{t}" for t in range(TURNS)))
 
-    def __init__(self, mean, std, dtype: torch.dtype, device: torch.device, shuffle_labels: bool = False, channels: int = 3):
+    def __init__(
+        self, mean, std, dtype: torch.dtype, device: torch.device, shuffle_labels: bool = False, channels: int = 3
+    ):
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device)
         self._std = torch.tensor(std, dtype=torch.float32, device=device)
         self.device = device
@@ -37,9 +39,7 @@ class RotationTask:
 
     def views(self, batch: MicroBatch) -> Tensor:
         """The rotated, normalised views, [n * V, C', S, S], channels-last."""
-        return rotate_views(
-            batch.pixels, batch.flips, batch.turns, self._mean, self._std, self._dtype, self._channels
-        )
+        return rotate_views(batch.pixels, batch.flips, batch.turns, self._mean, self._std, self._dtype, self._channels)
 
     def loss(self, module: Callable, views: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """(sum of cross-entropies over the views, float64 [len(metrics)] sums on the device)."""

@@ -242,7 +242,9 @@ def test_boxes_enter_the_hash_whole():
     sha, moved = StreamHash(), StreamHash()
     step = plan.at(0, 5)
     sha.add(step, np.zeros(5, np.int64))
-    moved.add(step.replaced(0, Sample(**{**vars(step.part(0, 1)), "windows": step.windows[:1] + 1e-6})), np.zeros(5, np.int64))
+    moved.add(
+        step.replaced(0, Sample(**{**vars(step.part(0, 1)), "windows": step.windows[:1] + 1e-6})), np.zeros(5, np.int64)
+    )
     assert step.windows.dtype == np.float64 and sha.hexdigest() != moved.hexdigest()
 
 

@@ -195,7 +195,9 @@ def test_resumed_from_the_middle_is_equal_bit_for_bit(results, mode):
             assert torch.equal(value, resumed[part][name]), name
 
 
-@pytest.mark.parametrize("zero, mib, given", [(0, 25.0, None), (1, 0.0, None), (1, 25.0, 25 * 2**20 // 4), (1, 1e-9, 1)])
+@pytest.mark.parametrize(
+    "zero, mib, given", [(0, 25.0, None), (1, 0.0, None), (1, 25.0, 25 * 2**20 // 4), (1, 1e-9, 1)]
+)
 def test_zero_1_reads_the_buckets_size_in_elements(zero, mib, given):
     json = settings_to_json(StepSettings(zero=zero, bucket_mb=mib), 2)
     assert json["zero_optimization"].get("reduce_bucket_size") == given

@@ -90,7 +90,12 @@ def test_replayed_steps_learn_what_steps_learn(ranks):
 
 
 @pytest.mark.parametrize(
-    "graphs", [["engine.cuda_graphs=true", "engine.kind=plain"], ["engine.compile=reduce-overhead"], ["engine.compile=max-autotune"]]
+    "graphs",
+    [
+        ["engine.cuda_graphs=true", "engine.kind=plain"],
+        ["engine.compile=reduce-overhead"],
+        ["engine.compile=max-autotune"],
+    ],
 )
 def test_several_ranks_that_synchronise_their_norms_are_refused(graphs):
     config, _ = configs.load(None, graphs)
@@ -110,7 +115,13 @@ def test_the_network_is_compiled_in_the_mode_asked_for(fastrot, images, tmp_path
     monkeypatch.setattr(
         nn.Module, "compile", lambda _, **options: compiled.append((options["mode"], dynamo.recompile_limit))
     )
-    words = ["model.arch=resnet18", "data.crop=32", "optim.images_per_step=4", "engine.kind=plain", f"data.train={images}"]
+    words = [
+        "model.arch=resnet18",
+        "data.crop=32",
+        "optim.images_per_step=4",
+        "engine.kind=plain",
+        f"data.train={images}",
+    ]
     for mode in ("true", "max-autotune-no-cudagraphs", "false"):
         assert fastrot("train", *words, f"run.out={tmp_path}", f"engine.compile={mode}", "--dry-run").code == 0
     assert compiled == [("default", 64), ("max-autotune-no-cudagraphs", 64)]

@@ -38,9 +38,7 @@ def checkpoint(tmp_path_factory):
 
 
 def contents(folder):
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def plain_loop(checkpoint, images, taps, transform, pool):
@@ -119,7 +117,11 @@ def test_augmented_passes_are_the_plans_epochs(fastrot, images, checkpoint, tmp_
     """The oracle: each window cut and resized by PIL, mirrored where the plan says, one image at a time."""
     words = ("features", "--checkpoint", checkpoint, "--data", images, "--taps", "4,avg", "--passes", 3, "run.seed=5")
     done = fastrot(*words, *SMALL, "data.scale=[0.3,0.9]", "--out", tmp_path / "f", "--json")
-    assert (done.json["rows"], done.json["passes"], done.json["computed"]) == (12, 3, 36) and "3 augmented passes" in done.err
+    assert (done.json["rows"], done.json["passes"], done.json["computed"]) == (
+        12,
+        3,
+        36,
+    ) and "3 augmented passes" in done.err
     made, rows = open_store(tmp_path / "f"), Manifest.load(tmp_path / "f" / "rows")
     assert made.labels.tolist() == 3 * rows.label.tolist()
     facts = json.loads((tmp_path / "f" / "manifest.json").read_text())
@@ -250,7 +252,9 @@ def test_a_kill_while_the_store_is_laid_out_leaves_none_to_probe(fastrot, images
 def test_features_that_others_made_are_not_overwritten(fastrot, images, checkpoint, tmp_path):
     (tmp_path / "f").mkdir()
     np.save(tmp_path / "f" / "labels.npy", np.arange(3))
-    done = fastrot("features", "--checkpoint", checkpoint, "--data", images, "--out", tmp_path / "f", "--taps", "avg", *SMALL)
+    done = fastrot(
+        "features", "--checkpoint", checkpoint, "--data", images, "--out", tmp_path / "f", "--taps", "avg", *SMALL
+    )
     assert done.code == 2 and "did not begin; name another folder" in done.errors[0]
     assert np.load(tmp_path / "f" / "labels.npy").tolist() == [0, 1, 2]
 
@@ -281,7 +285,16 @@ def test_what_a_user_may_get_wrong_is_one_line(fastrot, images, checkpoint, tmp_
 
 def test_an_image_that_broke_since_is_no_other_images_features(fastrot, checkpoint, tmp_path):
     images = write_folder(tmp_path / "images")
-    words = ["features", "--checkpoint", checkpoint, "--data", f"list:{tmp_path / 'list'}", *SMALL, "--out", tmp_path / "f"]
+    words = [
+        "features",
+        "--checkpoint",
+        checkpoint,
+        "--data",
+        f"list:{tmp_path / 'list'}",
+        *SMALL,
+        "--out",
+        tmp_path / "f",
+    ]
     (tmp_path / "list").write_text("".join(f"{p}\t0\n" for p in sorted(images.rglob("*.jpg"))))
     broken = images / "class1" / "2.jpg"
     data = bytearray(broken.read_bytes())

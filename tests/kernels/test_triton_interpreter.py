@@ -21,7 +21,16 @@ import pytest
 def test_the_interpreted_kernels_pass_the_battery_of_every_backend(tmp_path, battery, least):
     """A process of its own: TRITON_INTERPRET counts only before the first import of triton."""
     report = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", str(Path(__file__).parent / battery), "-k", "cpu-triton", "-q", "--tb=short"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(Path(__file__).parent / battery),
+        "-k",
+        "cpu-triton",
+        "-q",
+        "--tb=short",
+    ]
     command += ["-p", "no:cacheprovider", "--maxfail=5", f"--junitxml={report}"]
     environment = os.environ | {
         "TRITON_INTERPRET": "1",

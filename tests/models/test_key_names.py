@@ -87,10 +87,16 @@ def without(state, key):
     "spoil, line",
     [
         (lambda s: without(s, "layer3.1.conv2.weight"), "1 backbone keys not in it: layer3.1.conv2.weight"),
-        (lambda s: s | {"layer3.1.se.fc.weight": torch.ones(1)}, "1 backbone keys of no place in it: layer3.1.se.fc.weight"),
+        (
+            lambda s: s | {"layer3.1.se.fc.weight": torch.ones(1)},
+            "1 backbone keys of no place in it: layer3.1.se.fc.weight",
+        ),
         (lambda s: s | {"bn1.weight": torch.ones(32)}, r"of another shape: bn1.weight \(32,\), not \(64,\)"),
         (lambda s: without(s, "conv1.weight"), "holds no ResNet's stem"),
-        (lambda s: s | {f"other.{k}": v for k, v in s.items()} | {f"a.{k}": v for k, v in without(s, "x").items()}, None),
+        (
+            lambda s: s | {f"other.{k}": v for k, v in s.items()} | {f"a.{k}": v for k, v in without(s, "x").items()},
+            None,
+        ),
         (lambda s: {f"{p}.{k}": v for p in "ab" for k, v in s.items()}, r"holds several ResNets \(a., b.\)"),
         (lambda s: {k: v for k, v in s.items() if not k.startswith("layer4.1")}, r"stages of \(2, 2, 2, 1\) basic"),
     ],

@@ -9,7 +9,9 @@ from fastrot.models.resnet import build_model
 from fastrot.models.taps import AVERAGE, TAPS, flat_features, pooled_maps
 
 
-@pytest.mark.parametrize("arch, channels", [("resnet18", (64, 64, 128, 256, 512)), ("resnet50", (64, 256, 512, 1024, 2048))])
+@pytest.mark.parametrize(
+    "arch, channels", [("resnet18", (64, 64, 128, 256, 512)), ("resnet50", (64, 256, 512, 1024, 2048))]
+)
 def test_pools_have_the_protocols_sizes(arch, channels):
     model = build_model(arch, 1, 0).eval()
     images = torch.randn(1, 3, 224, 224)

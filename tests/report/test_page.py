@@ -72,7 +72,14 @@ def run(tmp_path_factory):
     words = [f"data.train={images}", f"data.val={images}", "data.crop=32", "model.arch=resnet18", "data.decode=torch"]
     (run / "config.yaml").write_text(to_yaml(load(None, words)[0]))
     log = [
-        {"step": i, "epoch": i / 2, "loss": 1.4 - i / 10, "accuracy": 0.25 + i / 20, "views_per_s": 40, "wait_share": 0.01}
+        {
+            "step": i,
+            "epoch": i / 2,
+            "loss": 1.4 - i / 10,
+            "accuracy": 0.25 + i / 20,
+            "views_per_s": 40,
+            "wait_share": 0.01,
+        }
         for i in range(6)
     ]
     log[3] |= {"held_out_loss": 1.2, "held_out_accuracy": 0.375}
@@ -180,8 +187,12 @@ def test_low_shot_tables_follow_the_layer_that_is_best_at_the_largest_k():
             for k, m in ((1, at_1), (8, at_8))
         }
 
-    ours = {"layers": {"feature3": {"k": by_k(30, 40), "left_out": [96]}, "feature4": {"k": by_k(20, 50), "left_out": [96]}}}
-    random = {"layers": {"feature3": {"k": by_k(9, 9), "left_out": [96]}, "feature4": {"k": by_k(8, 7), "left_out": [96]}}}
+    ours = {
+        "layers": {"feature3": {"k": by_k(30, 40), "left_out": [96]}, "feature4": {"k": by_k(20, 50), "left_out": [96]}}
+    }
+    random = {
+        "layers": {"feature3": {"k": by_k(9, 9), "left_out": [96]}, "feature4": {"k": by_k(8, 7), "left_out": [96]}}
+    }
     oracle, honest = tables.low_shot("x", "voc07", ours, random, [], None)
     row = {r.label: r for r in oracle.rows}["k = 8"]
     assert (row.published, row.ours, row.difference) == (39.17, tables.Figure(50, 0.5), 43)
@@ -204,7 +215,10 @@ def test_axes_are_round_and_hold_every_point(low, high):
         ("sets: [{name: A b, title: A, train: x, test: x, probes: []}]", "sets.0.name"),
         ("set: []", "set: Extra inputs"),
         ("runs: [{name: a, title: A, task: train, config: c, train: x, test: x}]", "runs.0.task"),
-        ("runs: [{name: a, title: A, task: linear, config: c, train: x, test: x, grid: {optim.lr: []}}]", "runs.0.grid"),
+        (
+            "runs: [{name: a, title: A, task: linear, config: c, train: x, test: x, grid: {optim.lr: []}}]",
+            "runs.0.grid",
+        ),
         ("sets: [", "not YAML"),
     ],
 )

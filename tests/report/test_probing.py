@@ -127,7 +127,9 @@ def test_what_cannot_be_probed_is_one_line(fastrot, stores, tmp_path):
     pickled = write_store(tmp_path / "pickled", np.ones((4, 30)), np.zeros(4, np.int64))
     np.save(pickled / "feature4.npy", np.array([{}], object), allow_pickle=True)
     others = write_store(tmp_path / "others", np.ones((4, 90)), np.ones((4, 3), np.int8), ("cat", "dog", "table"))
-    spoiled = write_store(tmp_path / "spoiled", np.where(np.arange(180).reshape(6, 30) == 100, np.nan, 1), np.zeros(6, np.int64))
+    spoiled = write_store(
+        tmp_path / "spoiled", np.where(np.arange(180).reshape(6, 30) == 100, np.nan, 1), np.zeros(6, np.int64)
+    )
     for words, line in (
         (("svm", "--train", tmp_path, "--test", test), "no feature store"),
         (("svm", "--train", bank, "--test", queries), "expected class matrices"),

@@ -292,7 +292,14 @@ def test_dry_run_tells_what_a_run_would_be_and_writes_nothing(images, tmp_path, 
     assert (done.json["steps"], done.json["views_per_step"], done.json["batch_norm_views"]) == (6, 24, 24)
     assert done.json["parameters"] == 11_178_564 and done.json["expected_hours"] > 0
     assert done.json["step_flops"] > 0 and done.json["roof_fraction"] >= done.json["mfu"] > 0
-    for words in ("over 24 views (recipe 512)", "TFLOP and ", "views/s; these steps reached", "optim.lr ", "(command line)", "(default)"):
+    for words in (
+        "over 24 views (recipe 512)",
+        "TFLOP and ",
+        "views/s; these steps reached",
+        "optim.lr ",
+        "(command line)",
+        "(default)",
+    ):
         assert words in done.err
     assert not (tmp_path / "r").exists()
 
@@ -343,7 +350,9 @@ def test_a_run_goes_on_with_fused_norms_and_a_padded_stem(whole, images, tmp_pat
     ours, theirs = learnt(tmp_path / "r"), learnt(out)[-len(learnt(tmp_path / "r")) :]
     assert [x["step"] for x in ours] == [x["step"] for x in theirs] and len(ours) > 1
     for a, b in zip(ours, theirs, strict=True):
-        assert {k: v for k, v in a.items() if "loss" in k} == pytest.approx({k: v for k, v in b.items() if "loss" in k}, rel=1e-3)
+        assert {k: v for k, v in a.items() if "loss" in k} == pytest.approx(
+            {k: v for k, v in b.items() if "loss" in k}, rel=1e-3
+        )
 
 
 def test_killed_in_mid_epoch_and_resumed_is_equal_in_every_logged_value(images, two, tmp_path):

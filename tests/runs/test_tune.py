@@ -80,7 +80,9 @@ def test_training_uses_what_tune_found_and_says_so(fastrot, images, tmp_path, mo
     monkeypatch.setenv("FASTROT_CACHE", str(tmp_path / "cache"))
     words = [f"data.train={images}", "data.crop=32", "data.decode=torch", "optim.images_per_step=6"]
     found = fastrot("tune", *words, "--seconds", "0.01", "--json").json
-    assert found["threads"] == loader_settings.cheapest({int(k): v for k, v in found["images_per_s_by_threads"].items()})
+    assert found["threads"] == loader_settings.cheapest(
+        {int(k): v for k, v in found["images_per_s_by_threads"].items()}
+    )
     kept = json.loads(Path(found["kept"]).read_text())
     assert (kept["threads"], kept["prefetch"]) == (found["threads"], found["prefetch"])
 

@@ -49,7 +49,16 @@ def manifest(images, tmp_path):
 
 
 def words(checkpoint, images, out, *more):
-    return ("finetune", "--checkpoint", checkpoint, *SMALL, f"data.train={images}", f"data.val={images}", f"run.out={out}", *more)
+    return (
+        "finetune",
+        "--checkpoint",
+        checkpoint,
+        *SMALL,
+        f"data.train={images}",
+        f"data.val={images}",
+        f"run.out={out}",
+        *more,
+    )
 
 
 def weights(out, step):
@@ -65,7 +74,11 @@ def test_the_shipped_configs_are_the_protocol(percent, decay):
     assert (o.schedule, o.milestones, o.gamma, o.warmup_epochs) == ("step", (12, 16), 0.2, 0)
     assert o.weight_decay == decay and o.decay_norms and o.clip is None
     assert (d.window, d.crop, d.scale, d.ratio, d.flip) == ("random_resized", 224, (0.08, 1), (3 / 4, 4 / 3), 0.5)
-    assert (config.finetune.fraction, config.model.arch, config.model.sync_batchnorm) == (percent / 100, "resnet50", True)
+    assert (config.finetune.fraction, config.model.arch, config.model.sync_batchnorm) == (
+        percent / 100,
+        "resnet50",
+        True,
+    )
     assert o.lr in (0.1, 0.01, 0.001) and config.finetune.head_rate in (1, 10, 100)
 
 
@@ -110,7 +123,9 @@ def test_its_steps_are_plain_torchs(fastrot, images, checkpoint, manifest, tmp_p
         sgd.step()
         assert metrics(tmp_path / "run")[step]["loss"] == pytest.approx(loss.item(), rel=1e-3)
     for name, value in weights(tmp_path / "run", 3).items():
-        torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, model.state_dict()[name], rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_it_resumes_and_leaves_a_backbone_others_read(fastrot, images, checkpoint, tmp_path):
@@ -242,7 +257,14 @@ def test_held_out_labels_must_mean_what_the_training_labels_mean(fastrot, images
 def test_two_uneven_ranks_learn_what_one_does(fastrot, images, checkpoint, tmp_path, command, more):
     call = [command, *words(checkpoint, images, "", *more, "optim.lr=0.001", "run.max_steps=4")[1:]]
     assert fastrot(*call, f"run.out={tmp_path / 'one'}").code == 0
-    launcher = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node", "2", "-m", "fastrot.cli"]
+    launcher = [
+        Path(sys.executable).with_name("torchrun"),
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "fastrot.cli",
+    ]
     done = subprocess.run(
         list(map(str, [*launcher, *call, f"run.out={tmp_path / 'two'}"])), cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},

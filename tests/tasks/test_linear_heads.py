@@ -75,7 +75,9 @@ def test_heads_train_resume_and_leave_the_backbone_as_it_was(fastrot, images, ch
     assert fastrot(*words, f"run.out={tmp_path / 'cut'}", "run.max_steps=5").code == 0
     rest = fastrot(*words, f"run.out={tmp_path / 'cut'}")
     assert rest.json["held_out_accuracy"] == whole.json["held_out_accuracy"]
-    a, b = (load_file(tmp_path / out / "checkpoints" / "step-00000012" / "model.safetensors") for out in ("whole", "cut"))
+    a, b = (
+        load_file(tmp_path / out / "checkpoints" / "step-00000012" / "model.safetensors") for out in ("whole", "cut")
+    )
     assert all(torch.equal(a[k], b[k]) for k in a)
     start = load_file(checkpoint)
     assert all(torch.equal(a[f"backbone.{k}"], v) for k, v in start.items())
@@ -88,10 +90,22 @@ def test_heads_train_resume_and_leave_the_backbone_as_it_was(fastrot, images, ch
 
 @pytest.mark.parametrize(
     "override, line",
-    [("rotation.views=all", "rotation.views must be one"), ("engine.kind=deepspeed", "engine.kind must be plain"),
-     ("engine.norm=fused", "engine.norm is for pretraining"), ("engine.compile=true", "engine.compile is for pretraining")],
+    [
+        ("rotation.views=all", "rotation.views must be one"),
+        ("engine.kind=deepspeed", "engine.kind must be plain"),
+        ("engine.norm=fused", "engine.norm is for pretraining"),
+        ("engine.compile=true", "engine.compile is for pretraining"),
+    ],
 )
 def test_what_heads_cannot_do_is_refused(fastrot, images, checkpoint, tmp_path, override, line):
-    words = ("linear", "--checkpoint", checkpoint, *SMALL, f"data.train={images}", f"run.out={tmp_path / 'x'}", override)
+    words = (
+        "linear",
+        "--checkpoint",
+        checkpoint,
+        *SMALL,
+        f"data.train={images}",
+        f"run.out={tmp_path / 'x'}",
+        override,
+    )
     done = fastrot(*words)
     assert done.code == 2 and line in done.errors[0]

@@ -67,7 +67,9 @@ def make_decoder(
     if where == "gpu" and device.type != "cuda":
         raise UserError("data.decode_on gpu: there is no CUDA device here; use data.decode_on=cpu")
     if where == "gpu" and name not in ("auto", _ON_GPU):
-        raise UserError(f"data.decode {name}: decodes on the CPU alone; use data.decode_on=cpu or data.decode={_ON_GPU}")
+        raise UserError(
+            f"data.decode {name}: decodes on the CPU alone; use data.decode_on=cpu or data.decode={_ON_GPU}"
+        )
     on_gpu = device.type == "cuda" and where != "cpu"
     names = [name] if name != "auto" else [_ON_GPU] if where == "gpu" else [_ON_GPU, *_ON_CPU] if on_gpu else _ON_CPU
     decoder, refusals = _first(names, device if on_gpu else _CPU, threads, batch, depth, hw_decoder_load)
