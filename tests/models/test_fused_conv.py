@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_fused import assert_step_as_exact
+from test_fused_norm import assert_step_as_exact
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
