@@ -39,12 +39,7 @@ def start(timeout_s: float = 7200) -> Ranks:
     Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE as deepspeed, torchrun and Slurm wrappers
     set them. The time-out covers rank 0's indexing of a large cold data set. NCCL where there is CUDA, gloo elsewhere.
     """
-    for name, folder in (
-        ("TORCH_EXTENSIONS_DIR", "torch_extensions"),
-        ("TRITON_CACHE_DIR", "triton"),
-        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
-    ):
-        os.environ.setdefault(name, str(machine.cache_folder() / folder))
+    machine.set_caches()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
