@@ -17,5 +17,9 @@ class Fault(Exception):
     exit_code = 3
 
 
+class LostPeer(Fault):
+    """Another rank is gone or does not answer; where it failed by itself it knows why better than we."""
+
+
 class BadImage(Exception):
     """One image could not be read or decoded; the loader replaces it by rule."""

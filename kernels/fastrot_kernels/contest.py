@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastrot_kernels.build import cache_folder, replacing
+from fastrot_kernels.build import cache_folder, make
 
 IMAGES, SIDE, VIEWS = 128, 224, 4  # bfloat16 views of 154 MB: more than the caches hold
 ROUNDS, LAUNCHES = 5, 4
@@ -22,12 +22,12 @@ def times(backends: dict[str, Callable[..., Tensor]], device: torch.device) -> d
     Not while a CUDA graph is captured: call once before.
     """
     kept = cache_folder() / f"contest-{_key(sorted(backends), device)}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    measured = _measured(backends, device)
-    with replacing(kept) as scratch:
-        scratch.write_text(json.dumps(measured))
-    return measured
+    make(
+        kept,
+        "timing the kernels that make views (a second)",
+        lambda scratch: scratch.write_text(json.dumps(_measured(backends, device))),
+    )
+    return json.loads(kept.read_text())
 
 
 def _key(names: list[str], device: torch.device) -> str:
