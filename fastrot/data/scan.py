@@ -4,12 +4,13 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from fastrot.errors import Fault, UserError
 
+Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+"""track(items, total, title) -> the items: shows progress."""
 ROWS = 2048  # a part: what a kill may cost a worker
 _MANY = 4096  # rows above which processes beat threads
 _FOUND = np.dtype([("height", "<i4"), ("width", "<i4"), ("kind", "u1"), ("head", "u1", 32)])
