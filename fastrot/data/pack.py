@@ -16,7 +16,7 @@ from fastrot.data import beton
 from fastrot.data.bad_images import BadImages
 from fastrot.data.encode import Encoding, Sample, encode_rows, start_worker
 from fastrot.data.manifest import Manifest, index
-from fastrot.errors import Fault, UserError
+from fastrot.errors import Fault, Unreadable, UserError
 from fastrot.files import fsync
 
 _BLOCK = 32  # rows a task
@@ -94,6 +94,8 @@ def _write(
             counts["raw" if sample.mode == beton.RAW else "kept" if sample.kept else "encoded"] += 1
     except BrokenProcessPool:
         raise Fault("a packing worker died (killed, or out of memory?); fewer --workers need less memory") from None
+    except Unreadable as error:
+        raise Fault(f"{error}; nothing is packed: mend it and start again") from None
     except TimeoutError:
         for worker in active_children():  # else the exit waits for them
             worker.kill()

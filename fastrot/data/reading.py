@@ -5,10 +5,17 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fastrot.errors import Fault, UserError
 
+GONE, IRREGULAR = -1, -2  # a state of a name without a file, and of a folder, pipe or device
+_ASKING = 16  # threads that ask a file system
+_BLOCK = 1024  # files a thread asks for at once
 T = TypeVar("T")
 P = ParamSpec("P")
 # what a file system says of a name and of our rights: asking again gives the same answer
@@ -43,6 +50,30 @@ def refusal(line: str, error: OSError) -> UserError | Fault:
     """What to raise for a read error: the user's to mend (a name, a right), or the machine's."""
     kind = UserError if error.errno in _LASTING else Fault
     return kind(f"{line} ({error.strerror or error})")
+
+
+def states(paths: list[bytes]) -> NDArray[np.int64]:
+    """Size in bytes and modification time in ns of each file, int64 [n, 2]; GONE or IRREGULAR where it has none.
+
+    Raises UserError or Fault where the system cannot tell.
+    """
+    blocks = [paths[at : at + _BLOCK] for at in range(0, len(paths), _BLOCK)]
+    with ThreadPoolExecutor(_ASKING) as pool:  # a network's file system answers many at once
+        return np.concatenate([np.zeros((0, 2), np.int64), *pool.map(_states, blocks)])
+
+
+def _states(paths: list[bytes]) -> NDArray[np.int64]:
+    found = np.empty((len(paths), 2), np.int64)
+    for at, path in enumerate(paths):
+        try:
+            state = again(os.stat, path)
+        except (FileNotFoundError, NotADirectoryError):
+            found[at] = GONE
+        except OSError as error:
+            raise refusal(f"{os.fsdecode(path)}: cannot be read", error) from None
+        else:
+            found[at] = (state.st_size, state.st_mtime_ns) if stat.S_ISREG(state.st_mode) else IRREGULAR
+    return found
 
 
 def exists(path: str | bytes) -> bool:
