@@ -1,7 +1,10 @@
 """What a config says of data, built: manifests, the plan, a loader."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from fastrot import distributed, machine, terminal
 from fastrot.config import Config
@@ -10,12 +13,15 @@ from fastrot.data.bad_images import BadImages
 from fastrot.data.decode import make_decoder
 from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
 from fastrot.data.loader_settings import Tuned
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.manifest import Manifest, changed_files, index
 from fastrot.data.order import FullOrder, WindowOrder
 from fastrot.data.plan import Plan
 from fastrot.data.storage import FileStorage
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
+
+FILES = "data.files"  # what --resume-anyway calls files that changed since they were indexed
+_CHANGED_SHOWN = 10  # of them named when a resume is refused
 
 
 def short_side(config: Config) -> int:
@@ -54,6 +60,29 @@ def manifest_folder(source: str | None, config: Config, ranks: Ranks, key: str) 
 def open_manifest(source: str | None, config: Config, ranks: Ranks, key: str) -> Manifest:
     """Index a source on rank 0 and map the result on every rank."""
     return Manifest.load(manifest_folder(source, config, ranks, key))
+
+
+def admit_changed_files(manifest: Manifest, home: Path, allowed: bool, say: Callable[[str], None]) -> Manifest:
+    """A frozen manifest whose files are as they were when it was made; where they are not and that is `allowed`, one of
+    the files as they are now, which it replaces in its folder `home`.
+
+    Raises UserError with the first that differ where it is not.
+    """
+    changed, looked = changed_files(manifest)
+    files = len(np.unique(manifest.file))
+    if looked < files:
+        say(f"{manifest.source}: {looked:,} of its {files:,} files, evenly spread, were compared with what was indexed")
+    if not changed:
+        return manifest
+    line = f"{manifest.source}: {len(changed):,} of {looked:,} files are not as the run saw them"
+    if not allowed:
+        named = [f"{path}: {what}" for path, what in changed[:_CHANGED_SHOWN]]
+        todo = f"restore them, choose another run.out, or --resume-anyway {FILES} (what no longer fits is replaced)"
+        raise UserError("\n".join([f"{line}; {todo}", *named]))
+    say(f"{line}, the first: {': '.join(changed[0])}; goes on with them as they are, by --resume-anyway {FILES}")
+    manifest = manifest.with_files_as_they_are()
+    manifest.save(home)
+    return manifest
 
 
 def describe(manifest: Manifest, say) -> None:
