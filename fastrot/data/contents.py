@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrot import distributed, terminal
 from fastrot.config import Config
-from fastrot.data.build import manifest_folder
+from fastrot.data.build import manifest_folder, remarks, unlabelled
 from fastrot.data.images import KINDS
 from fastrot.data.manifest import Manifest
 from fastrot.data.verify import verify
@@ -35,6 +36,8 @@ def describe_source(source: str | None, config: Config, ranks: Ranks, decode: bo
         "files": len(manifest.name_ends),
         "bytes": int(manifest.length.sum()),
         **_classes(manifest),
+        "unlabelled": _unlabelled(manifest),
+        "remarks": remarks(manifest),
         "kinds": {KINDS[kind]: count for kind, count in enumerate(np.bincount(manifest.kind).tolist()) if count},
         "histograms": {
             "short_side_pixels": histogram(np.minimum(manifest.height, manifest.width)),
@@ -61,8 +64,15 @@ def _classes(manifest: Manifest) -> dict:
             name: {"present": p, "ignored": i} for name, p, i in zip(manifest.classes, present, ignored, strict=True)
         }
         return {"classes": len(manifest.classes), "multi_label": by_class}
-    counts = np.unique(manifest.label, return_counts=True)[1]
-    return {"classes": len(manifest.classes) or len(counts), "images_per_class": [int(counts.min()), int(counts.max())]}
+    counts = np.unique(manifest.label[manifest.label >= 0], return_counts=True)[1]
+    spread = [int(counts.min()), int(counts.max())] if len(counts) else [0, 0]
+    return {"classes": len(manifest.classes) or len(counts), "images_per_class": spread}
+
+
+def _unlabelled(manifest: Manifest) -> dict[str, Any]:
+    """How many images have no label; and which, where others have one."""
+    rows = unlabelled(manifest).tolist()
+    return {"count": len(rows), "images": [manifest.name(row) for row in rows] if len(rows) < len(manifest) else []}
 
 
 def histogram(values: NDArray) -> dict[str, list[int]]:
@@ -91,6 +101,9 @@ def _show(r: dict) -> None:
     rows = [
         ("images", f"{r['rows']:,} in {r['files']:,} files, {r['bytes'] / 1e9:.3f} GB"),
         *_class_rows(r),
+        *([("without a label", f"{r['unlabelled']['count']:,}")] if r["unlabelled"]["count"] else []),
+        *(("", name) for name in r["unlabelled"]["images"][:_SHOWN]),
+        *(("note", line) for line in r["remarks"]),
         ("kinds", ", ".join(f"{count:,} {kind}" for kind, count in r["kinds"].items())),
         ("content", r["content"]),
         ("passed over", ", ".join(f"{count:,} {kind}" for kind, count in r["skipped"].items()) or "nothing"),
