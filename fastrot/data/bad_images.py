@@ -21,8 +21,10 @@ class BadImages:
 
     @property
     def count(self) -> int:
-        """Images of this source listed so far, as far as this rank knows."""
-        return len(self._known)
+        """Images of this source listed so far, over all ranks and resumes."""
+        with self._lock:
+            self._read_what_other_ranks_found()
+            return len(self._known)
 
     def add(self, name: str, row: int, reason: str) -> None:
         """List one image by its place. Raises Fault when there are more than data.max_bad."""

@@ -172,7 +172,7 @@ def _lengths(images: NDArray[Any], allocations: NDArray[Any], begin: int, end: i
     _need(len(starts) > 0, "its allocation table is empty")
     _none(starts[found] != wanted, lambda at: f"sample {at} points to byte {wanted[at]}, where no stretch begins")
     _need(len(np.unique(wanted)) == len(wanted), "two of its samples point to the same bytes")
-    length = sizes[found].astype(np.int64)
+    length: NDArray[np.int64] = sizes[found].astype(np.int64)
     height, width = images["height"].astype(np.int64), images["width"].astype(np.int64)
     _none(mode > RAW, lambda at: f"sample {at} is of mode {mode[at]}, neither JPEG nor raw")
     _none(
@@ -269,7 +269,7 @@ class Writer:
 def unchanged(path: bytes, offset: int, data: NDArray[np.uint8]) -> bool:
     """Whether a sample's bytes match the checksum its file keeps; true where none is kept."""
     kept = _kept_checksums(path) if path.endswith(b".beton") else {}
-    return offset not in kept or zlib.crc32(data) == kept[offset]
+    return offset not in kept or zlib.crc32(data.data) == kept[offset]
 
 
 @lru_cache(maxsize=1)

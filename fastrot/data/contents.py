@@ -19,7 +19,7 @@ _SHOWN = 10  # quarantined images named in the terminal
 _BAR = 30  # characters of a histogram's longest bar
 
 
-def describe_source(source: str | None, config: Config, ranks: Ranks, decode: bool) -> dict:
+def describe_source(source: str | None, config: Config, ranks: Ranks, decode: bool) -> dict[str, Any]:
     """Counts, sizes, classes, kinds, histograms and what is quarantined of a source.
 
     decode  first decode every image in full and quarantine what is damaged: the manifest in the cache
@@ -56,7 +56,7 @@ def describe_source(source: str | None, config: Config, ranks: Ranks, decode: bo
     return result
 
 
-def _classes(manifest: Manifest) -> dict:
+def _classes(manifest: Manifest) -> dict[str, Any]:
     """How many classes, and the images of each: by class where images have many, else least and most."""
     if manifest.label.ndim == 2:
         present, ignored = ((manifest.label == value).sum(0).tolist() for value in (1, -1))
@@ -75,7 +75,7 @@ def _unlabelled(manifest: Manifest) -> dict[str, Any]:
     return {"count": len(rows), "images": [manifest.name(row) for row in rows] if len(rows) < len(manifest) else []}
 
 
-def histogram(values: NDArray) -> dict[str, list[int]]:
+def histogram(values: NDArray[Any]) -> dict[str, list[int]]:
     """Counts between edges half an octave apart: bin i holds edges[i] <= value < edges[i + 1]; and the spread.
 
     values  positive integers [n]. `spread` is the least, 5%, median, 95% and largest.
@@ -97,7 +97,7 @@ def _kind_of(reason: str) -> str:
     return re.sub(r"\b(0x[0-9a-f]+|\d+(x\d+)?)\b", "N", reason)
 
 
-def _show(r: dict) -> None:
+def _show(r: dict[str, Any]) -> None:
     rows = [
         ("images", f"{r['rows']:,} in {r['files']:,} files, {r['bytes'] / 1e9:.3f} GB"),
         *_class_rows(r),
@@ -121,7 +121,7 @@ def _show(r: dict) -> None:
         terminal.table(name.replace("_", " "), _bars(bins))
 
 
-def _class_rows(r: dict) -> list[tuple[str, str]]:
+def _class_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
     if "multi_label" not in r:
         least, most = r["images_per_class"]
         return [("classes", f"{r['classes']:,} of {least:,} to {most:,} images")]
@@ -130,7 +130,7 @@ def _class_rows(r: dict) -> list[tuple[str, str]]:
     return [("classes", f"{r['classes']}, many an image"), ("images present (ignored)", ", ".join(lines))]
 
 
-def _bars(h: dict) -> list[tuple[str, str]]:
+def _bars(h: dict[str, Any]) -> list[tuple[str, str]]:
     most = max(h["counts"])
     wide = len(f"{most:,}")
     bins = zip(h["edges"], h["edges"][1:], h["counts"], strict=False)

@@ -76,7 +76,7 @@ class Manifest:
         start = int(self.name_ends[file - 1]) if file else 0
         return self.names[start : int(self.name_ends[file])].tobytes()
 
-    def file_paths(self, files: NDArray[np.int64]) -> list[bytes]:
+    def file_paths(self, files: NDArray[np.integer[Any]]) -> list[bytes]:
         """Absolute paths of these files, by their numbers in `file`."""
         names, ends = self.names.tobytes(), self.name_ends[files].tolist()
         starts = np.where(files > 0, self.name_ends[files - 1], 0).tolist()
@@ -122,11 +122,9 @@ class Manifest:
         try:
             meta = json.loads((folder / "meta.json").read_text())
             state = folder / "file_state.npy"
-            return cls(
-                **{name: _mapped(folder / f"{name}.npy") for name in (*COLUMNS, "names", "name_ends")},
-                **{name: meta[name] for name in _META},
-                file_state=_mapped(state) if state.exists() else None,
-            )
+            kept: dict[str, Any] = {name: meta[name] for name in _META}
+            kept |= {name: _mapped(folder / f"{name}.npy") for name in (*COLUMNS, "names", "name_ends")}
+            return cls(**kept, file_state=_mapped(state) if state.exists() else None)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: not a manifest that can be read ({error}); remove it") from None
 
@@ -270,7 +268,9 @@ def _difference(now: Sequence[int], was: Sequence[int]) -> str:
     return f"changed: written {_when(now[1])}, {_when(was[1])} when indexed"
 
 
-def content_hash(height: NDArray, width: NDArray, label: NDArray, length: NDArray, head: NDArray[np.uint8]) -> str:
+def content_hash(
+    height: NDArray[Any], width: NDArray[Any], label: NDArray[Any], length: NDArray[Any], head: NDArray[np.uint8]
+) -> str:
     """sha256 over the rows' bytes in order: what the images are, wherever they lie.
 
     A row's bytes: height, width, label, length as <i8, then `head`, the sha256 of the image's first

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ class FileStorage:
 
     def start(self, rows: NDArray[np.int64]) -> Callable[[], list[NDArray[np.uint8] | BadImage]]:
         """Begin to read these rows; what it returns waits for them, and gives what `read` does."""
-        found: list = [None] * len(rows)
+        found: list[Any] = [None] * len(rows)
         parts = [self._pool.submit(self._read_some, wanted, found) for wanted in self._dealt(rows)]
 
         def finish() -> list[NDArray[np.uint8] | BadImage]:
@@ -54,7 +55,7 @@ class FileStorage:
         share = -(-len(wanted) // _PARTS)
         return [wanted[at : at + share] for at in range(0, len(wanted), share or 1)]
 
-    def _read_some(self, wanted: list[tuple[int, ...]], found: list) -> None:
+    def _read_some(self, wanted: list[tuple[int, ...]], found: list[Any]) -> None:
         with _OpenFile(self._manifest) as file:
             for at, row, number, offset, length in wanted:
                 found[at] = self._read_one(file, row, number, offset, length)
@@ -72,7 +73,7 @@ class FileStorage:
             return Unreadable(changed)
         buffer = np.empty(want, np.uint8)
         try:
-            got = again(os.preadv, handle, [buffer], offset)
+            got = again(os.preadv, handle, [buffer.data], offset)
         except OSError as error:
             return Unreadable(f"cannot be read ({error.strerror})")
         if got != want:

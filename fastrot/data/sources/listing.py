@@ -32,7 +32,10 @@ class Listing:
 
 
 def whole_files(
-    files: list[bytes], labels: list[int] | NDArray[np.int8], classes: list[str], skipped: Counter[str] | None = None
+    files: list[bytes],
+    labels: list[int] | NDArray[np.int64] | NDArray[np.int8],
+    classes: list[str],
+    skipped: Counter[str] | None = None,
 ) -> Listing:
     """A listing of one image a file."""
     n = len(files)
