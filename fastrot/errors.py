@@ -23,3 +23,7 @@ class LostPeer(Fault):
 
 class BadImage(Exception):
     """One image could not be read or decoded; the loader replaces it by rule."""
+
+
+class Unreadable(BadImage):
+    """The system could not read it, or it is not the file that was indexed: this may pass, its bytes said nothing."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastrot import distributed, machine, terminal
 from fastrot.config import Config, flat, to_yaml
-from fastrot.data.build import describe, open_manifest
+from fastrot.data.build import FILES, admit_changed_files, describe, open_manifest
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.errors import Fault, LostPeer, UserError
@@ -103,6 +103,21 @@ def _frozen(
     return Manifest.load(home)
 
 
+def _admitted(manifest: Manifest, home: Path, allowed: bool, ranks: Ranks) -> Manifest:
+    """A resumed run's manifest, frozen in `home`, once rank 0 has looked at its files."""
+
+    def admit() -> None:
+        admit_changed_files(manifest, home, allowed, _say)
+
+    distributed.on_first(ranks, admit)
+    return Manifest.load(home)
+
+
+def _say(line: str) -> None:
+    """A line before there is a log."""
+    terminal.console().print(line, soft_wrap=True, markup=False)
+
+
 def train(
     config: Config,
     ranks: Ranks,
@@ -128,7 +143,11 @@ def train(
         saved_state = found.state if found else {"step": 0, "position": 0, "defining": now}
         where = found.path if found else folder
         saved = defining(Config(), "") | saved_state["defining"]  # a knob that it does not know was at its default
-        checkpoint.refuse_differences(saved, now, resume_anyway, _FIXED, where)
+        files = {FILES: ""}  # they differ or not by what lies on the disk, below
+        checkpoint.refuse_differences(saved | files, now | files, resume_anyway, _FIXED, where)
+        if found:
+            manifest = _admitted(manifest, folder / "manifest" / "train", FILES in resume_anyway, ranks)
+            val = val and _admitted(val, folder / "manifest" / "val", FILES in resume_anyway, ranks)
         step, position = saved_state["step"], saved_state["position"]
         left = max(0, math.ceil((config.optim.epochs * len(manifest) - position) / config.optim.images_per_step))
         last = max(step, min(step + left, config.run.max_steps or step + left))
@@ -171,7 +190,7 @@ def _has_failed(folder: Path) -> bool:
 
 
 def _find(resume: str, folder: Path) -> str | None:
-    path = checkpoint.find(resume, folder, lambda line: terminal.console().print(line, soft_wrap=True, markup=False))
+    path = checkpoint.find(resume, folder, _say)
     return str(path) if path else None
 
 
