@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _BRIGHTNESS, _CONTRAST, _SATURATION = 0, 1, 2
-_GRAY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
+_GRAY = (19595.0, 38470.0, 7471.0)  # of 65,536: Pillow's convert("L"); every sum of these products is exact in fp32
 # eigenvalues and eigenvectors (rows R, G, B) of ImageNet's colours; Krizhevsky et al. 2012, protocol "Linear heads"
 _VALUES = (0.2175, 0.0188, 0.0045)
 _VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
@@ -19,9 +19,9 @@ def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 def jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-    """Brightness, contrast and saturation of each image in its own order, as torchvision's adjust_* on floats.
+    """Brightness, contrast and saturation of each image in its own order, as Pillow's ImageEnhance on bytes.
 
-    images  fp32 [n, 3, H, W] in [0, 1].
+    images  fp32 [n, 3, H, W], whole numbers 0..255; so is what it returns: each operation cuts fractions off.
     order   int64 [n, 4]: which of 0 brightness, 1 contrast, 2 saturation, 3 hue comes first to last.
     factors [n, 4] of those four, by number; the hue's is not used: the protocol's is 0.
     """
@@ -30,10 +30,11 @@ def jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     for place in range(order.shape[1]):
         which = order[:, place, None, None, None]
         factor = torch.where(which <= _SATURATION, factors[:, place, None, None, None], 1.0)
-        gray = (images * gray_of).sum(1, keepdim=True)
-        other = torch.where(which == _CONTRAST, gray.mean((2, 3), keepdim=True), gray)
+        gray = (((images * gray_of).sum(1, keepdim=True) + 32768) / 65536).floor()
+        mean = (gray.double().mean((2, 3), keepdim=True) + 0.5).floor().to(gray)
+        other = torch.where(which == _CONTRAST, mean, gray)
         other = torch.where(which == _BRIGHTNESS, 0.0, other)
-        images = (factor * images + (1 - factor) * other).clamp(0, 1)
+        images = (other + factor * (images - other)).clamp(0, 255).floor()
     return images
 
 

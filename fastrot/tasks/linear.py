@@ -83,7 +83,7 @@ class LinearTask:
         self._mean, self._std = (
             torch.tensor(v, dtype=torch.float32, device=device).view(1, 3, 1, 1) for v in (mean, std)
         )
-        self._zero, self._full = (torch.full((3,), v, device=device) for v in (0.0, 255.0))
+        self._zero, self._one = (torch.full((3,), v, device=device) for v in (0.0, 1.0))
         self.metrics = ("loss", "count", *(f"right_{tap}" for tap in taps))
         self.says = f"held-out accuracy of the best head (chance {1 / classes:.1%})"
 
@@ -97,6 +97,7 @@ class LinearTask:
         if self._jitter:
             drawn = augment.colour_jitter(self._seed, sample.rows, sample.epochs, self._jitter, 0.0)
             images = colour.jitter(images, *map(self._sent, drawn))
+        images = images / 255
         if self._light:
             alpha = augment.lighting(self._seed, sample.rows, sample.epochs, self._light)
             images = colour.lighting(images, self._sent(alpha))
@@ -107,9 +108,9 @@ class LinearTask:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def _upright(self, batch: MicroBatch) -> Tensor:
-        """Images in [0, 1], mirrored where the plan says, never turned."""
+        """Images in 0..255, mirrored where the plan says, never turned."""
         return rotate_views(
-            batch.pixels, batch.flips, torch.zeros_like(batch.turns[:, :1]), self._zero, self._full, torch.float32
+            batch.pixels, batch.flips, torch.zeros_like(batch.turns[:, :1]), self._zero, self._one, torch.float32
         )
 
     def loss(self, module: Callable, views: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -132,5 +133,5 @@ class LinearTask:
         """Summed metrics over this rank's held-out batches; the caller puts the heads in eval mode."""
         total = self._mean.new_zeros(len(self.metrics), dtype=torch.float64)
         for batch in (host.to(self.device) for host in batches):
-            total += self.loss(module, (self._upright(batch) - self._mean) / self._std, batch)[1]
+            total += self.loss(module, (self._upright(batch) / 255 - self._mean) / self._std, batch)[1]
         return total

@@ -111,22 +111,22 @@ def test_several_ranks_that_synchronise_their_norms_are_refused(graphs):
 def test_the_network_is_compiled_in_the_mode_asked_for(fastrot, images, tmp_path, monkeypatch):
     """And for more shapes than dynamo's 8: three crops of two slices and two held-out batches reach them."""
     compiled, dynamo = [], torch._dynamo.config
-    monkeypatch.setattr(dynamo, "recompile_limit", dynamo.recompile_limit)
     monkeypatch.setattr(
         nn.Module, "compile", lambda _, **options: compiled.append((options["mode"], dynamo.recompile_limit))
     )
-    words = [
-        "model.arch=resnet18",
-        "data.crop=32",
-        "optim.images_per_step=4",
-        "engine.kind=plain",
-        f"data.train={images}",
-    ]
-    for mode in ("true", "max-autotune-no-cudagraphs", "false"):
-        assert fastrot("train", *words, f"run.out={tmp_path}", f"engine.compile={mode}", "--dry-run").code == 0
-    assert compiled == [("default", 64), ("max-autotune-no-cudagraphs", 64)]
-    done = fastrot("train", *words, f"run.out={tmp_path}", "engine.compile=reduce-overhead", "--dry-run")
-    assert done.code == 2 and "engine.compile reduce-overhead needs a CUDA device" in done.errors[0]
+    with dynamo.patch(recompile_limit=dynamo.recompile_limit):  # monkeypatch would hide it ever after
+        words = [
+            "model.arch=resnet18",
+            "data.crop=32",
+            "optim.images_per_step=4",
+            "engine.kind=plain",
+            f"data.train={images}",
+        ]
+        for mode in ("true", "max-autotune-no-cudagraphs", "false"):
+            assert fastrot("train", *words, f"run.out={tmp_path}", f"engine.compile={mode}", "--dry-run").code == 0
+        assert compiled == [("default", 64), ("max-autotune-no-cudagraphs", 64)]
+        done = fastrot("train", *words, f"run.out={tmp_path}", "engine.compile=reduce-overhead", "--dry-run")
+        assert done.code == 2 and "engine.compile reduce-overhead needs a CUDA device" in done.errors[0]
 
 
 def test_the_compilers_graphs_refuse_micro_steps_and_ours_take_them():

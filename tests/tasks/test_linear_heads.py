@@ -1,30 +1,62 @@
-"""Linear heads: the colours of torchvision, a backbone that never moves, and a run that learns."""
+"""Linear heads: the colours of Pillow, a backbone that never moves, and a run that learns."""
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as T
+from PIL import Image, ImageEnhance
 from safetensors.torch import load_file, save_file
 
 from fastrot.data.augment import colour_jitter, lighting
+from fastrot.data.loader import MicroBatch
+from fastrot.data.plan import Sample
 from fastrot.models.resnet import backbone_state, build_model
 from fastrot.tasks import colour
-from fastrot.tasks.linear import Heads
+from fastrot.tasks.linear import Heads, LinearTask
 
+CUDA = torch.cuda.is_available()
+ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)  # by the plan's numbers
 TAPS = ("feature1", "feature3", "avg")
 
 
-def test_jitter_is_torchvisions_adjustments_in_each_images_own_order():
-    n = 24
-    order, factors = colour_jitter(3, np.arange(n), np.zeros(n, np.int64), 0.4, 0.0)
-    images = torch.rand(n, 3, 9, 7, generator=torch.Generator().manual_seed(0))
-    got = colour.jitter(images, torch.from_numpy(order), torch.from_numpy(factors))
-    adjust = (T.adjust_brightness, T.adjust_contrast, T.adjust_saturation, lambda x, _: x)
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA")])]
+)
+@pytest.mark.parametrize("strength", [0.4, 1.0])
+def test_jitter_is_pillows_on_bytes_bit_for_bit_in_each_images_own_order(device, strength):
+    n = 64
+    order, factors = colour_jitter(3, np.arange(n), np.zeros(n, np.int64), strength, 0.0)
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 9, 7, 3), np.uint8)
+    pixels[1::2] //= 8  # dark ones, whose rounding shows most
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().to(device)
+    got = colour.jitter(images, torch.from_numpy(order).to(device), torch.from_numpy(factors).to(device))
     for i in range(n):
-        want = images[i]
-        for which in order[i]:
-            want = adjust[which](want, float(factors[i, which]))
-        torch.testing.assert_close(got[i], want, rtol=1e-5, atol=1e-6)
+        want = Image.fromarray(pixels[i])
+        for which in order[i].tolist():
+            if which < len(ENHANCERS):
+                want = ENHANCERS[which](want).enhance(float(factors[i, which]))
+        assert np.array_equal(got[i].permute(1, 2, 0).cpu().numpy(), np.asarray(want)), i
+
+
+def test_the_heads_views_are_the_protocols_transforms_of_pillow_images():
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    backbone = build_model("resnet18", 1, 0).eval()
+    task = LinearTask(backbone, ("feature1",), "adaptive", 32, 2, mean, std, torch.device("cpu"), 5, 0.4, 0.1)
+    rows, epochs = np.arange(8), np.full(8, 2)
+    pixels = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    flips, turns = torch.arange(8, dtype=torch.uint8) % 2, torch.zeros(8, 1, dtype=torch.uint8)
+    sample = Sample(rows, epochs, np.zeros((8, 4), np.int32), flips.numpy(), turns.numpy())
+    got = task.views(MicroBatch(pixels, flips, turns, sample, rows, 8))
+    order, factors = colour_jitter(5, rows, epochs, 0.4, 0.0)
+    alpha = torch.from_numpy(lighting(5, rows, epochs, 0.1)).float()
+    for i in range(8):
+        image = Image.fromarray(pixels[i].numpy())
+        image = T.hflip(image) if flips[i] else image
+        for which in order[i].tolist():
+            if which < len(ENHANCERS):
+                image = ENHANCERS[which](image).enhance(float(factors[i, which]))
+        want = T.normalize(colour.lighting(T.to_tensor(image)[None], alpha[i : i + 1])[0], mean, std)
+        torch.testing.assert_close(got[i], want, rtol=0, atol=2e-6)
 
 
 def test_lighting_adds_the_principal_colours():
