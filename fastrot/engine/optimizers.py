@@ -74,7 +74,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, each | {"foreach": True})  # which zero_grad reads
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # two overloads
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch has an overload each
         """One update; no host sync. Layers of zero norm keep a ratio of 1."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:

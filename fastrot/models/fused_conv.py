@@ -146,7 +146,7 @@ class _FusedConvBottleneck(FusedBottleneck):
         if not x.is_meta and torch.is_autocast_enabled(kind):  # torch knows none on the meta device
             x = x.to(torch.get_autocast_dtype(kind))
         geometry, eps = (conv2.stride, conv2.padding, conv2.dilation, conv2.groups), tuple(bn.eps for _, bn in pairs)
-        parts: tuple[Tensor, ...] = _Step.apply(x, geometry, self.stride, eps, over_ranks, *parameters)  # type: ignore[no-untyped-call]  # torch's
+        parts: tuple[Tensor, ...] = _Step.apply(x, geometry, self.stride, eps, over_ranks, *parameters)  # type: ignore[no-untyped-call]  # torch's apply
         out, *moments = parts
         for (_, bn), each in zip(pairs, moments, strict=True):
             bn.track(each)

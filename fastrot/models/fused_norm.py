@@ -108,7 +108,7 @@ class FusedNorm2d(nn.BatchNorm2d):
         return self._train(x, residual, True)
 
     def _train(self, x: Tensor, residual: Tensor | None, over_ranks: bool) -> Tensor:
-        parts: tuple[Tensor, Tensor] = _NormAddRelu.apply(  # type: ignore[no-untyped-call]  # torch's
+        parts: tuple[Tensor, Tensor] = _NormAddRelu.apply(  # type: ignore[no-untyped-call]  # torch's apply
             x, residual, self.weight, self.bias, self.eps, self.relu, over_ranks
         )
         out, moments = parts

@@ -95,7 +95,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     @across_ranks
     def _synced(self, x: Tensor) -> Tensor:
-        parts: tuple[Tensor, ...] = _SyncedNorm.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]  # torch's
+        parts: tuple[Tensor, ...] = _SyncedNorm.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]  # torch's apply
         out, mean, var, total = parts
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         with torch.no_grad():

@@ -64,9 +64,7 @@ def linear(
     """
     if epochs < 1:
         raise UserError(f"--epochs {epochs}: must be 1 or more")
-    for labels in (train_y, test_y):
-        if np.min(labels) < 0:
-            raise UserError(f"{int((np.asarray(labels) < 0).sum())} rows have no label; a classifier needs them all")
+    train_y, test_y = _known(train_y), _known(test_y)
     classes = int(max(train_y.max(), test_y.max())) + 1
     mixed = FullOrder(len(train_y), seed).rows(np.arange(len(train_y)), 0)
     held_out, fitted = np.sort(mixed[::HELD_OUT]), np.sort(np.delete(mixed, np.s_[::HELD_OUT]))
@@ -75,7 +73,6 @@ def linear(
     def batch(x: NDArray[np.generic], rows: NDArray[np.int64]) -> Tensor:
         return (torch.from_numpy(np.asarray(x[rows], np.float32)).to(device) - mean) * scale
 
-    train_y, test_y = np.array(train_y, np.int64), np.array(test_y, np.int64)  # torch takes no mapped array
     y = torch.from_numpy(train_y).to(device)
     rate = torch.tensor(rates, device=device).repeat_interleave(len(decays))
     decay = torch.tensor(decays, device=device).repeat(len(rates))
@@ -106,6 +103,13 @@ def linear(
     top1, top5 = judged(test_x, test_y, np.arange(len(test_y)))
     best = divmod(int(np.argmax(chosen)), len(decays))
     return LinearResult(top1[best], top5[best], rates[best[0]], decays[best[1]], chosen, top1)
+
+
+def _known(labels: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The labels in memory: torch takes no mapped array. Raises UserError where one is missing."""
+    if np.min(labels) < 0:
+        raise UserError(f"{int((np.asarray(labels) < 0).sum())} rows have no label; a classifier needs them all")
+    return np.array(labels, np.int64)
 
 
 class _Heads:
