@@ -45,13 +45,6 @@ class BadImages:
                 f"{name}: {reason}" + (f"; all are in {self._path}" if self._path else "")
             )
 
-    @property
-    def count(self) -> int:
-        """Images listed so far, of this source, by all ranks."""
-        with self._lock:
-            self._read_what_other_ranks_found()
-            return len(self._known)
-
     def _read_what_other_ranks_found(self) -> None:
         if self._path is not None and self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
