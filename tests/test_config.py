@@ -115,7 +115,7 @@ def test_the_last_override_wins_and_sources_are_told(tmp_path):
         ("optim.lr", "expected section.key=value"),
         ("optim.lr=[", "not YAML"),
         ("optim.epochs=.inf", "finite number"),
-        ("run.out=2024-99-01", "quote it"),
+        ("data.crop=2024-99-01", "quote it"),
         ("run.seed=-1", "greater than or equal to 0"),
         ("engine.images_per_micro_step=1", "greater than or equal to 2"),
     ],

@@ -1,19 +1,25 @@
-"""python -m fastrot.commands.warmup: compile once, at set-up, what the first run would wait for."""
+"""`fastrot warmup`: compile once, at set-up, what the first run would wait for."""
 
+import argparse
 import contextlib
 import io
 import sys
 import warnings
 
-import torch
-
-from fastrot import distributed
-from fastrot_kernels.build import BuildError
-from fastrot_kernels.turbo import Turbo
+from fastrot.commands.base import Command
 
 
-def main() -> None:
+def _options(parser: argparse.ArgumentParser) -> None:
+    """None of its own."""
+
+
+def _run(args: argparse.Namespace) -> None:
     """The turbo decoder (2 s); and, without a GPU, DeepSpeed's host collectives (30 s)."""
+    import torch
+
+    from fastrot_kernels.build import BuildError
+    from fastrot_kernels.turbo import Turbo
+
     try:
         Turbo(1).close()
     except BuildError as error:
@@ -23,6 +29,8 @@ def main() -> None:
 
 
 def _compile_collectives() -> None:
+    from fastrot import distributed
+
     distributed.start()
     said = io.StringIO()
     try:
@@ -41,5 +49,4 @@ def _compile_collectives() -> None:
         distributed.end()
 
 
-if __name__ == "__main__":
-    main()
+COMMAND = Command("warmup", "compile at set-up what the first run would wait for", "fastrot warmup", _options, _run)

@@ -1,11 +1,13 @@
 """--dry-run: build everything, run a few steps, and say what the run would be."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from fastrot import terminal
 from fastrot.config import Config, flat
 from fastrot.data.build import describe, open_manifest
+from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.engine.graphs import WARM_UPS
 from fastrot.runs.arithmetic import RECIPE_VIEWS
@@ -24,17 +26,26 @@ class _Last:
         self.values = values
 
 
-def dry_run(config: Config, sources: dict[str, str], ranks: Ranks, deepspeed_config: str | None) -> dict:
+def dry_run(
+    config: Config,
+    sources: dict[str, str],
+    ranks: Ranks,
+    deepspeed_config: str | None,
+    make_job: Callable[..., Job] = Job,
+    choose: Callable[[Manifest], Manifest] | None = None,
+) -> dict:
     """Time two steps after those that warm up; writes nothing but the named caches.
 
     Prints the resolved config with each value's source, the batch arithmetic, size and hours.
+    make_job, choose  as in runs.run.train.
     """
     say = partial(terminal.console().print, soft_wrap=True, markup=False) if ranks.first else lambda line: None
     train = open_manifest(config.data.train, config, ranks, "data.train")
+    train = choose(train) if choose else train
     val = open_manifest(config.data.val, config, ranks, "data.val") if config.data.val else None
     for manifest in filter(None, (train, val)):
         describe(manifest, say)
-    job = Job(config, ranks, train, val, None, deepspeed_config, say)
+    job = make_job(config, ranks, train, val, None, deepspeed_config, say)
     n, last = job.numbers, _Last()
     untimed = WARM_UPS + 1 if config.engine.cuda_graphs else 2  # a graph is captured once it is warm
     steps = untimed + _TIMED
