@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
@@ -309,10 +309,14 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{_shown(where)}: {_shown(str(error))}; quote it") from None
 
 
+def _section(name: str) -> type[Section]:
+    return cast(type[Section], Config.model_fields[name].annotation)
+
+
 def is_text(key: str) -> bool:
     """Whether the values of a section.key are text, which an override gives letter by letter."""
     section, _, name = key.partition(".")
-    field = Config.model_fields[section].annotation.model_fields.get(name) if section in Config.model_fields else None
+    field = _section(section).model_fields.get(name) if section in Config.model_fields else None
     return field is not None and field.annotation in (str, str | None)
 
 
@@ -327,9 +331,9 @@ def _value(key: str, text: str, where: str) -> Any:
     return str(_parse(text, where)) if quoted else text
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """{section: {key: value}} as {section.key: value}; values that are mappings stay whole."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for section, body in tree.items():
         if section in Config.model_fields and isinstance(body, dict):
             flat |= {f"{section}.{key}": value for key, value in body.items()}
@@ -340,7 +344,7 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 def known_keys() -> list[str]:
     """Every dotted key there is, in the order of the sections."""
-    return [f"{name}.{key}" for name, section in Config.model_fields.items() for key in section.annotation.model_fields]
+    return [f"{name}.{key}" for name in Config.model_fields for key in _section(name).model_fields]
 
 
 def _meant_for(values: dict[str, Any]) -> str | None:
@@ -364,7 +368,7 @@ def _meant_for(values: dict[str, Any]) -> str | None:
 
 
 def _changed(value: Any, usual: Any) -> bool:
-    return (list(value) if isinstance(value, tuple) else value) != usual
+    return bool(value != usual)
 
 
 def _refuse_foreign(path: str | None, values: dict[str, Any], overrides: list[str], command: str) -> None:
@@ -423,7 +427,7 @@ def _validated(values: dict[str, Any], sources: dict[str, str]) -> Config:
             ]
             hint = f"; did you mean {near[0]}?" if near else f"; sections: {', '.join(Config.model_fields)}"
             wrong.append(f"{sources[key]}: unknown key {_shown(key)}{hint}")
-    tree: dict[str, dict] = {}
+    tree: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         if key in known:
             section, _, name = key.partition(".")

@@ -27,7 +27,7 @@ def _run(args: argparse.Namespace) -> Result:
     args.overrides = [word for word in args.words if re.match(r"[A-Za-z_]\w*\.\w+=", word)]
     places = [word for word in args.words if word not in args.overrides]
     if len(places) > 1:
-        raise UserError(f"{places[1]!r}: a second source, or no section.key=value; index one source at a time")
+        raise UserError(f"{places[1]!r}: expected section.key=value; one source at a time is indexed")
     config, sources = settings(args)
     source = places[0] if places else config.data.train
     with among_ranks() as ranks:
