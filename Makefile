@@ -20,17 +20,17 @@ $(VENV)/.ready: requirements.txt requirements-ffcv.txt setup.py tools/install_ff
 	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
 	tools/install_ffcv.sh $(BIN)/python
-	$(BIN)/python -m fastrot.commands.warmup
+	$(BIN)/fastrot warmup
 	@touch $@
 
 demo: setup
-	$(BIN)/python -m fastrot.demo.scenes --out runs/demo-data
+	$(BIN)/fastrot demo-data --out runs/demo-data
 	rm -rf runs/demo
 	$(BIN)/deepspeed fastrot/train.py --config configs/demo.yaml
 
 # the control: the same run on shuffled labels; held-out accuracy must stay at chance
 demo-control: setup
-	$(BIN)/python -m fastrot.demo.scenes --out runs/demo-data
+	$(BIN)/fastrot demo-data --out runs/demo-data
 	rm -rf runs/demo-control
 	$(BIN)/deepspeed fastrot/train.py --config configs/demo.yaml rotation.shuffle_labels=true run.out=runs/demo-control
 

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.v2 import functional as F
 
 from fastrot.data.images import decode_upright, kind_of, open_image
 from fastrot.errors import BadImage
@@ -20,6 +18,8 @@ log = logging.getLogger(__name__)
 
 
 def make(device: torch.device, threads: int, batch: int, depth: int) -> "TorchDecoder":
+    import torchvision.io  # noqa: F401  where it is missing, that is found out here
+
     return TorchDecoder(threads)
 
 
@@ -32,6 +32,8 @@ def upright_pixels(buffer: NDArray[np.uint8]) -> torch.Tensor:
         return torch.from_numpy(buffer).permute(2, 0, 1)
     if kind_of(buffer) == "JPEG" and _components(buffer) in (1, 3):
         try:
+            from torchvision.io import ImageReadMode, decode_jpeg  # seconds, which other decoders need not pay
+
             return decode_jpeg(torch.from_numpy(buffer), ImageReadMode.RGB, apply_exif_orientation=True)
         except RuntimeError as error:
             raise BadImage(f"cannot be decoded ({str(error).splitlines()[0]})") from None
@@ -59,6 +61,8 @@ def window_pixels(buffer: NDArray[np.uint8], window: NDArray, size: int) -> torc
     top, left, height, width = (int(v) for v in window)
     if top + height > pixels.shape[1] or left + width > pixels.shape[2]:
         raise BadImage(f"is {pixels.shape[2]}x{pixels.shape[1]}, not as indexed")
+    from torchvision.transforms.v2 import functional as F
+
     crop = F.resized_crop(pixels, top, left, height, width, [size, size], antialias=True)
     return crop.permute(1, 2, 0)
 
