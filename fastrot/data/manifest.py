@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from fastrot.data import scan
 from fastrot.data.images import KINDS, decode_upright, kind_of, open_image, orientation_of
 from fastrot.data.sources import open_source, shards_of
 from fastrot.errors import BadImage, UserError
+from fastrot.files import read_json, replacing
 
 _FORMAT = 3
 HEAD = 4096  # bytes of an image that enter the content hash
@@ -80,27 +82,24 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write the manifest; the folder appears whole or not at all."""
-        scratch = folder.with_name(f".{folder.name}-{os.getpid()}")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        for name in (*COLUMNS, "names", "name_ends"):
-            np.save(scratch / f"{name}.npy", getattr(self, name), allow_pickle=False)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         meta = {name: getattr(self, name) for name in _META} | {"format": _FORMAT}
-        (scratch / "meta.json").write_text(json.dumps(meta, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
+        with replacing(folder, folder=True) as scratch:
+            for name in (*COLUMNS, "names", "name_ends"):
+                np.save(scratch / f"{name}.npy", getattr(self, name), allow_pickle=False)
+            (scratch / "meta.json").write_text(json.dumps(meta, indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
         """Map a saved manifest. Raises UserError where it is missing or damaged."""
         try:
-            meta = json.loads((folder / "meta.json").read_text())
+            meta = vars(read_json(folder / "meta.json", _Meta))
             arrays = {  # plain views of the mappings: numpy's memmap costs microseconds an index
                 name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray)
                 for name in (*COLUMNS, "names", "name_ends")
             }
-            return cls(**arrays, **{name: meta[name] for name in _META})
-        except (OSError, ValueError, KeyError) as error:
+            return cls(**arrays, **meta)
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{folder}: not a manifest that can be read ({error}); remove it") from None
 
 
@@ -110,7 +109,19 @@ def place(path: bytes, offset: int) -> str:
     return f"{name} at byte {offset}" if offset else name
 
 
-_META = ("source", "classes", "content", "storage", "skipped", "quarantined")
+@dataclass(frozen=True)
+class _Meta:
+    """meta.json. source: any text, since a path may not be UTF-8."""
+
+    source: Any
+    classes: list[Any]
+    content: str
+    storage: str
+    skipped: dict[str, int]
+    quarantined: list[list[Any]]
+
+
+_META = tuple(_Meta.__annotations__)
 
 
 def index(source: str, cache: Path, max_pixels: int, track: Callable) -> Path:

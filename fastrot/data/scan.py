@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrot.errors import Fault, UserError
+from fastrot.files import as_json, replacing
 
 ROWS = 2048  # a part: what a kill may cost a worker
 _MANY = 4096  # rows above which processes beat threads
@@ -102,7 +103,7 @@ def _parts(pool, n, rows, words_of, look, folder, most) -> Iterator[tuple[int, P
 def _read(part: Path) -> tuple[NDArray, dict[str, str]]:
     try:
         with part.open("rb") as file, np.load(file) as saved:
-            return saved["found"], json.loads(saved["reasons"].tobytes())
+            return saved["found"], as_json(saved["reasons"].tobytes(), dict[str, str])
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{part}: damaged ({error}); remove {part.parent} and start again") from None
 
@@ -122,6 +123,5 @@ def _look(words: list[tuple], look: Callable, part: Path) -> None:
             reasons[row] = found
         else:
             table[row] = (*found[:3], np.frombuffer(found[3], np.uint8))
-    scratch = part.with_name(f".{part.stem}-{os.getpid()}.npz")
-    np.savez(scratch, found=table, reasons=np.frombuffer(json.dumps(reasons).encode(), np.uint8))
-    scratch.replace(part)
+    with replacing(part) as scratch, scratch.open("wb") as file:
+        np.savez(file, found=table, reasons=np.frombuffer(json.dumps(reasons).encode(), np.uint8))

@@ -1,11 +1,10 @@
 """A frozen backbone from any checkpoint: ours, or another library's; whole, or refused."""
 
-import hashlib
-import json
 import pickle
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastrot.errors import UserError
+from fastrot.files import read_json, sha256_of
 from fastrot.models.key_names import to_torchvision
 from fastrot.models.resnet import build_model
 
@@ -95,9 +95,7 @@ def load_backbone(path: str) -> tuple[nn.Module, Origin]:
         for key, value in state.items()
     }
     model.load_state_dict(counters | state, assign=True)
-    with file.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return _frozen(model), Origin(arch, str(file), digest, names, tuple(skipped), run and str(run))
+    return _frozen(model), Origin(arch, str(file), sha256_of(file), names, tuple(skipped), run and str(run))
 
 
 def find_file(path: str) -> tuple[Path, Path | None]:
@@ -189,5 +187,8 @@ def pretraining(origin: Origin) -> dict:
     out = {"config": (run / "config.yaml").read_text()}
     for name, file in (("environment", run / "environment.json"), ("state", step / "state.json")):
         if file.is_file():
-            out[name] = json.loads(file.read_text())
+            try:
+                out[name] = read_json(file, dict[str, Any])
+            except (OSError, ValueError) as error:
+                raise UserError(f"{file}: cannot be read ({error}); name another checkpoint") from None
     return out
