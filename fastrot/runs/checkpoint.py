@@ -194,6 +194,7 @@ class Saver:
         self._root, self._keep, self._say = run / "checkpoints", keep_last, say
         self._thread: threading.Thread | None = None
         self._failures = 0
+        self._error: Exception | None = None
         best = self._read_best()
         self.best: float | None = best.accuracy if best else None
 
@@ -214,7 +215,7 @@ class Saver:
         Raises Fault after three failures in a row.
         """
         self.finish()
-        if self._failures >= _FAILURES:
+        if self._failures >= _FAILURES or self._error:
             self.check()
         tensors = {
             "model.safetensors": _copied(model),
@@ -232,6 +233,8 @@ class Saver:
 
     def check(self) -> None:
         """Raises Fault where the newest checkpoint could not be written."""
+        if self._error:
+            raise self._error
         if self._failures:
             raise Fault(
                 f"{self._root}: the last {self._failures} checkpoints could not be written; {standing(self._root.parent)}"
@@ -261,6 +264,8 @@ class Saver:
                 f"checkpoint {folder.name} could not be written ({error}); "
                 "training goes on, the next interval tries again"
             )
+        except Exception as error:  # carried to the thread that trains, which raises it
+            self._error = error
 
     def _thin_out(self) -> None:
         best = self._read_best()

@@ -60,7 +60,7 @@ def test_a_full_disk_ends_the_run_after_three_checkpoints_and_the_last_good_one_
     assert begin("run.max_steps=2").code == 0
     sound = everything(run / "checkpoints/step-00000002")
 
-    def full(self, **_):
+    def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint, "save_file", full)
