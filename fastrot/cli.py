@@ -34,9 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, Fault) as error:
         _complain(error)
         return error.exit_code
-    except KeyboardInterrupt:
-        goes_on = "; --resume auto goes on from the last checkpoint, if there is one" if command.resumable else ""
-        _complain(f"stopped by Ctrl-C{goes_on}")
+    except KeyboardInterrupt as stop:  # a run says in it what stands
+        _complain("; ".join(["stopped by Ctrl-C", *map(str, stop.args)]))
         return 130
     return 0
 

@@ -153,6 +153,8 @@ class Engine(Section):
     recompute: bool = False
     """Keep each residual block's input alone and compute its maps again in the backward pass: a fraction of the
     memory for a second forward pass."""
+    max_bad_steps: PositiveInt = 10
+    """Steps in a row whose loss is not finite that end a run; seen where a line is logged."""
     deterministic: bool = False
     """Only deterministic CUDA algorithms, so that a resume is equal bit for bit on a GPU; slower."""
 

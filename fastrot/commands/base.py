@@ -20,7 +20,7 @@ STORE = "a run folder, a checkpoint, or any ResNet's .safetensors or .pth"
 @dataclass(frozen=True)
 class Command:
     """says: a line for the list. options: adds the command's own. run: does it; its result is what --json prints,
-    None where the command prints its own. resumable: a run that Ctrl-C stopped goes on when it is started again."""
+    None where the command prints its own."""
 
     name: str
     says: str
@@ -28,7 +28,6 @@ class Command:
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], Result | None]
     description: str = ""
-    resumable: bool = False
 
     def parser(self) -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser(

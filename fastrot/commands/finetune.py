@@ -42,5 +42,4 @@ COMMAND = Command(
     _run,
     "Train a pretrained backbone and a last layer together on data.train, or on the share of it that "
     "finetune.fraction draws or finetune.names lists, judged on data.val, in run.out.",
-    resumable=True,
 )

@@ -69,5 +69,4 @@ COMMAND = Command(
     _run,
     "With --checkpoint: the protocol's heads on data.train, augmented, judged on data.val, in run.out. "
     "With --features: a grid of rates and decays at once on stored features, which is not the protocol.",
-    resumable=True,
 )

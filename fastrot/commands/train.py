@@ -43,5 +43,4 @@ COMMAND = Command(
     _options,
     _run,
     "Pretrain a ResNet by predicting image rotations, in run.out; started again it goes on where it was.",
-    resumable=True,
 )

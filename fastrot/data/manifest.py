@@ -28,6 +28,7 @@ from fastrot.data.scan import Track
 from fastrot.data.sources import open_source, rules_of, shards_of
 from fastrot.data.sources.listing import Listing
 from fastrot.errors import BadImage, UserError
+from fastrot.files import read_json, replacing
 
 _FORMAT = 3
 HEAD = 4096  # bytes of an image that enter the content hash
@@ -104,28 +105,24 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write the manifest; the folder appears whole or not at all."""
-        scratch = folder.with_name(f".{folder.name}-{os.getpid()}")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        for name in (*COLUMNS, "names", "name_ends"):
-            np.save(scratch / f"{name}.npy", getattr(self, name), allow_pickle=False)
-        if self.file_state is not None:
-            np.save(scratch / "file_state.npy", self.file_state, allow_pickle=False)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         meta = {name: getattr(self, name) for name in _META} | {"format": _FORMAT}
-        (scratch / "meta.json").write_text(json.dumps(meta, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
+        with replacing(folder, folder=True) as scratch:
+            for name in (*COLUMNS, "names", "name_ends"):
+                np.save(scratch / f"{name}.npy", getattr(self, name), allow_pickle=False)
+            if self.file_state is not None:
+                np.save(scratch / "file_state.npy", self.file_state, allow_pickle=False)
+            (scratch / "meta.json").write_text(json.dumps(meta, indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
         """Map a saved manifest. Raises UserError where it is missing or damaged."""
         try:
-            meta = json.loads((folder / "meta.json").read_text())
+            meta = vars(read_json(folder / "meta.json", _Meta))
+            kept: dict[str, Any] = {name: _mapped(folder / f"{name}.npy") for name in (*COLUMNS, "names", "name_ends")}
             state = folder / "file_state.npy"
-            kept: dict[str, Any] = {name: meta[name] for name in _META}
-            kept |= {name: _mapped(folder / f"{name}.npy") for name in (*COLUMNS, "names", "name_ends")}
-            return cls(**kept, file_state=_mapped(state) if state.exists() else None)
-        except (OSError, ValueError, KeyError) as error:
+            return cls(**kept, **meta, file_state=_mapped(state) if state.exists() else None)
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{folder}: not a manifest that can be read ({error}); remove it") from None
 
 
@@ -145,7 +142,19 @@ def place(path: bytes, offset: int) -> str:
     return f"{name} at byte {offset}" if offset else name
 
 
-_META = ("source", "classes", "content", "storage", "skipped", "quarantined")
+@dataclass(frozen=True)
+class _Meta:
+    """meta.json. source: any text, since a path may not be UTF-8."""
+
+    source: Any
+    classes: list[Any]
+    content: str
+    storage: str
+    skipped: dict[str, int]
+    quarantined: list[list[Any]]
+
+
+_META = tuple(_Meta.__annotations__)
 
 
 def index(source: str, cache: Path, max_pixels: int, track: Track) -> Path:
@@ -189,9 +198,8 @@ def _with_states(cached: Path, state: NDArray[np.int64]) -> Path:
     kept = cached / "file_state.npy"
     if not kept.exists():
         try:
-            scratch = cached / f".{os.getpid()}.npy"
-            np.save(scratch, state, allow_pickle=False)
-            scratch.replace(kept)
+            with replacing(kept) as scratch, scratch.open("wb") as file:
+                np.save(file, state, allow_pickle=False)
         except OSError as error:
             raise _unwritable(cached, error) from None
     return cached

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fastrot.data.reading import again, refusal
 from fastrot.errors import Fault, Unreadable, UserError
+from fastrot.files import as_json, replacing
 
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 """track(items, total, title) -> the items: shows progress."""
@@ -145,7 +146,7 @@ def _parts(
 def _read(part: Path) -> tuple[NDArray[Any], dict[str, str]]:
     try:
         with part.open("rb") as file, np.load(file) as saved:
-            return saved["found"], json.loads(saved["reasons"].tobytes())
+            return saved["found"], as_json(saved["reasons"].tobytes(), dict[str, str])
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{part}: damaged ({error}); remove {part.parent} and start again") from None
 
@@ -173,7 +174,6 @@ def _look(words: list[tuple[Any, ...]], look: Look, part: Path) -> _Missing:
         else:
             table[row] = (*found[:3], np.frombuffer(found[3], np.uint8))
     if not missing:
-        scratch = part.with_name(f".{part.stem}-{os.getpid()}.npz")
-        np.savez(scratch, found=table, reasons=np.frombuffer(json.dumps(reasons).encode(), np.uint8))
-        scratch.replace(part)
+        with replacing(part) as scratch, scratch.open("wb") as file:
+            np.savez(file, found=table, reasons=np.frombuffer(json.dumps(reasons).encode(), np.uint8))
     return missing

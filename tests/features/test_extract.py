@@ -303,3 +303,29 @@ def test_an_image_that_broke_since_is_no_other_images_features(fastrot, checkpoi
     done = fastrot(*words)
     distributed.end()
     assert done.code == 3 and "unreadable images, more than data.max_bad 0" in done.err
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda store, record: record.write_text("[]"),
+        lambda store, record: record.write_text("{"),
+        lambda store, record: (store / "avg.npy").unlink(),
+        lambda store, record: (store / "avg.npy").write_bytes(b"short"),
+    ],
+)
+def test_a_damaged_store_is_one_line_and_never_all_there(fastrot, images, checkpoint, tmp_path, damage, finished):
+    store = tmp_path / "f"
+    words = ["features", "--data", images, *SMALL, "--checkpoint", checkpoint, "--taps", "avg", "--out", store]
+    assert fastrot(*words).code == 0
+    record = store / "manifest.json"
+    if not finished:
+        facts = json.loads(record.read_text())
+        del facts["files"]
+        record.unlink()
+        record = store / "plan.json"
+        record.write_text(json.dumps(facts))
+    damage(store, record)
+    done = fastrot(*words)
+    assert done.code == 2 and len(done.errors) == 1, done.err
