@@ -19,14 +19,14 @@ from fastrot.errors import Fault, UserError
 
 ROWS = 2048  # a part: what a kill may cost a worker
 _MANY = 4096  # rows above which processes beat threads
-_FOUND = np.dtype([("height", "<i4"), ("width", "<i4"), ("kind", "u1"), ("head", "u1", 32)])
+_FOUND = np.dtype([("height", "<i4"), ("width", "<i4"), ("kind", "u1"), ("orientation", "u1"), ("head", "u1", 32)])
 
 
 @dataclass(frozen=True)
 class Found:
     """What looking at n rows gave.
 
-    height, width int32 [n]; kind uint8 [n]; head uint8 [n, 32], sha256 of the image's first bytes.
+    height, width int32 [n]; kind, orientation uint8 [n]; head uint8 [n, 32], sha256 of the image's first bytes.
     sound   bool [n]; the other columns are 0 where it is False.
     reason  by row: why it is no sound image.
     """
@@ -34,6 +34,7 @@ class Found:
     height: NDArray[np.int32]
     width: NDArray[np.int32]
     kind: NDArray[np.uint8]
+    orientation: NDArray[np.uint8]
     head: NDArray[np.uint8]
     sound: NDArray[np.bool_]
     reason: dict[int, str]
@@ -43,7 +44,7 @@ def look_at(n: int, words_of: Callable, look: Callable, folder: Path, track: Cal
     """`look` at rows 0 .. n - 1.
 
     words_of(first, last)  the arguments of `look` for these rows, an iterable of tuples.
-    look(*arguments)       (height, width, kind, sha256) of a row, or the reason why it is unsound; picklable.
+    look(*arguments)       (height, width, kind, orientation, sha256) of a row, or the reason why it is unsound; picklable.
     folder                 keeps the parts that are done; the caller removes it. A part found there is not redone.
     Raises Fault where a worker dies.
     """
@@ -64,7 +65,7 @@ def look_at(n: int, words_of: Callable, look: Callable, folder: Path, track: Cal
             ) from None
     sound = np.ones(n, bool)
     sound[list(reason)] = False
-    return Found(*(table[name] for name in ("height", "width", "kind", "head")), sound, reason)
+    return Found(*(table[name] for name in ("height", "width", "kind", "orientation", "head")), sound, reason)
 
 
 def workers_pool(processes: bool) -> Executor:
@@ -121,7 +122,7 @@ def _look(words: list[tuple], look: Callable, part: Path) -> None:
         if isinstance(found, str):
             reasons[row] = found
         else:
-            table[row] = (*found[:3], np.frombuffer(found[3], np.uint8))
+            table[row] = (*found[:4], np.frombuffer(found[4], np.uint8))
     scratch = part.with_name(f".{part.stem}-{os.getpid()}.npz")
     np.savez(scratch, found=table, reasons=np.frombuffer(json.dumps(reasons).encode(), np.uint8))
     scratch.replace(part)

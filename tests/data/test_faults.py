@@ -6,6 +6,7 @@ from PIL import Image
 
 from conftest import DALI_RESIZES, cpu_decoder, draw, runnable_decoders
 from corpus import BROKEN, FAULTS, SILENT, SOUND, encode
+from fastrot.data.decode.batch import Batch
 from fastrot.data.images import decode_upright
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.storage import FileStorage
@@ -66,7 +67,7 @@ def windows_of(manifest: Manifest) -> np.ndarray:
 
 def shown(decoder, manifest: Manifest, windows: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
     (buffer,) = FileStorage(manifest).read(np.array([0]))
-    decoder.submit([buffer] * len(windows), windows, SIZE)
+    decoder.submit(Batch([buffer] * len(windows), manifest.orientation[[0] * len(windows)], windows, SIZE))
     pixels, bad = decoder.result()
     return pixels.numpy(), bad
 

@@ -74,7 +74,7 @@ def test_the_svms_pictures_are_torchvisions_to_the_bit(images):
     transform = T.Compose([T.Resize(256), T.Resize((224, 224))])
     for path in sorted(images.rglob("*.jpg")):
         want = np.asarray(transform(Image.open(path).convert("RGB")))
-        got = squashed_pixels(np.frombuffer(path.read_bytes(), np.uint8), None, 224, 256).numpy()
+        got = squashed_pixels(np.frombuffer(path.read_bytes(), np.uint8), 1, None, 224, 256).numpy()
         assert np.array_equal(got, want)
 
 
