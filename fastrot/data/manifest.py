@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrot.data import jpeg, scan
+from fastrot.data import jpeg, png, scan
 from fastrot.data.images import KINDS, UNKNOWN, kind_of, open_image, orientation_of, upright
 from fastrot.data.sources import open_source, shards_of
 from fastrot.errors import BadImage, UserError
@@ -260,7 +260,10 @@ def _judged(file: BinaryIO, kind: str, max_pixels: int) -> tuple[int, int, int]:
         orientation = orientation_of(image)
         return (width, height, orientation) if orientation >= 5 else (height, width, orientation)
     file.seek(0)
-    image = open_image(io.BytesIO(file.read()))
+    data = file.read()
+    if kind == "PNG" and not png.ends(data):  # Pillow shows one that has all its pixels, others refuse it
+        raise BadImage("is truncated (its end chunk is missing)")
+    image = open_image(io.BytesIO(data))
     orientation = orientation_of(image)
     width, height = upright(image, orientation).size
     return height, width, orientation
