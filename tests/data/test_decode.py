@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -225,6 +226,20 @@ def test_what_fails_on_the_device_is_no_bad_image(monkeypatch, error, where):
         with pytest.raises(error, match="the device's own"):
             work()
     decoder.close()
+
+
+def test_ffcv_keeps_no_large_images_memory(monkeypatch):
+    ffcv = pytest.importorskip("fastrot.data.decode.ffcv", reason="FFCV is not installed", exc_type=ImportError)
+    monkeypatch.setattr(ffcv, "_scratch", SimpleNamespace())
+    monkeypatch.setattr(ffcv, "_SCRATCH", 61 * 83 * 3)
+    decoder, window = ffcv.FfcvDecoder(1), np.array([(0, 0, 61, 83)], np.int32)
+    want = {}
+    for side in (61, 62):  # the most that is kept, and more
+        buffer = encoded(draw(side, 83), quality=90)
+        want[side] = decoder.one(batch_of([buffer], window, 24))
+        assert len(ffcv._scratch.pixels) == 61 * 83 * 3
+    decoder.close()
+    assert all(pixels.float().mean() > 10 for pixels in want.values())
 
 
 @settings(max_examples=150, deadline=None)

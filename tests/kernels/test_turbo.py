@@ -2,6 +2,7 @@
 
 import io
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
+from torchvision.io import decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from fastrot_kernels import build
+from fastrot_kernels import turbo as module
 from fastrot_kernels.turbo import BROKEN, NOT_OURS, Turbo
 
 SOURCES = Path(build.__file__).parent / "turbo"
@@ -128,6 +131,53 @@ def test_windows_are_of_the_upright_image(turbo, orientation, size, boxed):
     stored = np.asarray(Image.open(io.BytesIO(buffer)).convert("RGB"))
     assert np.array_equal(one(turbo, stored, window, size, orientation), got)
     assert np.array_equal(one(turbo, np.frombuffer(turned.getvalue(), np.uint8), window, size, orientation), got)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Built without any code for one processor alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_library", partial(module._library, "-DPLAIN"))
+        made = Turbo(2)
+    yield made
+    made.close()
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([1, 3, 8, 31, 64, 225]), st.booleans(), st.data())
+@settings(max_examples=80, deadline=None)
+def test_plain_c_is_the_simd_code_bit_for_bit(turbo, plain, encoded, height, width, size, boxed, data):
+    top, left = data.draw(st.integers(0, 147 - height)), data.draw(st.integers(0, 203 - width))
+    way = data.draw(st.sampled_from(sorted(WAYS)))
+    window = (top, left, height - 0.3 * boxed, width)
+    for buffer in encoded[way]:  # the file, and its pixels
+        assert np.array_equal(one(plain, buffer, window, size), one(turbo, buffer, window, size))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_without_its_last_bytes_is_judged_as_libjpeg_does(turbo, encoded, way):
+    """Our own Huffman decoder does not end where libjpeg would ask for more; nor ask where it would not."""
+    whole = encoded[way][0]
+    for missing in range(64):
+        buffer = whole[: len(whole) - missing].copy()
+        try:
+            decode_jpeg(torch.from_numpy(buffer))
+            sound = True
+        except RuntimeError:
+            sound = False
+        turbo.submit([buffer], upright(1), np.array([(0, 0, 147, 203)]), 8)
+        _, failed = turbo.result()
+        assert not failed if sound else failed[0][0] == BROKEN, missing
+
+
+@pytest.mark.parametrize("scans, refused", [(500, False), (501, True)])
+def test_a_file_of_more_than_500_scans_is_refused(turbo, scans, refused):
+    data = bytes(jpeg(grain(9, 9).convert("L"), progressive=True))
+    starts = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    first = data[starts[0] : data.index(b"\xff", starts[0] + 12)]  # the DC's first scan, up to a marker
+    many = data[: starts[0]] + first * scans + b"\xff\xd9"
+    turbo.submit([np.frombuffer(many, np.uint8)], upright(1), np.array([(0, 0, 9, 9)]), 8)
+    _, failed = turbo.result()
+    assert failed == ({0: (BROKEN, "has more than 500 scans")} if refused else {})
 
 
 def test_the_fast_mode_changes_large_windows_alone(turbo):

@@ -1,8 +1,8 @@
 """turbo: windows of JPEGs, decoded and resampled on the CPU, a batch a call, without the GIL.
 
 Our own Huffman decoder passes over what lies outside the window, libjpeg-turbo makes pixels of the
-window's columns and rows alone, and a pass of SIMD code resamples the rows as they come. Pixels equal torchvision's decode, crop and antialiased bilinear resize bit for bit; with
-`fast`, large windows are first scaled in the DCT.
+window's columns and rows alone, and a pass of SIMD code resamples the rows as they come. Pixels equal torchvision's decode, crop and
+antialiased bilinear resize bit for bit; with `fast`, large windows are first scaled in the DCT.
 """
 
 import ctypes
@@ -35,8 +35,8 @@ _REQUEST = np.dtype(
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    made = library(Path(__file__).parent, "turbo", links=("jpeg",))
+def _library(*flags: str) -> ctypes.CDLL:
+    made = library(Path(__file__).parent, "turbo", links=("jpeg",), flags=flags)
     made.turbo_open.restype = made.turbo_submit.restype = ctypes.c_void_p
     made.turbo_submit.argtypes = [ctypes.c_void_p, ctypes.c_int] + 3 * [ctypes.c_void_p]
     made.turbo_wait.argtypes = [ctypes.c_void_p, ctypes.c_void_p]

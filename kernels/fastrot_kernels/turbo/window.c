@@ -285,7 +285,9 @@ enum outcome window_pixels(const struct request *r, struct scratch *scratch, cha
         snprintf(reason, REASON, "leaves no memory for its decoder");
         return BROKEN;
     }
-    return jpeg_pixels(r, scratch, scratch->entropy, reason);
+    enum outcome outcome = jpeg_pixels(r, scratch, scratch->entropy, reason);
+    entropy_rest(scratch->entropy);
+    return outcome;
 }
 
 void scratch_free(struct scratch *scratch) {
