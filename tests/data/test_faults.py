@@ -209,6 +209,16 @@ def test_whatever_a_header_says_all_show_what_pillow_shows(decoder, path, segmen
     assert agrees(decoder, headed(*segments, jfif=jfif, picture=SMALL), path, MOST.get(decoder.key, 1.0))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_image_of_just_max_pixels_is_taken_and_one_pixel_more_is_not(path, kind):
+    path.write_bytes(encode(SMALL, kind))
+    assert scan_file(bytes(path), 0, -1, (0, 0), 24 * 40)[:2] == (24, 40)
+    assert scan_file(bytes(path), 0, -1, (0, 0), 24 * 40 - 1) == "40x24 is above data.max_pixels 959"
+    path.write_bytes(bytes(24 * 40 * 3))
+    assert scan_file(bytes(path), 0, 24 * 40 * 3, (24, 40), 24 * 40)[:2] == (24, 40)
+    assert scan_file(bytes(path), 0, 24 * 40 * 3, (24, 40), 959) == "40x24 is above data.max_pixels 959"
+
+
 WHOLE_FILES = {
     "JPEG": encode(SMALL),
     "progressive": encode(SMALL, progressive=True),
