@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from conftest import ROOT, metrics, write_folder
 from fastrot import config as configs
 from fastrot.data.decode import make_decoder
+from fastrot.data.decode.batch import Batch
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.order import FullOrder
 from fastrot.data.plan import Plan
@@ -114,7 +115,7 @@ def test_its_steps_are_plain_torchs(fastrot, images, checkpoint, manifest, tmp_p
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for step in range(3):
         sample = plan.at(5 * step, 5 * step + 5)
-        decoder.submit(FileStorage(manifest).read(sample.rows), sample.windows, 64)
+        decoder.submit(Batch(FileStorage(manifest).read(sample.rows), np.ones(5, np.uint8), sample.windows, 64))
         x = decoder.result()[0].permute(0, 3, 1, 2) / 255
         x = torch.stack([one.flip(2) if flip else one for one, flip in zip(x, sample.flips, strict=True)])
         loss = F.cross_entropy(model((x - mean) / std), torch.from_numpy(manifest.label[sample.rows]))
