@@ -14,14 +14,11 @@ from fastrot.models.resnet import backbone_state, build_model
 from fastrot.tasks import colour
 from fastrot.tasks.linear import Heads, LinearTask
 
-CUDA = torch.cuda.is_available()
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)  # by the plan's numbers
 TAPS = ("feature1", "feature3", "avg")
 
 
-@pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA")])]
-)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("strength", [0.4, 1.0])
 def test_jitter_is_pillows_on_bytes_bit_for_bit_in_each_images_own_order(device, strength):
     n = 64
