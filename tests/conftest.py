@@ -134,7 +134,9 @@ def shared_data():
 @pytest.fixture
 def fastrot(capfd, monkeypatch):
     """A function that runs a command in this process, as the console script does."""
+    from fastrot import distributed
     from fastrot.cli import main
+    from fastrot.errors import Fault
 
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # each process group wraps it once more
 
@@ -144,6 +146,8 @@ def fastrot(capfd, monkeypatch):
             code = main([str(w) for w in words])
         except SystemExit as end:  # argparse's own refusals
             code = end.code
+        if code == Fault.exit_code:  # it leaves the other ranks, and with them the process
+            distributed.end()
         said = capfd.readouterr()
         return Done(code, said.out, said.err)
 

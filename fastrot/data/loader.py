@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -95,7 +95,7 @@ class Loader:
         rank: int,
         micro_steps: int,
         size_at: Callable[[float], int],
-    ) -> Iterator[StepBatch]:
+    ) -> Generator[StepBatch, None, None]:
         """This rank's share of steps `steps`, the first of which begins at stream position `position`.
 
         images   a step, over all ranks; size_at(epoch) -> side of the crops.

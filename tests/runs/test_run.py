@@ -265,28 +265,6 @@ def test_a_second_run_in_the_same_folder_is_refused(images, tmp_path, fastrot):
     assert "another run works there (host there, process 7)" in done.err
 
 
-@pytest.mark.parametrize("window", ["random_resized", "random"])
-def test_the_stream_is_one_for_any_ranks_decoder_and_start(images, fastrot, window):
-    words = [
-        "stream",
-        "--json",
-        f"data.train={images}",
-        "optim.images_per_step=5",
-        "data.crop=16",
-        f"data.window={window}",
-        "rotation.views=one",
-    ]
-    want = fastrot(*words, "--steps", 8)
-    assert want.out.startswith("step 0  position 0  epoch 0.000  rows ")
-    assert want.json["sha256"] == fastrot(*words, "--steps", 8, "--ranks", 4).json["sha256"]
-    later = ["--steps", 3, "--first-step", 5]
-    torch_, dali = (fastrot(*words, *later, "--pixels", "--decode", name).json for name in ("torch", "dali"))
-    ranks = fastrot(*words, *later, "--pixels", "--decode", "dali", "--ranks", 3).json
-    assert torch_["sha256"] == dali["sha256"] == ranks["sha256"] != want.json["sha256"]
-    assert ranks["pixels_sha256"] == dali["pixels_sha256"]
-    assert fastrot(*words, "--steps", 0).code == 2
-
-
 def test_dry_run_tells_what_a_run_would_be_and_writes_nothing(images, tmp_path, fastrot):
     done = fastrot("train", *PLAIN, *over(images, tmp_path / "r"), "--dry-run", "--json")
     assert (done.json["steps"], done.json["views_per_step"], done.json["batch_norm_views"]) == (6, 24, 24)
