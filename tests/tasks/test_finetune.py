@@ -1,10 +1,5 @@
 """Fine-tuning: the protocol's groups and rates, plain torch's steps, the images it may see, and what is refused."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,6 +11,7 @@ from torch.nn import functional as F
 
 from conftest import ROOT, metrics, write_folder
 from fastrot import config as configs
+from fastrot.cli import main
 from fastrot.data.decode import make_decoder
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.order import FullOrder
@@ -26,6 +22,7 @@ from fastrot.engine.schedules import lr_at
 from fastrot.errors import UserError
 from fastrot.models.resnet import backbone_state, build_model
 from fastrot.runs.finetune import drawn_rows, named_rows
+from workers.ranks import as_ranks
 
 CONFIG = ROOT / "configs" / "semi_in1k_1.yaml"
 SMALL = (
@@ -257,19 +254,7 @@ def test_held_out_labels_must_mean_what_the_training_labels_mean(fastrot, images
 def test_two_uneven_ranks_learn_what_one_does(fastrot, images, checkpoint, tmp_path, command, more):
     call = [command, *words(checkpoint, images, "", *more, "optim.lr=0.001", "run.max_steps=4")[1:]]
     assert fastrot(*call, f"run.out={tmp_path / 'one'}").code == 0
-    launcher = [
-        Path(sys.executable).with_name("torchrun"),
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "fastrot.cli",
-    ]
-    done = subprocess.run(
-        list(map(str, [*launcher, *call, f"run.out={tmp_path / 'two'}"])), cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    as_ranks(2, main, [str(word) for word in (*call, f"run.out={tmp_path / 'two'}")])
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for key in {"loss", "accuracy", "held_out_loss", "held_out_accuracy"} & one.keys():
             assert one[key] == pytest.approx(two[key], rel=1e-3), key
