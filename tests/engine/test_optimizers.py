@@ -164,6 +164,18 @@ def test_lars_leaves_a_layer_of_zeros_a_ratio_of_one():
     assert torch.equal(layer.weight, -torch.ones(2, 3))
 
 
+def test_lars_leaves_a_layer_without_a_gradient_a_ratio_of_one():
+    """Its decay alone moves it, at the full rate."""
+    layer = nn.Linear(3, 2, bias=False)
+    nn.init.ones_(layer.weight)
+    optimizer = build_optimizer(
+        "lars", layer, lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.25, decay_norms=True, trust=0.001
+    )
+    layer.weight.grad = torch.zeros(2, 3)
+    optimizer.step()
+    assert torch.equal(layer.weight, torch.full((2, 3), 0.75))
+
+
 def test_clipping_measures_before_it_clips():
     parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4))]
     for p in parameters:
