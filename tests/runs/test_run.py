@@ -169,10 +169,11 @@ def test_with_another_batch_the_stream_goes_on_where_the_checkpoint_stopped(
 ):
     """Position 24 of 36, not step 4 times the new batch: 12 images are left, three steps of 5, the last into epoch 3."""
     out, _ = whole
-    rows, loss = [], RotationTask.loss
+    rows, seeds, loss = [], [], RotationTask.loss
 
     def seen(task, module, views, batch):
         rows.append(batch.sample.rows.tolist())
+        seeds.append(torch.initial_seed())
         return loss(task, module, views, batch)
 
     monkeypatch.setattr(RotationTask, "loss", seen)
@@ -181,6 +182,8 @@ def test_with_another_batch_the_stream_goes_on_where_the_checkpoint_stopped(
     assert fastrot("train", *words, "--json").json["steps"] == 7
     plan = plan_of(configs.load(None, PLAIN)[0], Manifest.load(out / "manifest/train"))
     assert rows == [plan.at(at, at + 5).rows.tolist() for at in (24, 29, 34)]
+    # what draws by itself draws by (seed, step, micro-step, rank), so as in a run that was not stopped
+    assert seeds == [hash((0, step, 0, 0)) % 2**63 for step in (4, 5, 6)]
     lines = [line for line in metrics(tmp_path / "r") if "loss" in line]
     assert [line["step"] for line in lines] == [4, 5, 6]
     assert [line["epoch"] for line in lines] == pytest.approx([29 / 12, 34 / 12, 39 / 12])

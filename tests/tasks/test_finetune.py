@@ -13,6 +13,7 @@ from conftest import ROOT, metrics, write_folder
 from fastrot import config as configs
 from fastrot.cli import main
 from fastrot.data.decode import make_decoder
+from fastrot.data.loader import MicroBatch
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.order import FullOrder
 from fastrot.data.plan import Plan
@@ -22,6 +23,7 @@ from fastrot.engine.schedules import lr_at
 from fastrot.errors import UserError
 from fastrot.models.resnet import backbone_state, build_model
 from fastrot.runs.finetune import drawn_rows, named_rows
+from fastrot.tasks.finetune import FinetuneTask
 from workers.ranks import as_ranks
 
 CONFIG = ROOT / "configs" / "semi_in1k_1.yaml"
@@ -170,6 +172,18 @@ def test_a_share_is_of_every_class_and_lies_in_a_larger_one(labels, fraction, se
         assert int((labels[rows] == label).sum()) == max(1, int(fraction * have + 0.5))
     assert set(rows) <= set(drawn_rows(labels, min(1, 1.5 * fraction), seed))
     assert len(drawn_rows(labels, 1, seed)) == len(labels)
+
+
+def test_top_5_counts_the_five_likeliest_of_more_classes():
+    classes, cpu = 9, torch.device("cpu")
+    task = FinetuneTask(torch.nn.Identity(), classes, (0,) * 3, (1,) * 3, torch.float32, cpu)
+    logits = torch.arange(classes).float().repeat(classes, 1)  # row i is of class i: its rank is classes - i
+    none = torch.zeros(classes, dtype=torch.uint8)
+    batch = MicroBatch(torch.zeros(classes, 1, 1, 3, dtype=torch.uint8), none, none[:, None], None, np.arange(9), 9)
+    loss, sums = task.loss(lambda _: logits, None, batch)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, torch.arange(classes), reduction="sum"))
+    assert sums[1:].tolist() == [9, 1, 5]
+    assert task.summary(sums) == pytest.approx({"loss": float(loss) / 9, "accuracy": 1 / 9, "top5": 5 / 9})
 
 
 def test_other_seeds_draw_other_images():

@@ -82,6 +82,16 @@ def test_the_backbone_stays_in_eval_mode_and_only_heads_learn():
     assert heads.norms["feature1"].running_mean.abs().sum() > 0, "a head's own norm follows the images"
 
 
+def test_heads_begin_near_nought():
+    """N(0, 0.01^2) and no bias, drawn from the seed: the protocol's."""
+    backbone = build_model("resnet18", 1, 0).eval()
+    backbone.fc = torch.nn.Identity()
+    one, same, other = (Heads(backbone, ("avg",), "adaptive", 32, 200, seed).heads["avg"] for seed in (0, 0, 1))
+    assert float(one.weight.detach().std()) == pytest.approx(0.01, rel=0.02)
+    assert abs(float(one.weight.detach().mean())) < 1e-4 and not one.bias.any()
+    assert torch.equal(one.weight, same.weight) and not torch.equal(one.weight, other.weight)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
