@@ -148,6 +148,7 @@ def test_all_that_is_wrong_is_told_at_once():
         ["data.resize=20", "data.crop=32"],
         ["data.window=random", "data.crop_by_epoch={0: 96}"],
         ["optim.milestones=[5,3]"],
+        ["optim.milestones=[3,3]"],
         ["optim.nesterov=true", "optim.name=lars"],
         ["optim.nesterov=true", "optim.momentum=0"],
         ["engine.zero=1", "engine.kind=plain"],

@@ -1,6 +1,6 @@
 """plan -> bytes -> pixels, batches ahead of the step."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -97,7 +97,7 @@ class Loader:
         rank: int,
         micro_steps: int,
         size_at: Callable[[float], int],
-    ) -> Iterator[StepBatch]:
+    ) -> Generator[StepBatch, None, None]:
         """This rank's share of steps `steps`, the first of which begins at stream position `position`.
 
         images   a step, over all ranks; size_at(epoch) -> side of the crops.

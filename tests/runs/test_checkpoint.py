@@ -62,6 +62,14 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     assert json.loads((tmp_path / "checkpoints/best").read_text()) == {"name": "step-00000002", "accuracy": 0.9}
 
 
+def test_of_equally_good_checkpoints_the_first_stays_the_best(tmp_path):
+    made = saver(tmp_path, keep=1)
+    for step in (1, 2, 3):
+        save(made, step, accuracy=0.5)
+    assert json.loads((tmp_path / "checkpoints/best").read_text()) == {"name": "step-00000001", "accuracy": 0.5}
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
