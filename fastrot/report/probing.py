@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastrot import machine, terminal
 from fastrot.errors import UserError
 from fastrot.features.read import FeatureStore, open_store
 from fastrot.files import write_text
 from fastrot.probes import lowshot
-from fastrot.probes.knn import knn
+from fastrot.probes.knn import ranks
 from fastrot.probes.linear import DECAYS, HELD_OUT, RATES, linear
 from fastrot.probes.svm import COSTS, voc_svm
 
@@ -121,7 +122,7 @@ def nearest(train: FeatureStore, test: FeatureStore, layers: list[str], device: 
     _expect(train, test, 1, "one label a row, int [N]")
 
     def one(layer: str) -> dict:
-        found = knn(
+        found = ranks(
             train.features[layer],
             train.labels,
             test.features[layer],
@@ -130,7 +131,7 @@ def nearest(train: FeatureStore, test: FeatureStore, layers: list[str], device: 
             device=device,
             track=terminal.track,
         )
-        return {"k": {k: {"top1": top1, "top5": top5} for k, (top1, top5) in found.items()}}
+        return {"k": {k: _accuracy(one) for k, one in zip(ks, found, strict=True)}}
 
     result = _layers(train, test, layers, one)
     rows = [
@@ -156,7 +157,7 @@ def linear_grid(train: FeatureStore, test: FeatureStore, layers: list[str], devi
             device=device,
             track=terminal.track,
         )
-        return vars(r)
+        return vars(r) | {"right": _marks(r.right)}
 
     result = _layers(train, test, layers, one)
     rows = [
@@ -230,8 +231,18 @@ def _expect(train: FeatureStore, test: FeatureStore, axes: int, what: str) -> No
         raise UserError(f"{train.labels.shape[1]} classes in {train.folder}, {test.labels.shape[1]} in {test.folder}")
 
 
-def _spread(values) -> dict:
-    return {"mean": values.mean(), "min": values.min(), "max": values.max(), "std": values.std()}
+def _accuracy(places: NDArray[np.int64]) -> dict[str, float | str]:
+    """top-1 and top-5 in percent, and which images top-1 has right, from each image's place of its own class."""
+    return {"top1": 100 * (places < 1).mean(), "top5": 100 * (places < 5).mean(), "right": _marks(places < 1)}
+
+
+def _marks(right: NDArray[np.bool_]) -> str:
+    """A character an image, in the store's order: 1 where it is right, else 0. What a paired test needs."""
+    return "".join("01"[one] for one in right.tolist())
+
+
+def _spread(values: NDArray[np.float64]) -> dict:
+    return {"mean": values.mean(), "min": values.min(), "max": values.max(), "std": values.std(), "draws": values}
 
 
 def _plain(value):
