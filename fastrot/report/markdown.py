@@ -71,7 +71,7 @@ def render(page: "Page") -> str:
     lines += [line for table in page.tables for line in _table(table)]
     lines += ["## Published figures apart", ""]
     for one in page.apart:
-        figures = ", ".join(f"{label} {value:.2f}" for label, value in one.rows.items()) or "none published"
+        figures = "; ".join(f"{label}: {value:.2f}" for label, value in one.rows.items()) or "none published"
         lines.append(f"- **{one.title}**: {figures} ({one.source}). Why: {one.why}.")
     commands = [command for command in (page.train, page.again, *page.commands) if command]
     lines += ["", "## To repeat it", "", "```bash", *commands, "```", "", "| what | sha256 |", "|---|---|"]

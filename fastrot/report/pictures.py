@@ -71,7 +71,7 @@ def neighbour_rows(bank: FeatureStore, asked: FeatureStore, rows: list[int], tap
 def shown(store: FeatureStore, rows: list[int]) -> list[Picture]:
     """Images of a store with their classes; a list of files has numbers for names."""
     labels = [int(store.labels[row]) for row in rows]
-    names = [store.classes[label] if store.classes else str(label) for label in labels]
+    names = [store.classes[label].replace("_", " ") if store.classes else str(label) for label in labels]
     return [Picture(uri, name) for uri, name in zip(_thumbnails(store.folder, rows), names, strict=True)]
 
 
