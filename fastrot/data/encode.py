@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastrot.data import beton
-from fastrot.data.images import KINDS, decode_upright, kind_of, open_image, orientation_of
+from fastrot.data.images import KINDS, decode_upright, kind_of, known
 from fastrot.data.jpeg import frame_of
 from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
-from fastrot.errors import BadImage, UserError
+from fastrot.errors import BadImage, Unreadable, UserError
 
 _JPEG = KINDS.index("JPEG")
 
@@ -86,14 +86,18 @@ class Encoding:
         kept = manifest.length[manifest.kind == _JPEG] if self.mode in ("keep", "mix") else manifest.length[:0]
         return max(pixels, int(kept.max(initial=0)))
 
-    def encode(self, buffer: NDArray[np.uint8], row: int) -> Sample:
-        """One row's sample from its bytes [length] or pixels [H, W, 3]. Raises BadImage."""
+    def encode(self, buffer: NDArray[np.uint8], row: int, orientation: int) -> Sample:
+        """One row's sample from its bytes [length] or pixels [H, W, 3], which lie as the manifest says.
+
+        Raises BadImage.
+        """
         raw = self.raw(row)
-        if self.mode in ("keep", "mix") and not raw and buffer.ndim == 1:
+        orientation = known(orientation, buffer)
+        if self.mode in ("keep", "mix") and not raw and buffer.ndim == 1 and orientation == 1:
             kept = self._kept(buffer)
             if kept:
                 return kept
-        image = Image.fromarray(buffer) if buffer.ndim == 3 else decode_upright(buffer)
+        image = Image.fromarray(buffer) if buffer.ndim == 3 else decode_upright(buffer, orientation)
         height, width = self.size(image.height, image.width)
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BOX)
@@ -108,12 +112,10 @@ class Encoding:
         frame = frame_of(buffer) if kind_of(buffer) == "JPEG" else None
         if frame is None or not frame.usual or self.size(frame.height, frame.width) != frame[:2]:
             return None
-        if frame.exif and orientation_of(open_image(io.BytesIO(buffer))) != 1:
-            return None
         return Sample(buffer.tobytes(), beton.JPEG, frame.height, frame.width, True)
 
 
-_work: tuple[FileStorage, Encoding] | None = None  # of this process, when it is a worker
+_work: tuple[Manifest, FileStorage, Encoding] | None = None  # of this process, when it is a worker
 
 
 def start_worker(folder: Path, encoding: Encoding) -> None:
@@ -121,18 +123,20 @@ def start_worker(folder: Path, encoding: Encoding) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends its workers
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-    _work = FileStorage(Manifest.load(folder)), encoding
+    manifest = Manifest.load(folder)
+    _work = manifest, FileStorage(manifest), encoding
 
 
 def encode_rows(rows: range) -> list[Sample | str]:
-    """The samples of neighbouring rows, or why one cannot be decoded."""
-    storage, encoding = _work
-    samples = []
+    """The samples of neighbouring rows, or why one cannot be decoded. Raises Unreadable: a file would lack it for ever."""
+    assert _work is not None, "start_worker comes first"
+    manifest, storage, encoding = _work
+    samples: list[Sample | str] = []
     for row, buffer in zip(rows, storage.read(np.array(rows)), strict=True):
+        if isinstance(buffer, BadImage):
+            raise Unreadable(f"{manifest.name(row)}: {buffer}")
         try:
-            if isinstance(buffer, BadImage):
-                raise buffer
-            samples.append(encoding.encode(buffer, row))
+            samples.append(encoding.encode(buffer, row, int(manifest.orientation[row])))
         except BadImage as error:
             samples.append(str(error))
     return samples

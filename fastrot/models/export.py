@@ -1,17 +1,19 @@
 """`fastrot export`: a backbone under another library's names, and a model card beside it."""
 
-import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fastrot import terminal
 from fastrot.errors import UserError
-from fastrot.files import write_text
+from fastrot.files import replacing, sha256_of, write_text
 from fastrot.models.backbone import Origin, load_backbone, pretraining, training_command, training_log
 from fastrot.models.key_names import to_library
 from fastrot.models.resnet import backbone_state
@@ -19,7 +21,7 @@ from fastrot.models.resnet import backbone_state
 _SUFFIXES = (".safetensors", ".pth")
 
 # what torch.save holds for a library's own loader; safetensors always holds the tensors alone
-_PTH = {
+_PTH: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
     "mmpretrain": lambda state: {"meta": {"author": "fastrot"}, "state_dict": state},
     "detectron2": lambda state: {"model": state, "__author__": "fastrot", "matching_heuristics": True},
 }
@@ -40,7 +42,7 @@ print(model.load_state_dict(state))""",
 }
 
 
-def export(checkpoint: str, to: str, out: str) -> dict:
+def export(checkpoint: str, to: str, out: str) -> dict[str, Any]:
     """Write the backbone of `checkpoint` to `out` (.safetensors or .pth) and a card to the same name, .md.
 
     to  a key of names.EXPORTS. Returns what --json prints. Raises UserError.
@@ -50,14 +52,13 @@ def export(checkpoint: str, to: str, out: str) -> dict:
         raise UserError(f"--out {out}: expected a name ending in {' or '.join(_SUFFIXES)}")
     model, origin = load_backbone(checkpoint)
     state = {name: value.contiguous() for name, value in to_library(backbone_state(model), to).items()}
-    scratch = path.with_name(f".{path.name}.tmp")
     try:
-        if path.suffix == ".safetensors":
-            save_file(state, scratch, metadata={"format": "pt", "names": to, "arch": origin.arch})
-        else:
-            torch.save(_PTH.get(to, lambda state: state)(state), scratch)
-        scratch.replace(path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        with replacing(path) as scratch:
+            if path.suffix == ".safetensors":
+                save_file(state, scratch, metadata={"format": "pt", "names": to, "arch": origin.arch})
+            else:
+                torch.save(_PTH[to](state) if to in _PTH else state, scratch)
+        digest = sha256_of(path)
         write_text(path.with_suffix(".md"), card(origin, to, path.name, digest))
     except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where the folder is missing
         raise UserError(f"--out {out}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
@@ -104,7 +105,7 @@ def card(origin: Origin, to: str, file: str, digest: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _input(facts: dict) -> str:
+def _input(facts: dict[str, Any]) -> str:
     """Colours and size that the weights are used to."""
     if not facts:
         return "Input: RGB in [0, 1]; which size and normalisation it is used to is not known."
@@ -114,7 +115,7 @@ def _input(facts: dict) -> str:
     return f"Input: RGB in [0, 1], minus ({mean}), over ({std}); trained at {side} x {side}, other sizes pass."
 
 
-def _accuracy(log: list[dict], tuned: bool) -> str:
+def _accuracy(log: list[dict[str, Any]], tuned: bool) -> str:
     """The last held-out accuracy up to these weights, beside chance."""
     held_out = [line["held_out_accuracy"] for line in log if "held_out_accuracy" in line]
     if not held_out:
@@ -133,7 +134,7 @@ def _loading(to: str, file: str, arch: str) -> str:
     return use if use.startswith("#") else read + use
 
 
-def _recipe(facts: dict, command: str | None) -> list[str]:
+def _recipe(facts: dict[str, Any], command: str | None) -> list[str]:
     """What the run of the checkpoint says of itself; for foreign weights, that nothing is known."""
     if not facts:
         return [

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from fastrot.models.resnet import TURNS
 from fastrot.report.significance import Figure
@@ -31,7 +32,7 @@ class Chart:
     ticks: list[tuple[float, str]] | None = None
     from_zero: bool = True
 
-    def plain(self) -> dict:
+    def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {"title": self.title, "x": self.x, "y": self.y, "lines": {line.name: line.points for line in self.lines}}
 
@@ -65,7 +66,7 @@ def _line(kind: str, figures: dict[int, Figure | None]) -> Line:
     return Line(kind, kind, [(i, f.value) for i, f in known], [(f.low, f.high) for _, f in known])
 
 
-def of_pretraining(log: list[dict]) -> list[Chart]:
+def of_pretraining(log: list[dict[str, Any]]) -> list[Chart]:
     """Accuracy and loss over the epochs, on training views and held-out images."""
     trained = [line for line in log if "loss" in line]
     held_out = [line for line in log if "held_out_accuracy" in line]

@@ -1,6 +1,7 @@
 """What the page says of the weights themselves: how they came about, what to beware of, and the verdict."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import yaml
@@ -16,12 +17,12 @@ from fastrot.report.tables import Table
 _PUBLISHED_ARCH = "resnet50"
 
 
-def rotation_log(origin: Origin) -> list[dict]:
+def rotation_log(origin: Origin) -> list[dict[str, Any]]:
     """The log of the pretraining up to the checkpoint; none where the weights learnt something else since."""
     return [] if "backbone" in pretraining(origin).get("state", {}).get("defining", {}) else training_log(origin)
 
 
-def facts(origin: Origin, log: list[dict]) -> list[tuple[str, str]]:
+def facts(origin: Origin, log: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """(name, value) for the head of the page."""
     known = pretraining(origin)
     rows = [("architecture", origin.arch), ("checkpoint", str(origin.path))]
@@ -39,7 +40,7 @@ def facts(origin: Origin, log: list[dict]) -> list[tuple[str, str]]:
     return [*rows, ("control", f"the same network with random weights, seed {SEED}")]
 
 
-def _of_config(config: dict) -> list[tuple[str, str]]:
+def _of_config(config: dict[str, Any]) -> list[tuple[str, str]]:
     data, optim = config["data"], config["optim"]
     return [
         ("data", f"{data['train']}; held out: {data['val'] or 'none'}"),
@@ -50,14 +51,14 @@ def _of_config(config: dict) -> list[tuple[str, str]]:
     ]
 
 
-def _of_state(state: dict, environment: dict) -> list[tuple[str, str]]:
+def _of_state(state: dict[str, Any], environment: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("steps", f"{state['step']:,}, {state['position']:,} images shown")]
     if environment:
         rows.append(("epochs", f"{state['position'] / environment['data']['rows']:.3g}"))
     return rows
 
 
-def _of_log(log: list[dict]) -> list[tuple[str, str]]:
+def _of_log(log: list[dict[str, Any]]) -> list[tuple[str, str]]:
     timed = [line for line in log if "step_s" in line]
     rows = []
     if timed:

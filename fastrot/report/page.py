@@ -3,9 +3,10 @@
 import json
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,12 @@ _PUBLISHED = {
     "linear": published.LINEAR,
     "finetune": published.SEMI,
 }
+_MAKE: dict[str, Callable[..., Table | list[Table]]] = {
+    "svm": tables.svm,
+    "lowshot": tables.low_shot,
+    "knn": tables.knn,
+    "linear": tables.linear,
+}
 _NAMES = {"svm": "SVM", "lowshot": "Low-shot SVM", "knn": "k-NN", "linear": "Linear classifiers"}
 
 
@@ -56,7 +63,7 @@ class Page:
     neighbours: list[Neighbours] = field(default_factory=list)
     fingerprints: list[tuple[str, str]] = field(default_factory=list)
 
-    def plain(self) -> dict:
+    def plain(self) -> dict[str, Any]:
         """As JSON holds it: everything but the pictures."""
         over = [chart for table in self.tables if (chart := charts.of_table(table))]
         return {
@@ -77,7 +84,7 @@ class Page:
         }
 
 
-def build(checkpoint: str, suite_file: str, out: str, config: Config, ranks: Ranks) -> dict:
+def build(checkpoint: str, suite_file: str, out: str, config: Config, ranks: Ranks) -> dict[str, Any]:
     """Run the suite and write the page. Returns what --json prints. Raises UserError."""
     if ranks.world > 1:
         raise UserError(
@@ -156,9 +163,8 @@ def _add_outcome(page: Page, outcome: Outcome) -> None:
         theirs, why = outcome.data.beside(one.published, _PUBLISHED[name])
         if why:
             page.apart.append(_apart(title, why, one.published, name))
-        pair = tuple(outcome.results[name, backbone] for backbone in BACKBONES)
-        make = {"svm": tables.svm, "lowshot": tables.low_shot, "knn": tables.knn, "linear": tables.linear}[name]
-        made = make(one.title, theirs, pair, outcome.data, notes)
+        pair = (outcome.results[name, "pretrained"], outcome.results[name, "random"])
+        made = _MAKE[name](one.title, theirs, pair, outcome.data, notes)
         page.tables += [table for table in (made if isinstance(made, list) else [made]) if table.rows]
     page.fingerprints += _fingerprints(outcome)
     if outcome.stores and "knn" in one.probes and "avg" in one.taps:
@@ -183,7 +189,7 @@ def _add_trained(page: Page, trained: Trained) -> None:
     theirs, why = trained.data.beside(run.published, _PUBLISHED[run.task])
     if why:
         page.apart.append(_apart(f"{kind}, {run.title}", why, run.published, run.task))
-    pair = tuple(trained.results[backbone] for backbone in BACKBONES)
+    pair = (trained.results["pretrained"], trained.results["random"])
     notes = [run.note] if run.note else []
     if run.task == "linear":
         page.tables.append(tables.heads(run.title, theirs, trained.taps, pair, trained.data, notes))

@@ -56,7 +56,7 @@ def filters(weight: torch.Tensor, columns: int = 16) -> str:
     return _uri(Image.fromarray(sheet), "PNG")
 
 
-def queries(labels: NDArray, count: int) -> list[int]:
+def queries(labels: NDArray[np.integer], count: int) -> list[int]:
     """Rows to show: the first of each class, spread over the classes."""
     _, first = np.unique(labels, return_index=True)
     return sorted(int(row) for row in first)[:count]

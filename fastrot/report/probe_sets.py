@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class Outcome:
     set: Set
     gap: str | None = None
     data: Data | None = None
-    results: dict[tuple[str, str], dict] = field(default_factory=dict)
+    results: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     stores: dict[tuple[str, str], Path] = field(default_factory=dict)
 
 
@@ -67,10 +68,11 @@ def probe_sets(
     return origin, outcomes, commands
 
 
-def _request(one: Set, split: str, folder: Path, weights: dict) -> extract.Request:
+def _request(one: Set, split: str, folder: Path, weights: dict[str, Any]) -> extract.Request:
     source = one.train if split == "train" else one.test
-    options = {"taps": one.taps, "pool": one.pool, "transform": one.transform, "dtype": one.dtype}
-    return extract.Request(source, str(folder), **options, **weights)
+    return extract.Request(
+        source, str(folder), taps=one.taps, pool=one.pool, transform=one.transform, dtype=one.dtype, **weights
+    )
 
 
 def _data(stores: dict[tuple[str, str], Path], side: int) -> Data:
@@ -100,7 +102,7 @@ def missing(name: str, train: str, test: str, config: Config, ranks: Ranks) -> s
     return None
 
 
-def _options(name: str, one: Set, rows: int) -> dict:
+def _options(name: str, one: Set, rows: int) -> dict[str, Any]:
     """A probe's options on a set of `rows` images to fit: the protocol's."""
     if name == "lowshot":
         return {"ks": list(lowshot.KS), "seed": 0, "draws": one.draws}
@@ -109,7 +111,7 @@ def _options(name: str, one: Set, rows: int) -> dict:
     return {"epochs": linear.EPOCHS} if name == "linear" else {}
 
 
-def _probed(name: str, outcome: Outcome, backbone: str, out: Path, commands: list[str]) -> dict:
+def _probed(name: str, outcome: Outcome, backbone: str, out: Path, commands: list[str]) -> dict[str, Any]:
     """A probe's result: as it lies there where the features and options are the same, else new."""
     stores = [outcome.stores[backbone, split] for split in ("train", "test")]
     options = _options(name, outcome.set, json.loads((stores[0] / "manifest.json").read_text())["rows"])
@@ -125,7 +127,8 @@ def _probed(name: str, outcome: Outcome, backbone: str, out: Path, commands: lis
     if not path.exists():
         train, test = map(str, stores)
         probing.run(probing.PROBES[name], train, test, None, str(path), "auto", **options)
-    return json.loads(path.read_text())
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
 
 
 def _features_command(request: extract.Request, one: Set, arch: str) -> str:

@@ -44,7 +44,8 @@ class Told:
     @property
     def shares(self) -> list[list[float]]:
         """Rows that sum to 1."""
-        return (self.counts / self.counts.sum(1, keepdims=True)).tolist()
+        shares: list[list[float]] = (self.counts / self.counts.sum(1, keepdims=True)).tolist()
+        return shares
 
     @property
     def by_turn(self) -> list[Figure]:

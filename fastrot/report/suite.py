@@ -1,8 +1,7 @@
 """What a page is to run, read from YAML: probes on stored features, and trainings on the images."""
 
-from collections.abc import KeysView
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -81,19 +80,19 @@ def load(path: str) -> Suite:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--suite {path}: not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(tree, dict) or not tree.keys() & Suite.model_fields:
-        found = ", ".join(map(str, tree)) if isinstance(tree, dict) else "neither"
+        keys = ", ".join(map(str, tree)) if isinstance(tree, dict) else "neither"
         raise UserError(
-            f"--suite {path}: is no suite: expected `sets:` or `runs:` as in configs/page.yaml, found {found}"
+            f"--suite {path}: is no suite: expected `sets:` or `runs:` as in configs/page.yaml, found {keys}"
         )
     try:
         suite = Suite.model_validate(tree)
-    except ValidationError as errors:
+    except ValidationError as invalid:
         missing: dict[str, list[str]] = {}
-        for error in errors.errors():
-            if error["type"] == "missing":
-                missing.setdefault(_where(tree, error["loc"][:-1]), []).append(str(error["loc"][-1]))
+        for one in invalid.errors():
+            if one["type"] == "missing":
+                missing.setdefault(_where(tree, one["loc"][:-1]), []).append(str(one["loc"][-1]))
         wrong = [f"{where}: lacks {', '.join(keys)}; add them" for where, keys in missing.items()]
-        wrong += [f"{_where(tree, e['loc'])}: {_says(e)}" for e in errors.errors() if e["type"] != "missing"]
+        wrong += [f"{_where(tree, e['loc'])}: {_says(e)}" for e in invalid.errors() if e["type"] != "missing"]
     else:
         wrong = _wrong_together(suite)
     if wrong:
@@ -111,11 +110,12 @@ _KINDS = {
 }
 
 
-def _where(tree: dict, loc: tuple[int | str, ...]) -> str:
+def _where(tree: dict[str, Any], loc: tuple[int | str, ...]) -> str:
     """("sets", 0, "probes", 1) -> "set voc07, probes 2": the parts of a suite by name, the others counted from 1."""
-    words, value = [], tree
+    words: list[str] = []
+    value: Any = tree
     for part in loc:
-        value = value[part] if isinstance(value, list | dict) and part in _keys(value) else None
+        value = _keys(value).get(part)
         if isinstance(part, int):
             name = value.get("name") if isinstance(value, dict) else None
             words[-1] = f"{words[-1].removesuffix('s') if len(words) == 1 else words[-1]} {name or part + 1}"
@@ -124,8 +124,9 @@ def _where(tree: dict, loc: tuple[int | str, ...]) -> str:
     return ", ".join(words)
 
 
-def _keys(value: list | dict) -> range | KeysView:
-    return range(len(value)) if isinstance(value, list) else value.keys()
+def _keys(value: Any) -> dict[Any, Any]:
+    """A list's or a mapping's parts; of anything else none."""
+    return dict(enumerate(value)) if isinstance(value, list) else value if isinstance(value, dict) else {}
 
 
 def _says(error: ErrorDetails) -> str:
@@ -145,7 +146,9 @@ def _says(error: ErrorDetails) -> str:
 
 
 def _model_of(loc: tuple[int | str, ...]) -> type[Section]:
-    return {"sets": Set, "runs": Run}[str(loc[0])] if len(loc) > 1 else Suite
+    if len(loc) == 1:
+        return Suite
+    return Set if loc[0] == "sets" else Run
 
 
 def _wrong_together(suite: Suite) -> list[str]:

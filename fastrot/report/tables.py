@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastrot.report import published
 from fastrot.report.significance import (
@@ -19,8 +20,9 @@ LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5")
 PAIRED = "p: McNemar's exact test on the same images"
 UNPAIRED = "p: Fisher's exact test, unpaired: which images were right is not kept"
 
-Pair = tuple[dict | None, dict | None]  # a probe's results on the pretrained and on the random backbone
-Get = Callable[[dict], Figure | None]
+Pair = tuple[dict[str, Any], dict[str, Any]]  # a probe's results on the pretrained and on the random backbone
+Get = Callable[[dict[str, Any]], Figure | None]
+Test = Callable[[Figure, Figure], float | None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Row:
             return "same"
         return "better" if self.difference > 0 else "worse"
 
-    def plain(self) -> dict:
+    def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
         figures = {"pretrained": self.pretrained, "random": self.random}
         return {
@@ -93,12 +95,10 @@ class Table:
     @property
     def best(self) -> Row:
         """The row that stands for the table: the last where it sums up the others, else the highest."""
-        compared = [row for row in self.rows if row.difference is not None]
-        return (
-            compared[-1] if compared[-1].label == "best layer" else max(compared, key=lambda row: row.pretrained.value)
-        )
+        compared = [row for row in self.rows if row.pretrained and row.random]
+        return compared[-1] if compared[-1].label == "best layer" else max(compared, key=_height)
 
-    def plain(self) -> dict:
+    def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
         return vars(self) | {"rows": [row.plain() for row in self.rows]}
 
@@ -120,10 +120,9 @@ def svm(title: str, theirs: dict[str, float], pair: Pair, data: Data, notes: lis
         return lambda result: _of_layer(result, layer, lambda found: over_classes(found["per_class"]))
 
     rows = [_row(layer, theirs, pair, of(layer), same_classes) for layer in _layers(pair)]
-    best = [max((f for f in column if f), key=lambda f: f.value, default=None) for column in _columns(rows)]
-    p = same_classes(*best) if all(best) else None
-    rows.append(Row("best layer", max(theirs.values(), default=None), *best, p))
-    n = next(row.pretrained.n for row in rows if row.pretrained)
+    best = max(rows, key=_height).pretrained, max(rows, key=lambda row: _height(row, of_random=True)).random
+    rows.append(Row("best layer", max(theirs.values(), default=None), *best, _p(*best, same_classes)))
+    n = best[0].n if best[0] else 0
     return Table(
         f"SVM, {title}",
         "mean AP, %",
@@ -172,14 +171,14 @@ def low_shot(title: str, theirs: dict[str, float], pair: Pair, data: Data, notes
     return out
 
 
-def best_layer(result: dict) -> str:
+def best_layer(result: dict[str, Any]) -> str:
     """The layer of the highest low-shot figure at the largest k."""
 
     def last(layer: str) -> float:
-        by_k = result["layers"][layer]["k"]
-        return by_k[max(by_k, key=int)]["oracle"]["mean"] if by_k else 0.0
+        by_k: dict[str, Any] = result["layers"][layer]["k"]
+        return float(by_k[max(by_k, key=int)]["oracle"]["mean"]) if by_k else 0.0
 
-    return max(result["layers"], key=last)
+    return str(max(result["layers"], key=last))
 
 
 def knn(title: str, theirs: dict[str, float], pair: Pair, data: Data, notes: list[str]) -> Table:
@@ -231,7 +230,7 @@ def heads(
     def last(tap: str) -> Get:
         return lambda result: _of_share(result[f"held_out_accuracy_{tap}"], data)
 
-    def best(result: dict) -> Figure:
+    def best(result: dict[str, Any]) -> Figure:
         key = "held_out_accuracy_avg"
         return _of_share(result.get("best", {}).get(key, result[key]), data)
 
@@ -286,18 +285,23 @@ def elsewhere() -> Iterable[Apart]:
         yield Apart(title, "fastrot has no command that measures this yet", source, rows)
 
 
-def _row(label: str, theirs: dict[str, float], pair: Pair, get: Get, test: Callable, shown: str | None = None) -> Row:
-    figures = [get(result) if result else None for result in pair]
-    return Row(shown or label, theirs.get(label), *figures, test(*figures) if all(figures) else None)
+def _row(label: str, theirs: dict[str, float], pair: Pair, get: Get, test: Test, shown: str | None = None) -> Row:
+    pretrained, random = map(get, pair)
+    return Row(shown or label, theirs.get(label), pretrained, random, _p(pretrained, random, test))
 
 
-def _columns(rows: list[Row]) -> tuple[list[Figure | None], list[Figure | None]]:
-    return [row.pretrained for row in rows], [row.random for row in rows]
+def _p(pretrained: Figure | None, random: Figure | None, test: Test) -> float | None:
+    return test(pretrained, random) if pretrained and random else None
+
+
+def _height(row: Row, of_random: bool = False) -> float:
+    figure = row.random if of_random else row.pretrained
+    return figure.value if figure else -1.0
 
 
 def _layers(pair: Pair) -> list[str]:
     """The layers that were read, in the order of the network."""
-    found = next(result for result in pair if result)["layers"]
+    found = pair[0]["layers"]
     return [tap for tap in (*LAYERS, "avg") if tap in found]
 
 
@@ -308,23 +312,27 @@ def _of_test_images(rows: list[Row]) -> str:
     return f"n = {known[0].n:,} test images; 95 % intervals: Wilson's; {test}"
 
 
-def _of_layer(result: dict, layer: str, get: Get) -> Figure | None:
+def _of_layer(result: dict[str, Any], layer: str, get: Get) -> Figure | None:
     return get(result["layers"][layer]) if layer in result["layers"] else None
 
 
-def _of_images(found: dict | None, data: Data) -> Figure | None:
+def _of_images(found: dict[str, Any] | None, data: Data) -> Figure | None:
     """A top-1 with its images, where the result has them."""
-    return found and accuracy(round(found["top1"] * data.test / 100), data.test, found.get("right"))
+    if found is None:
+        return None
+    return accuracy(round(found["top1"] * data.test / 100), data.test, found.get("right"))
 
 
 def _of_share(share: float, data: Data) -> Figure:
     return accuracy(round(share * data.test), data.test)
 
 
-def _of_draws(found: dict | None) -> Figure | None:
+def _of_draws(found: dict[str, Any] | None) -> Figure | None:
     """A mean over draws; of an older result, which keeps only mean and deviation, by these."""
-    if found is None or "draws" in found:
-        return found and over(found["draws"])
+    if not found:
+        return None
+    if "draws" in found:
+        return over(found["draws"])
     half = 2.776 * found["std"] / 4**0.5  # Student's for five draws; the deviation is the population's
     return Figure(found["mean"], found["mean"] - half, found["mean"] + half, 5)
 
@@ -338,6 +346,6 @@ def _choice(pair: Pair) -> list[str]:
     says = [
         f"{name}: " + ", ".join(f"{key} {value:g}" for key, value in result["choice"].items())
         for name, result in zip(("pretrained", "random"), pair, strict=True)
-        if result and result["choice"]
+        if result["choice"]
     ]
     return [f"Best of a grid on the images judged by, as the protocol has it ({'; '.join(says)})."] if says else []

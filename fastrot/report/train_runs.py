@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from fastrot.report.tables import Data
 from fastrot.runs.finetune import fine_tune, subset
 from fastrot.runs.heads import train_heads
 
-_TRAIN = {"linear": train_heads, "finetune": fine_tune}
+_TRAIN: dict[str, Callable[..., dict[str, Any]]] = {"linear": train_heads, "finetune": fine_tune}
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Trained:
     taps: tuple[str, ...]
     gap: str | None = None
     data: Data | None = None
-    results: dict[str, dict] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def train_runs(
@@ -82,7 +83,7 @@ def _choices(run: Run) -> list[dict[str, float]]:
 
 def _done(
     run: Run, words: list[str], weights: list[str], backbone: str, origin: Origin, out: Path, ranks: Ranks
-) -> tuple[dict, str]:
+) -> tuple[dict[str, Any], str]:
     """A run's result, as it lies there where weights, settings and data are the same, else new; and its command."""
     settings = load(run.config, words)[0]
     contents = [open_manifest(source, settings, ranks, run.name).content for source in (run.train, run.test)]
@@ -111,4 +112,4 @@ def _best(folder: Path) -> dict[str, float]:
 def _model_hash(folder: Path) -> str:
     """sha256 of the weights that a run ended with."""
     newest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
-    return json.loads((newest / "manifest.json").read_text())["files"]["model.safetensors"]["sha256"]
+    return str(json.loads((newest / "manifest.json").read_text())["files"]["model.safetensors"]["sha256"])
