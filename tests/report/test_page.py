@@ -299,7 +299,7 @@ def test_only_the_same_task_is_comparable(classes, train, test, side, comparable
 
 def test_shares_are_drawn_from_zero_and_every_chart_has_chance():
     rows = [tables.Row(tap, None, accuracy(90 + i, 100), accuracy(80, 100)) for i, tap in enumerate(tables.LAYERS)]
-    drawn = str(svg.draw(charts.of_table(tables.Table("<b>", "top-1, %", "", rows, "", 10.0))))
+    drawn = str(svg.draw(charts.of_table(tables.Table("<b>", "top-1, %", "", rows, "", 60.0))))
     assert 'text-anchor="end">0</text>' in drawn and 'class="line chance"' in drawn
     assert "&lt;b&gt;" in drawn and "<b>" not in drawn
     assert (
