@@ -34,7 +34,7 @@ demo-control: setup
 	rm -rf runs/demo-control
 	$(BIN)/deepspeed fastrot/train.py --config configs/demo.yaml rotation.shuffle_labels=true run.out=runs/demo-control
 
-# two processes, a thread each: most of the time goes into one thread of Python, and two cores are what everybody has
+# two processes, a core each: most of the time goes into one thread of Python, and two cores are what everybody has
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test: check

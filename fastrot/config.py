@@ -84,7 +84,7 @@ class Rotation(Section):
 
 class Model(Section):
     arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
-    """torchvision's ResNet, with a 4-way head."""
+    """torchvision's ResNet; the task gives it its head."""
     sync_batchnorm: bool = True
     """Batch norm over the views of all ranks (the recipe); false is another recipe."""
 

@@ -1,10 +1,18 @@
 """bad_images.jsonl: every image replaced while running."""
 
 import json
+import os
 import threading
 from pathlib import Path
+from typing import TypedDict
 
 from fastrot.errors import Fault
+from fastrot.files import Damaged, as_json
+
+
+class _Entry(TypedDict):
+    path: str
+    source: str
 
 
 class BadImages:
@@ -35,18 +43,29 @@ class BadImages:
             if name not in self._known:
                 self._known.add(name)
                 if self._path is not None:
-                    with self._path.open("a", encoding="utf-8") as file:
-                        file.write(
-                            json.dumps({"path": name, "source": self._source, "row": row, "reason": reason}) + "\n"
-                        )
+                    self._append({"path": name, "source": self._source, "row": row, "reason": reason})
         if len(self._known) > self._most:
             raise Fault(
                 f"{len(self._known)} unreadable images, more than data.max_bad {self._most}; the last: "
                 f"{name}: {reason}" + (f"; all are in {self._path}" if self._path else "")
             )
 
+    def _append(self, entry: dict[str, str | int]) -> None:
+        assert self._path is not None
+        with self._path.open("ab+") as file:
+            torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"  # a kill's half line
+            file.write(b"\n" * torn + json.dumps(entry).encode() + b"\n")
+
     def _read_what_other_ranks_found(self) -> None:
         if self._path is not None and self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            entries = [json.loads(line) for line in lines if line.endswith("\n")]
-            self._known |= {entry["path"] for entry in entries if entry["source"] == self._source}
+            self._known |= {path for path, source in map(_entry, lines) if source == self._source}
+
+
+def _entry(line: str) -> tuple[str, str | None]:
+    """(path, source) of a line; of one that a kill left half written, nobody's."""
+    try:
+        entry = as_json(line.encode(), _Entry)
+    except Damaged:
+        return "", None
+    return entry["path"], entry["source"]

@@ -1,4 +1,4 @@
-"""What a person reads and what a program reads: progress, metrics, status, environment."""
+"""What a person reads and what a program reads: progress, metrics, status."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""A pretraining run in its folder: held against a second, resumed, trained, summed up."""
+"""A training in its folder: held against a second, resumed, trained, summed up."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""Rotated views of a batch of crops: one operation, several backends."""
+"""Rotated views of crops (here), fused norms, pointwise convolutions and the turbo decoder (in rooms of their own)."""
 
 from fastrot_kernels.op import rotate_views
 
