@@ -3,6 +3,8 @@
 Source: protocol "Segmentation", MMSelfSup's configs (mmsegmentation's FCNHead).
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +37,7 @@ class FcnHead(nn.Module):
     def __init__(self, channels: int, width: int, convolutions: int, classes: int, concatenate: bool):
         super().__init__()
         widths = [channels] + [width] * convolutions
-        self.convs = nn.Sequential(*(_block(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+        self.convs = nn.Sequential(*(_block(a, b) for a, b in pairwise(widths)))
         self.cat = _block(channels + width, width) if concatenate else None
         self.classifier = nn.Conv2d(width, classes, 1)
         nn.init.normal_(self.classifier.weight, 0.0, 0.01)
