@@ -3,11 +3,11 @@
 import os
 from collections.abc import Callable
 
-from fastrot.data.sources import beton, filelist, folder, tar, voc
+from fastrot.data.sources import beton, coco, filelist, folder, tar, voc
 from fastrot.data.sources.listing import Listing
 
 _SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_BY_PREFIX = {"list": filelist.open_source, "voc": voc.open_source}
+_BY_PREFIX = {"list": filelist.open_source, "voc": voc.open_source, "coco": coco.open_source}
 
 
 def open_source(spec: str, track: Callable) -> Listing:
