@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -22,7 +23,15 @@ from fastrot.data.plan import slice_of
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage, Fault
 
-T = TypeVar("T")
+
+class Movable(Protocol):
+    """A sample of tensors."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on `device`."""
+
+
+T = TypeVar("T", bound=Movable)
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,10 @@ class WholeBatch(Generic[T]):
     samples: list[T]
     views_of_step: int
     last: bool
+
+    def to(self, device: torch.device) -> "WholeBatch[T]":
+        """The batch with its samples on `device`."""
+        return replace(self, samples=[sample.to(device) for sample in self.samples])
 
 
 @dataclass(frozen=True)

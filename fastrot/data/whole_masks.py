@@ -7,7 +7,7 @@ Source: protocol "Segmentation", train order; mmsegmentation's Resize, RandomCro
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -32,6 +32,11 @@ class ShownMask:
     image: Tensor
     mask: Tensor
     size: tuple[int, int]
+
+    def to(self, device: torch.device) -> "ShownMask":
+        """The same on `device`."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("image", "mask")}
+        return replace(self, **moved)
 
 
 def sides_within(size: tuple[int, int], base: tuple[int, int]) -> tuple[int, int]:

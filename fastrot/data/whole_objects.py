@@ -4,7 +4,7 @@ Keyed by (seed, row, epoch): purpose SCALE, word 0: which of the short sides; pu
 Source: protocol "Detection", train and test scale; mmdetection's Resize (keep_ratio) and RandomFlip.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,6 +32,13 @@ class ShownObjects:
     labels: Tensor
     masks: Tensor
     size: tuple[int, int]
+
+    def to(self, device: torch.device) -> "ShownObjects":
+        """The same on `device`."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True) for name in ("image", "boxes", "labels", "masks")
+        }
+        return replace(self, **moved)
 
 
 def sides_at(size: tuple[int, int], short: int, most: int) -> tuple[int, int]:
