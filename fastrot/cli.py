@@ -69,7 +69,8 @@ def _run(args: argparse.Namespace) -> int:
 
     ranks = distributed.start()
     try:
-        result = _hand_over(args, config, sources, ranks)
+        with distributed.lost_peer_is_a_fault(ranks):
+            result = _hand_over(args, config, sources, ranks)
     except UserError:
         distributed.end()
         raise  # after a Fault the other ranks sit in a collective: leaving the group would wait for them

@@ -170,6 +170,8 @@ class Run(Section):
     """Steps between checkpoints; the end is saved always."""
     keep_last: Annotated[int, Field(ge=2)] = 3
     """Checkpoints kept; the best on the held-out images is kept besides."""
+    timeout: PositiveFloat = 600.0
+    """Seconds that ranks wait for one another in training; one that is gone or stopped then ends the run."""
     tensorboard: bool = True
     """Also write TensorBoard event files."""
 

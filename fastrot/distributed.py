@@ -1,50 +1,59 @@
-"""Ranks: who we are, how we start and end, and saying the same thing on all of them."""
+"""Ranks: who we are, how we start and end, saying the same thing on all of them, and what to say when one is lost."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from fastrot import machine
-from fastrot.errors import Fault, UserError
-from fastrot.watch import die_with_launcher
+from fastrot.errors import Fault, LostPeer, UserError
+from fastrot.watch import Process, die_with_launcher
 
 T = TypeVar("T")
 # what a launcher would set, for a process that has none; no launcher gives port 0
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+_JOIN_S = 600  # until every rank has started
+_WAIT_S = 86_400  # for rank 0's indexing of a large cold data set; training sets its own limit
+_SEEN_DEAD_S = 2  # a killed process's connections close a moment before it is gone
+
+
+class Peer(NamedTuple):
+    """A rank's process, as the machine that it runs on knows it."""
+
+    host: str
+    process: Process
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers, and the device it works on."""
+    """This process among its peers, and the device it works on. peers: by rank, this one too; none where it is alone."""
 
     rank: int
     world: int
     local_rank: int
     local_world: int
     device: torch.device
+    peers: tuple[Peer, ...] = ()
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
 
-def start(timeout_s: float = 7200) -> Ranks:
+def start() -> Ranks:
     """Join the process group that the launcher describes, or be a group of one.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE as deepspeed, torchrun and Slurm wrappers
-    set them. The time-out covers rank 0's indexing of a large cold data set. NCCL where there is CUDA, gloo elsewhere.
+    set them. NCCL where there is CUDA, gloo elsewhere. Raises Fault where the ranks do not come together.
     """
-    for name, folder in (
-        ("TORCH_EXTENSIONS_DIR", "torch_extensions"),
-        ("TRITON_CACHE_DIR", "triton"),
-        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
-    ):
-        os.environ.setdefault(name, str(machine.cache_folder() / folder))
+    machine.set_caches()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
@@ -59,13 +68,68 @@ def start(timeout_s: float = 7200) -> Ranks:
         device, backend = torch.device("cpu"), "gloo"
         # the cores are shared with the other ranks here; more threads than cores wait for one another
         torch.set_num_threads(max(1, machine.cores() // local_world))
+    ranks = Ranks(rank, world, local_rank, local_world, device)
     if "RANK" in os.environ:
         die_with_launcher()
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    else:  # a plain `python`: DeepSpeed wants the variables too, else it looks for MPI
-        os.environ.update(_ALONE)
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Ranks(rank, world, local_rank, local_world, device)
+        return _join(ranks, backend)
+    os.environ.update(_ALONE)  # a plain `python`: DeepSpeed wants the variables too, else it looks for MPI
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return ranks
+
+
+def _join(ranks: Ranks, backend: str) -> Ranks:
+    """The process group of all ranks, who then know one another."""
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=_JOIN_S))
+    except RuntimeError as error:  # DistError too
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise Fault(f"{ranks.world} ranks did not come together at {where}: {_first_line(error)}") from None
+    limit_waits(_WAIT_S)
+    peers: list = [None] * ranks.world
+    dist.all_gather_object(peers, Peer(socket.gethostname(), Process.of(os.getpid())))
+    return replace(ranks, peers=tuple(peers))
+
+
+def limit_waits(seconds: float) -> None:
+    """From here on a collective that takes longer ends this rank."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+@contextmanager
+def lost_peer_is_a_fault(ranks: Ranks) -> Iterator[None]:
+    """What torch raises where a rank is gone or does not answer becomes a LostPeer, one line that names it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        raise LostPeer(_lost(ranks, error)) from None
+
+
+def _lost(ranks: Ranks, error: RuntimeError) -> str:
+    """Who is gone or stopped, as far as can be seen from this machine."""
+    slow = "imed out" in str(error) or "imeout" in str(error)
+    here = socket.gethostname()
+    mine = [(rank, peer.process) for rank, peer in enumerate(ranks.peers) if peer.host == here]
+    until = time.monotonic() + (0 if slow else _SEEN_DEAD_S)
+    while not (gone := [f"rank {rank} (process {one.pid})" for rank, one in mine if not one.lives]):
+        if time.monotonic() >= until:
+            break
+        time.sleep(0.05)
+    stopped = [f"rank {rank} (process {one.pid})" for rank, one in mine if one.stopped]
+    again = "start again: a run goes on from its last checkpoint"
+    if gone:
+        return f"{', '.join(gone)} {'are' if len(gone) > 1 else 'is'} gone; {again}"
+    if stopped:
+        return f"{', '.join(stopped)} {'are' if len(stopped) > 1 else 'is'} stopped and did not answer for run.timeout; {again}"
+    what = "does not answer within run.timeout" if slow else "on another machine is gone"
+    return f"a rank {what} ({_first_line(error)}); {again}"
+
+
+def _first_line(error: Exception) -> str:
+    """Without the source file that torch's own messages begin with."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line.partition("] ")[2] if line.startswith("[") and "] " in line else line
 
 
 def end() -> None:

@@ -17,5 +17,13 @@ class Fault(Exception):
     exit_code = 3
 
 
+class LostPeer(Fault):
+    """Another rank is gone or does not answer; where it failed by itself it knows why better than we."""
+
+
 class BadImage(Exception):
     """One image could not be read or decoded; the loader replaces it by rule."""
+
+
+class Unreadable(BadImage):
+    """The system could not read it, or it is not the file that was indexed: this may pass, its bytes said nothing."""

@@ -1,5 +1,6 @@
-"""This machine: its cores, where caches lie, the versions a result depends on."""
+"""This machine: its cores and memory, where caches lie, the versions a result depends on."""
 
+import hashlib
 import os
 import platform
 import socket
@@ -17,9 +18,65 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FASTROT_CACHE") or Path(home) / "fastrot")
 
 
+def compiled_folder(name: str) -> Path:
+    """Where what is compiled on this machine lies: hosts that share a cache, but not a processor, a C library or a
+    torch, share no file. torch compiles for the processor at hand."""
+    try:
+        cpu = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        cpu = []
+    flags = [line for line in cpu if line.startswith(("flags", "Features", "model name"))]
+    made_for = (platform.machine(), flags, os.confstr("CS_GNU_LIBC_VERSION"), sys.version, torch.__version__)
+    return cache_folder() / name / hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]
+
+
+def set_caches() -> None:
+    """What torch, Triton and Inductor compile goes to our cache, unless their own variables name another place."""
+    for name, folder in (
+        ("TORCH_EXTENSIONS_DIR", "torch_extensions"),
+        ("TRITON_CACHE_DIR", "triton"),
+        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
+    ):
+        os.environ.setdefault(name, str(compiled_folder(folder)))
+
+
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def memory_left() -> int:
+    """Bytes of host memory that this process could still take: by the kernel, and by its control groups' limits."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    left = sum(1024 * int(meminfo[name].split()[0]) for name in ("MemAvailable", "SwapFree"))
+    return min([left, *_left_in_groups(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup"))])
+
+
+def _left_in_groups(groups: str, mounted: Path) -> list[int]:
+    """Of each group with a limit that /proc/self/cgroup's text names, and of those above it, version 2 and 1: what is
+    free or holds files that can be read again."""
+    left = []
+    for line in groups.splitlines():
+        _, controllers, inner = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, limit, usage, files = (
+            (mounted / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if controllers
+            else (mounted, "memory.max", "memory.current", "inactive_file")
+        )
+        folder = root / inner.lstrip("/")
+        for group in (folder, *folder.parents):
+            try:
+                most, used = ((group / name).read_text().strip() for name in (limit, usage))
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            except OSError:  # the root of version 2; or a container that does not show what is above
+                most = "max"
+            if most != "max":
+                left.append(int(most) - int(used) + int(stat.get(files, 0)))
+            if group == root:
+                break
+    return left
 
 
 _PACKAGES = (

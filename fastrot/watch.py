@@ -1,27 +1,58 @@
-"""The launchers above this process: a killed one leaves no orphans."""
+"""Processes beside and above this one: a killed launcher leaves no orphans, a lost rank is seen."""
 
 import os
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastrot.errors import Fault
 
 
-def _python_ancestors() -> list[tuple[int, str]]:
-    """(pid, start time) of the launchers above us: the unbroken line of Python processes."""
-    line, pid = [], os.getppid()
+def _stat(pid: int) -> list[str]:
+    """/proc's line on a process from its state on: state, parent, ..., start time at 19. Empty where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+    except (OSError, IndexError):
+        return []
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of this machine; its start time tells it from a later one of the same number."""
+
+    pid: int
+    started: str
+
+    @classmethod
+    def of(cls, pid: int) -> "Process":
+        return cls(pid, (_stat(pid) or [""] * 20)[19])
+
+    @property
+    def lives(self) -> bool:
+        """Also where it is stopped; not as a zombie that nobody has asked for its end."""
+        stat = _stat(self.pid)
+        return bool(stat) and stat[19] == self.started and stat[0] not in "ZX"
+
+    @property
+    def stopped(self) -> bool:
+        return self.lives and _stat(self.pid)[:1] in (["T"], ["t"])
+
+
+def _python_ancestors() -> list[Process]:
+    """The launchers above us: the unbroken line of Python processes."""
+    line: list[Process] = []
+    pid = os.getppid()
     while pid > 1:
         try:
-            name, rest = Path(f"/proc/{pid}/stat").read_text().split("(", 1)[1].rsplit(") ", 1)
+            name = Path(f"/proc/{pid}/comm").read_text()
             cmdline = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
-        except (OSError, IndexError, ValueError):
+        except OSError:
             break
         if b"python" not in os.path.basename(cmdline) and "python" not in name:
             break
-        fields = rest.split()
-        line.append((pid, fields[19]))
-        pid = int(fields[1])
+        line.append(Process.of(pid))
+        pid = int((_stat(pid) or ["", "0"])[1])
     return line
 
 
@@ -30,15 +61,9 @@ def die_with_launcher() -> None:
     watched = _python_ancestors()
 
     def watch() -> None:
-        while True:
+        while all(process.lives for process in watched):
             time.sleep(1)
-            for pid, started in watched:
-                try:
-                    stat = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
-                except OSError:
-                    os._exit(Fault.exit_code)
-                if stat[19] != started or stat[0] == "Z":
-                    os._exit(Fault.exit_code)
+        os._exit(Fault.exit_code)
 
     if watched:
         threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

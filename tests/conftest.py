@@ -75,7 +75,7 @@ def cache(tmp_path_factory):
     """Manifests of tests go to a folder of their own; compiled operators stay in the user's cache."""
     from fastrot import machine
 
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(machine.cache_folder() / "torch_extensions"))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(machine.compiled_folder("torch_extensions")))
     os.environ["FASTROT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 

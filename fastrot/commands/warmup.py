@@ -1,13 +1,13 @@
 """python -m fastrot.commands.warmup: compile once, at set-up, what the first run would wait for."""
 
-import contextlib
-import io
 import sys
 import warnings
 
 import torch
 
-from fastrot import distributed
+from fastrot import machine
+from fastrot.engine.host_collectives import load_host_collectives
+from fastrot.errors import UserError
 from fastrot_kernels.build import BuildError
 from fastrot_kernels.turbo import Turbo
 
@@ -19,26 +19,13 @@ def main() -> None:
     except BuildError as error:
         print(f"setup: the turbo decoder did not compile ({error}); data.decode=dali works without", file=sys.stderr)
     if not torch.cuda.is_available():
-        _compile_collectives()
-
-
-def _compile_collectives() -> None:
-    distributed.start()
-    said = io.StringIO()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(said):
-            warnings.simplefilter("ignore")
-            import deepspeed
-
-            deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
-    except (RuntimeError, OSError, ImportError) as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        print(
-            f"setup: DeepSpeed's host collectives did not compile ({line}); engine.kind=plain works without",
-            file=sys.stderr,
-        )
-    finally:
-        distributed.end()
+        machine.set_caches()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                load_host_collectives()
+        except UserError as error:
+            print(f"setup: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

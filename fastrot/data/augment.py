@@ -3,7 +3,7 @@
 import itertools
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fastrot.data.randomness import CROP, FLIP, JITTER, LIGHTING, TURN, below, philox, uniform
 
@@ -47,7 +47,9 @@ def crop_windows(
     return out.astype(np.int32)
 
 
-def _central_windows(heights, widths, ratio) -> NDArray[np.int64]:
+def _central_windows(
+    heights: NDArray[np.int64], widths: NDArray[np.int64], ratio: tuple[float, float]
+) -> NDArray[np.int64]:
     """The largest central windows whose width / height lies within `ratio`, int64 [n, 4]."""
     aspect = widths / heights
     h = np.where(aspect < ratio[0], np.rint(widths / ratio[0]), heights).astype(np.int64)
@@ -76,12 +78,12 @@ def shifted_boxes(
     return boxes
 
 
-def flips(seed: int, rows, epochs, probability: float = 0.5) -> NDArray[np.uint8]:
+def flips(seed: int, rows: NDArray[np.int64], epochs: ArrayLike, probability: float = 0.5) -> NDArray[np.uint8]:
     """Whether each image is mirrored left-right, uint8 [n] in {0, 1}."""
     return (uniform(philox(seed, rows, epochs, FLIP)[:, 0]) < probability).astype(np.uint8)
 
 
-def turns(seed: int, rows, epochs, views: str) -> NDArray[np.uint8]:
+def turns(seed: int, rows: NDArray[np.int64], epochs: ArrayLike, views: str) -> NDArray[np.uint8]:
     """Quarter turns counter-clockwise (= labels), uint8 [n, V].
 
     views "all": 0, 1, 2, 3 for every image; "one": a random turn per image.
@@ -92,7 +94,7 @@ def turns(seed: int, rows, epochs, views: str) -> NDArray[np.uint8]:
 
 
 def colour_jitter(
-    seed: int, rows, epochs, strength: float, hue: float
+    seed: int, rows: NDArray[np.int64], epochs: ArrayLike, strength: float, hue: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Order [n, 4] of (0 brightness, 1 contrast, 2 saturation, 3 hue) and their factors [n, 4].
 
@@ -106,7 +108,7 @@ def colour_jitter(
     return order, factors
 
 
-def lighting(seed: int, rows, epochs, std: float) -> NDArray[np.float64]:
+def lighting(seed: int, rows: NDArray[np.int64], epochs: ArrayLike, std: float) -> NDArray[np.float64]:
     """PCA lighting weights alpha ~ N(0, std^2), float64 [n, 3], by Box and Muller.
 
     Source: Krizhevsky et al. 2012, section 4.1; protocol "Linear heads".
@@ -114,7 +116,9 @@ def lighting(seed: int, rows, epochs, std: float) -> NDArray[np.float64]:
     u = uniform(philox(seed, rows, epochs, LIGHTING))
     radius = std * np.sqrt(-2 * np.log1p(-u[:, [0, 0, 2]]))
     angle = 2 * np.pi * u[:, [1, 1, 3]]
-    return radius * np.stack([np.cos(angle[:, 0]), np.sin(angle[:, 1]), np.cos(angle[:, 2])], axis=1)
+    waves = [np.cos(angle[:, 0]), np.sin(angle[:, 1]), np.cos(angle[:, 2])]
+    weights: NDArray[np.float64] = radius * np.stack(waves, axis=1)
+    return weights
 
 
 def central_boxes(heights: NDArray[np.int32], widths: NDArray[np.int32], short: int, crop: int) -> NDArray[np.float64]:

@@ -19,6 +19,13 @@ class BadImages:
         self._known: set[str] = set()
         self._lock = threading.Lock()
 
+    @property
+    def count(self) -> int:
+        """Images of this source listed so far, over all ranks and resumes."""
+        with self._lock:
+            self._read_what_other_ranks_found()
+            return len(self._known)
+
     def add(self, name: str, row: int, reason: str) -> None:
         """List one image by its place. Raises Fault when there are more than data.max_bad."""
         with self._lock:

@@ -11,11 +11,12 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrot.data.reading import again, refusal
 from fastrot.errors import UserError
 
 JPEG, RAW = 0, 1
@@ -60,16 +61,20 @@ class Table:
     checksum: NDArray[np.uint32] | None
 
 
-def read_table(path: str | bytes | os.PathLike) -> Table:
-    """The checked tables of a .beton. Raises UserError with what is wrong with it."""
+def read_table(path: str | bytes | os.PathLike[str]) -> Table:
+    """The checked tables of a .beton. Raises UserError with what is wrong with it; Fault where the disk fails."""
     name = os.fsdecode(path)
     try:
-        with open(path, "rb") as file:
-            return _read(file, os.fstat(file.fileno()).st_size)
+        return again(_opened, path)
     except _Wrong as error:
         raise UserError(f"{name}: {error}; write it again, or get a whole copy") from None
     except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+        raise refusal(f"{name}: cannot be read", error) from None
+
+
+def _opened(path: str | bytes | os.PathLike[str]) -> Table:
+    with open(path, "rb") as file:
+        return _read(file, os.fstat(file.fileno()).st_size)
 
 
 class _Wrong(Exception):
@@ -87,7 +92,7 @@ def _none(bad: NDArray[np.bool_], what: Callable[[int], str]) -> None:
         raise _Wrong(what(int(bad.argmax())))
 
 
-def _records(file: BinaryIO, kind: np.dtype, count: int, end: int, what: str) -> NDArray:
+def _records(file: BinaryIO, kind: np.dtype[Any], count: int, end: int, what: str) -> NDArray[Any]:
     """The next `count` records; they must end at or before byte `end`."""
     _need(file.tell() + count * kind.itemsize <= end, f"{what} would end after byte {end}: truncated or damaged")
     data = file.read(count * kind.itemsize)
@@ -116,7 +121,8 @@ def _read(file: BinaryIO, size: int) -> Table:
     allocations = _records(file, _ALLOCATION, (size - end) // _ALLOCATION.itemsize, size, "its allocation table")
     images = metadata[str(image)]
     length = _lengths(images, allocations, begin, end, page)
-    checksum = _checksums(file, fields[image], n, end, metadata, allocations)
+    checksum, data_end = _checksums(file, fields[image], n, end, metadata, allocations)
+    _none(images["pointer"] + length.astype(np.uint64) > data_end, lambda at: f"sample {at} runs into its checksums")
     return Table(
         offset=images["pointer"].astype(np.int64),
         length=length,
@@ -128,7 +134,7 @@ def _read(file: BinaryIO, size: int) -> Table:
     )
 
 
-def _chosen(fields: NDArray) -> tuple[int, int | None]:
+def _chosen(fields: NDArray[Any]) -> tuple[int, int | None]:
     """Which field is the image, and which the label if any."""
     types = fields["type"].tolist()
     names = [bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace") for name in fields["name"]]
@@ -145,7 +151,7 @@ def _chosen(fields: NDArray) -> tuple[int, int | None]:
     return images[0], ints[0] if ints else None
 
 
-def _lengths(images: NDArray, allocations: NDArray, begin: int, end: int, page: int) -> NDArray[np.int64]:
+def _lengths(images: NDArray[Any], allocations: NDArray[Any], begin: int, end: int, page: int) -> NDArray[np.int64]:
     """Bytes of each sample's image, int64 [n], by the allocation table."""
     allocations = allocations[allocations["size"] > 0]
     pointer, size = allocations["pointer"], allocations["size"]
@@ -166,7 +172,7 @@ def _lengths(images: NDArray, allocations: NDArray, begin: int, end: int, page: 
     _need(len(starts) > 0, "its allocation table is empty")
     _none(starts[found] != wanted, lambda at: f"sample {at} points to byte {wanted[at]}, where no stretch begins")
     _need(len(np.unique(wanted)) == len(wanted), "two of its samples point to the same bytes")
-    length = sizes[found].astype(np.int64)
+    length: NDArray[np.int64] = sizes[found].astype(np.int64)
     height, width = images["height"].astype(np.int64), images["width"].astype(np.int64)
     _none(mode > RAW, lambda at: f"sample {at} is of mode {mode[at]}, neither JPEG nor raw")
     _none(
@@ -176,18 +182,21 @@ def _lengths(images: NDArray, allocations: NDArray, begin: int, end: int, page: 
     return length
 
 
-def _checksums(file, image: NDArray, n: int, end: int, *tables: NDArray) -> NDArray[np.uint32] | None:
-    """What our writer left, after its own check; None where another wrote the file."""
+def _checksums(
+    file: BinaryIO, image: NDArray[Any], n: int, end: int, *tables: NDArray[Any]
+) -> tuple[NDArray[np.uint32] | None, int]:
+    """What our writer left, after its own check, and where the data before it end; None and `end` where another wrote
+    the file."""
     sums = image["arguments"][: _SUMS.itemsize].copy().view(_SUMS)[0]
     if sums["mark"] != _MARK:
-        return None
+        return None, end
     file.seek(int(sums["pointer"]) if sums["pointer"] <= end else end)
     checksum = _records(file, np.dtype("<u4"), n, end, "its checksums")
     _need(_crc(*tables, checksum) == sums["tables"], "its tables do not match their checksum: damaged")
-    return checksum
+    return checksum, int(sums["pointer"])
 
 
-def _crc(*tables: NDArray) -> int:
+def _crc(*tables: NDArray[Any]) -> int:
     crc = 0
     for table in tables:
         crc = zlib.crc32(table.tobytes(), crc)
@@ -260,7 +269,7 @@ class Writer:
 def unchanged(path: bytes, offset: int, data: NDArray[np.uint8]) -> bool:
     """Whether a sample's bytes match the checksum its file keeps; true where none is kept."""
     kept = _kept_checksums(path) if path.endswith(b".beton") else {}
-    return offset not in kept or zlib.crc32(data) == kept[offset]
+    return offset not in kept or zlib.crc32(data.data) == kept[offset]
 
 
 @lru_cache(maxsize=1)

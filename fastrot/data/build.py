@@ -1,7 +1,11 @@
 """What a config says of data, built: manifests, the plan, a loader."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fastrot import distributed, machine, terminal
 from fastrot.config import Config
@@ -10,12 +14,16 @@ from fastrot.data.bad_images import BadImages
 from fastrot.data.decode import make_decoder
 from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
 from fastrot.data.loader_settings import Tuned
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.manifest import Manifest, changed_files, index
 from fastrot.data.order import FullOrder, WindowOrder
 from fastrot.data.plan import Plan
 from fastrot.data.storage import FileStorage
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
+
+FILES = "data.files"  # what --resume-anyway calls files that changed since they were indexed
+_SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
+_CHANGED_SHOWN = 10  # of them named when a resume is refused
 
 
 def short_side(config: Config) -> int:
@@ -56,18 +64,66 @@ def open_manifest(source: str | None, config: Config, ranks: Ranks, key: str) ->
     return Manifest.load(manifest_folder(source, config, ranks, key))
 
 
-def describe(manifest: Manifest, say) -> None:
-    """What an index left out: a line each kind."""
+def admit_changed_files(manifest: Manifest, home: Path, allowed: bool, say: Callable[[str], None]) -> Manifest:
+    """A frozen manifest whose files are as they were when it was made; where they are not and that is `allowed`, one of
+    the files as they are now, which it replaces in its folder `home`.
+
+    Raises UserError with the first that differ where it is not.
+    """
+    changed, looked = changed_files(manifest)
+    files = len(np.unique(manifest.file))
+    if looked < files:
+        say(f"{manifest.source}: {looked:,} of its {files:,} files, evenly spread, were compared with what was indexed")
+    if not changed:
+        return manifest
+    line = f"{manifest.source}: {len(changed):,} of {looked:,} files are not as the run saw them"
+    if not allowed:
+        named = [f"{path}: {what}" for path, what in changed[:_CHANGED_SHOWN]]
+        todo = f"restore them, choose another run.out, or --resume-anyway {FILES} (what no longer fits is replaced)"
+        raise UserError("\n".join([f"{line}; {todo}", *named]))
+    say(f"{line}, the first: {': '.join(changed[0])}; goes on with them as they are, by --resume-anyway {FILES}")
+    manifest = manifest.with_files_as_they_are()
+    manifest.save(home)
+    return manifest
+
+
+def describe(manifest: Manifest, say: Callable[[str], None]) -> None:
+    """What an index left out, and what is odd about the rest: a line each kind."""
     if manifest.skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(manifest.skipped.items()))
         say(f"{manifest.source}: passed over {kinds}")
     if manifest.quarantined:
         path, reason = manifest.quarantined[0]
-        say(
-            f"{manifest.source}: {len(manifest.quarantined)} files are no sound images and are left out, the first: {path}: {reason}"
+        what = "are listed with what is wrong with them; what is no sound image is left out"
+        say(f"{manifest.source}: {len(manifest.quarantined)} files {what}, the first: {path}: {reason}")
+    for line in remarks(manifest):
+        say(f"{manifest.source}: {line}")
+
+
+def remarks(manifest: Manifest) -> list[str]:
+    """What a person may not expect of these rows, a line each."""
+    lines = []
+    none = unlabelled(manifest)
+    if len(none) == len(manifest):
+        lines.append("no image has a label; rotation needs none, so this trains")
+    elif len(none):
+        lines.append(
+            f"{len(none):,} of {len(manifest):,} images have no label, the first: {manifest.name(int(none[0]))}"
         )
     if len(manifest.classes) == 1:
-        say(f"{manifest.source}: one class ({manifest.classes[0]}); rotation needs no labels, so this trains")
+        lines.append(f"one class ({manifest.classes[0]}); rotation needs no labels, so this trains")
+    splits = [name for name in manifest.classes if name.lower() in _SPLITS]
+    if len(splits) > 1:
+        example = Path(manifest.source) / splits[0]
+        lines.append(
+            f"its folders {', '.join(splits)} look like splits, and are all in here; name one, as in {example}"
+        )
+    return lines
+
+
+def unlabelled(manifest: Manifest) -> NDArray[np.int64]:
+    """Rows without a label, ascending; none where images have many."""
+    return np.flatnonzero(manifest.label < 0) if manifest.label.ndim == 1 else np.zeros(0, np.int64)
 
 
 def settings_of(config: Config, ranks: Ranks) -> Tuned:

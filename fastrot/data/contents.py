@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrot import distributed, terminal
 from fastrot.config import Config
-from fastrot.data.build import manifest_folder
+from fastrot.data.build import manifest_folder, remarks, unlabelled
 from fastrot.data.images import KINDS
 from fastrot.data.manifest import Manifest
 from fastrot.data.verify import verify
@@ -18,7 +19,7 @@ _SHOWN = 10  # quarantined images named in the terminal
 _BAR = 30  # characters of a histogram's longest bar
 
 
-def describe_source(source: str | None, config: Config, ranks: Ranks, decode: bool) -> dict:
+def describe_source(source: str | None, config: Config, ranks: Ranks, decode: bool) -> dict[str, Any]:
     """Counts, sizes, classes, kinds, histograms and what is quarantined of a source.
 
     decode  first decode every image in full and quarantine what is damaged: the manifest in the cache
@@ -35,6 +36,8 @@ def describe_source(source: str | None, config: Config, ranks: Ranks, decode: bo
         "files": len(manifest.name_ends),
         "bytes": int(manifest.length.sum()),
         **_classes(manifest),
+        "unlabelled": _unlabelled(manifest),
+        "remarks": remarks(manifest),
         "kinds": {KINDS[kind]: count for kind, count in enumerate(np.bincount(manifest.kind).tolist()) if count},
         "histograms": {
             "short_side_pixels": histogram(np.minimum(manifest.height, manifest.width)),
@@ -53,7 +56,7 @@ def describe_source(source: str | None, config: Config, ranks: Ranks, decode: bo
     return result
 
 
-def _classes(manifest: Manifest) -> dict:
+def _classes(manifest: Manifest) -> dict[str, Any]:
     """How many classes, and the images of each: by class where images have many, else least and most."""
     if manifest.label.ndim == 2:
         present, ignored = ((manifest.label == value).sum(0).tolist() for value in (1, -1))
@@ -61,11 +64,18 @@ def _classes(manifest: Manifest) -> dict:
             name: {"present": p, "ignored": i} for name, p, i in zip(manifest.classes, present, ignored, strict=True)
         }
         return {"classes": len(manifest.classes), "multi_label": by_class}
-    counts = np.unique(manifest.label, return_counts=True)[1]
-    return {"classes": len(manifest.classes) or len(counts), "images_per_class": [int(counts.min()), int(counts.max())]}
+    counts = np.unique(manifest.label[manifest.label >= 0], return_counts=True)[1]
+    spread = [int(counts.min()), int(counts.max())] if len(counts) else [0, 0]
+    return {"classes": len(manifest.classes) or len(counts), "images_per_class": spread}
 
 
-def histogram(values: NDArray) -> dict[str, list[int]]:
+def _unlabelled(manifest: Manifest) -> dict[str, Any]:
+    """How many images have no label; and which, where others have one."""
+    rows = unlabelled(manifest).tolist()
+    return {"count": len(rows), "images": [manifest.name(row) for row in rows] if len(rows) < len(manifest) else []}
+
+
+def histogram(values: NDArray[Any]) -> dict[str, list[int]]:
     """Counts between edges half an octave apart: bin i holds edges[i] <= value < edges[i + 1]; and the spread.
 
     values  positive integers [n]. `spread` is the least, 5%, median, 95% and largest.
@@ -87,10 +97,13 @@ def _kind_of(reason: str) -> str:
     return re.sub(r"\b(0x[0-9a-f]+|\d+(x\d+)?)\b", "N", reason)
 
 
-def _show(r: dict) -> None:
+def _show(r: dict[str, Any]) -> None:
     rows = [
         ("images", f"{r['rows']:,} in {r['files']:,} files, {r['bytes'] / 1e9:.3f} GB"),
         *_class_rows(r),
+        *([("without a label", f"{r['unlabelled']['count']:,}")] if r["unlabelled"]["count"] else []),
+        *(("", name) for name in r["unlabelled"]["images"][:_SHOWN]),
+        *(("note", line) for line in r["remarks"]),
         ("kinds", ", ".join(f"{count:,} {kind}" for kind, count in r["kinds"].items())),
         ("content", r["content"]),
         ("passed over", ", ".join(f"{count:,} {kind}" for kind, count in r["skipped"].items()) or "nothing"),
@@ -108,7 +121,7 @@ def _show(r: dict) -> None:
         terminal.table(name.replace("_", " "), _bars(bins))
 
 
-def _class_rows(r: dict) -> list[tuple[str, str]]:
+def _class_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
     if "multi_label" not in r:
         least, most = r["images_per_class"]
         return [("classes", f"{r['classes']:,} of {least:,} to {most:,} images")]
@@ -117,7 +130,7 @@ def _class_rows(r: dict) -> list[tuple[str, str]]:
     return [("classes", f"{r['classes']}, many an image"), ("images present (ignored)", ", ".join(lines))]
 
 
-def _bars(h: dict) -> list[tuple[str, str]]:
+def _bars(h: dict[str, Any]) -> list[tuple[str, str]]:
     most = max(h["counts"])
     wide = len(f"{most:,}")
     bins = zip(h["edges"], h["edges"][1:], h["counts"], strict=False)

@@ -21,7 +21,7 @@ from fastrot.data.images import KINDS, decode_upright, kind_of, open_image, orie
 from fastrot.data.jpeg import frame_of
 from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
-from fastrot.errors import BadImage, UserError
+from fastrot.errors import BadImage, Unreadable, UserError
 
 _JPEG = KINDS.index("JPEG")
 
@@ -113,7 +113,7 @@ class Encoding:
         return Sample(buffer.tobytes(), beton.JPEG, frame.height, frame.width, True)
 
 
-_work: tuple[FileStorage, Encoding] | None = None  # of this process, when it is a worker
+_work: tuple[Manifest, FileStorage, Encoding] | None = None  # of this process, when it is a worker
 
 
 def start_worker(folder: Path, encoding: Encoding) -> None:
@@ -121,17 +121,19 @@ def start_worker(folder: Path, encoding: Encoding) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends its workers
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-    _work = FileStorage(Manifest.load(folder)), encoding
+    manifest = Manifest.load(folder)
+    _work = manifest, FileStorage(manifest), encoding
 
 
 def encode_rows(rows: range) -> list[Sample | str]:
-    """The samples of neighbouring rows, or why one cannot be decoded."""
-    storage, encoding = _work
-    samples = []
+    """The samples of neighbouring rows, or why one cannot be decoded. Raises Unreadable: a file would lack it for ever."""
+    assert _work is not None, "start_worker comes first"
+    manifest, storage, encoding = _work
+    samples: list[Sample | str] = []
     for row, buffer in zip(rows, storage.read(np.array(rows)), strict=True):
+        if isinstance(buffer, BadImage):
+            raise Unreadable(f"{manifest.name(row)}: {buffer}")
         try:
-            if isinstance(buffer, BadImage):
-                raise buffer
             samples.append(encoding.encode(buffer, row))
         except BadImage as error:
             samples.append(str(error))

@@ -63,7 +63,7 @@ def orientation_of(image: Image.Image) -> int:
 def open_image(source) -> Image.Image:
     """Pillow's image of a file object, header read, pixels not.
 
-    Raises BadImage with the reason.
+    Raises BadImage with the reason; OSError where the file cannot be read.
     """
     try:
         with warnings.catch_warnings():
@@ -71,6 +71,10 @@ def open_image(source) -> Image.Image:
             return Image.open(source)
     except Image.UnidentifiedImageError:
         raise BadImage("not an image that Pillow knows") from None
+    except OSError as error:
+        if error.errno is not None:  # the disk's, not the bytes'
+            raise
+        raise BadImage(f"broken header ({type(error).__name__}: {error})") from None
     except Exception as error:  # Pillow's plugins raise any type on broken headers
         raise BadImage(f"broken header ({type(error).__name__}: {error})") from None
 

@@ -153,6 +153,11 @@ class Loader:
         for request, pixels in self._flow(requests, self.plan.of):
             yield self._batch(request, pixels, len(self.manifest))
 
+    @property
+    def bad_images(self) -> int:
+        """Images that could not be read or decoded, and were replaced; over all ranks and resumes."""
+        return self._bad.count
+
     def close(self) -> None:
         self._storage.close()
         self._decoder.close()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import platform
 import statistics
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from fastrot.machine import cache_folder, cores
 
 PREFETCH = 3  # micro-batches ahead where neither config nor tune says
 _NEAR = 0.97  # a setting this close to the fastest is as fast
+_UNSURE = 0.1  # of the times that a comparison may be wrong
 _LOAD = 0.9  # of the loader's pace: a step that takes batches faster waits at any depth
 _WAIT = 0.01  # of its time that a step may wait for data
 _DEEPEST = 8
@@ -74,9 +76,43 @@ def thread_counts(share: int) -> list[int]:
     return sorted({max(1, round(share * part)) for part in (0.5, 0.75, 1, 1.5, 2)})
 
 
-def cheapest(images_per_s: dict[float, float]) -> float:
-    """The smallest setting that is as fast as any, within the noise of short runs. {setting: images/s}."""
-    return min(setting for setting, pace in images_per_s.items() if pace >= _NEAR * max(images_per_s.values()))
+def fastest(paces: dict[float, list[float]], default: float) -> float | None:
+    """The fastest of the settings that are faster than the default; the default where none is; None where the noise
+    does not tell. {setting: images/s, a round each}; the settings of a round ran one after another."""
+    faster = {one: at_least(pace, paces[default], 1 / _NEAR) for one, pace in paces.items() if one != default}
+    if sure := [one for one, verdict in faster.items() if verdict]:
+        return max(sure, key=lambda one: statistics.median(paces[one]))
+    return None if None in faster.values() else default
+
+
+def fewest(paces: dict[float, list[float]], best: float) -> float | None:
+    """The smallest setting that is as fast as the best; None where the noise does not tell."""
+    for one in sorted(one for one in paces if one < best):
+        as_fast = at_least(paces[one], paces[best], _NEAR)
+        if as_fast or as_fast is None:
+            return one if as_fast else None
+    return best
+
+
+def at_least(paces: Sequence[float], others: Sequence[float], ratio: float) -> bool | None:
+    """Whether one pace is `ratio` of the other or more, by the rounds of both; None where they do not tell."""
+    low, middle, high = interval([one / other for one, other in zip(paces, others, strict=True)])
+    if low >= ratio or high < ratio:
+        return low >= ratio
+    return middle >= ratio if high / low < _NEAR**-2 else None  # as near as makes no odds
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(lower end, median, upper end) of what the median may be, nine times in ten; whatever the noise looks like.
+
+    The median lies below the k lowest of n values, or above the k highest, as n coins fall at most k times heads.
+    """
+    ordered, n = sorted(values), len(values)
+    cut, chance = 0, 2.0 * 0.5**n
+    while chance + 2 * math.comb(n, cut + 1) * 0.5**n <= _UNSURE:
+        cut += 1
+        chance += 2 * math.comb(n, cut) * 0.5**n
+    return ordered[cut], statistics.median(ordered), ordered[n - 1 - cut]
 
 
 def waiting(seconds: Sequence[float], depth: int) -> float:

@@ -4,11 +4,11 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fastrot import machine, terminal
 from fastrot.config import Data
@@ -16,14 +16,14 @@ from fastrot.data import beton
 from fastrot.data.bad_images import BadImages
 from fastrot.data.encode import Encoding, Sample, encode_rows, start_worker
 from fastrot.data.manifest import Manifest, index
-from fastrot.errors import Fault, UserError
+from fastrot.errors import Fault, Unreadable, UserError
 from fastrot.files import fsync
 
 _BLOCK = 32  # rows a task
 _AHEAD = 4  # tasks a worker: what waits in memory to be written
 
 
-def pack(source: str, out: str, encoding: Encoding, workers: int | None, data: Data) -> dict:
+def pack(source: str, out: str, encoding: Encoding, workers: int | None, data: Data) -> dict[str, Any]:
     """Write `source` to the new file `out` and read it back; what was written, for a person and for JSON.
 
     Rows that cannot be decoded are left out and listed, up to data.max_bad of them.
@@ -74,7 +74,7 @@ def _write(
     page: int,
     most: int,
     timeout: float,
-) -> dict:
+) -> dict[str, Any]:
     n = len(manifest)
     writer = beton.Writer(file, n, page)
     bad = BadImages(None, manifest.source, most)
@@ -94,6 +94,8 @@ def _write(
             counts["raw" if sample.mode == beton.RAW else "kept" if sample.kept else "encoded"] += 1
     except BrokenProcessPool:
         raise Fault("a packing worker died (killed, or out of memory?); fewer --workers need less memory") from None
+    except Unreadable as error:
+        raise Fault(f"{error}; nothing is packed: mend it and start again") from None
     except TimeoutError:
         for worker in active_children():  # else the exit waits for them
             worker.kill()
@@ -110,7 +112,7 @@ def _write(
 
 def _ahead(pool: ProcessPoolExecutor, blocks: list[range], most: int, timeout: float) -> Iterator[Sample | str]:
     """The samples in order, at most `most` blocks in work or waiting. Raises TimeoutError, BrokenProcessPool."""
-    flying = deque()
+    flying: deque[Future[list[Sample | str]]] = deque()
     for block in blocks:
         flying.append(pool.submit(encode_rows, block))
         if len(flying) == most:
@@ -122,6 +124,7 @@ def _ahead(pool: ProcessPoolExecutor, blocks: list[range], most: int, timeout: f
 def _read_back(path: Path) -> None:
     """Raises Fault where the file does not hold what was written into it."""
     table = beton.read_table(path)
+    assert table.checksum is not None, "this file is ours"
     with path.open("rb") as file:
         for at in terminal.track(range(len(table.offset)), len(table.offset), "reading it back"):
             file.seek(int(table.offset[at]))
@@ -129,7 +132,7 @@ def _read_back(path: Path) -> None:
                 raise Fault(f"{path.name}: sample {at} is not read back as it was written; is the disk sound?")
 
 
-def _show(r: dict) -> None:
+def _show(r: dict[str, Any]) -> None:
     terminal.table(
         r["out"],
         [

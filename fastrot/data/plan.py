@@ -112,10 +112,10 @@ def slice_of(images: int, ranks: int, micro_steps: int, micro_step: int, rank: i
 class StreamHash:
     """sha256 over the steps of a stream: rows, windows, flips, turns and labels of each step."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._sha = hashlib.sha256()
 
-    def add(self, step: Sample, labels: NDArray) -> None:
+    def add(self, step: Sample, labels: NDArray[np.integer]) -> None:
         """One step: the whole sample, and its labels int64 [B] (or int8 [B, 20], multi-label); boxes enter as <f8."""
         windows = (step.windows, "<i4" if step.windows.dtype.kind == "i" else "<f8")
         kinds = (step.rows, "<i8"), windows, (step.flips, "u1"), (step.turns, "u1")

@@ -4,19 +4,26 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrot.errors import Fault, UserError
+from fastrot.data.reading import again, refusal
+from fastrot.errors import Fault, Unreadable, UserError
 
+Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+"""track(items, total, title) -> the items: shows progress."""
+Look = Callable[..., tuple[int, int, int, bytes] | str]
+_Missing = dict[int, OSError | Unreadable]  # by row of a part: why nothing could be said of it
+_Part = tuple[int, Path, _Missing]
 ROWS = 2048  # a part: what a kill may cost a worker
 _MANY = 4096  # rows above which processes beat threads
 _FOUND = np.dtype([("height", "<i4"), ("width", "<i4"), ("kind", "u1"), ("head", "u1", 32)])
@@ -39,32 +46,58 @@ class Found:
     reason: dict[int, str]
 
 
-def look_at(n: int, words_of: Callable, look: Callable, folder: Path, track: Callable, title: str) -> Found:
+def look_at(
+    n: int,
+    words_of: Callable[[int, int], Iterable[tuple[Any, ...]]],
+    look: Look,
+    folder: Path,
+    track: Track,
+    title: str,
+    name_of: Callable[[int], str] = "row {}".format,
+) -> Found:
     """`look` at rows 0 .. n - 1.
 
     words_of(first, last)  the arguments of `look` for these rows, an iterable of tuples.
-    look(*arguments)       (height, width, kind, sha256) of a row, or the reason why it is unsound; picklable.
+    look(*arguments)       (height, width, kind, sha256) of a row, or the reason why it is unsound; picklable. It raises
+                           OSError or Unreadable where nothing can be said of the row now: it is tried again.
     folder                 keeps the parts that are done; the caller removes it. A part found there is not redone.
-    Raises Fault where a worker dies.
+    name_of(row)           a row's place, for a person.
+    Raises UserError or Fault, after all other rows, where some could not be read; Fault where a worker dies.
     """
-    table, reason = np.zeros(n, _FOUND), {}
+    table = np.zeros(n, _FOUND)
+    reason: dict[int, str] = {}
+    unread: dict[int, OSError | Unreadable] = {}
     workers = len(os.sched_getaffinity(0))
     rows = ROWS if n > _MANY else max(1, min(256, n // (workers * 4)))
     folder.mkdir(parents=True, exist_ok=True)
     with workers_pool(n > _MANY) as pool:
         parts = _parts(pool, n, rows, words_of, look, folder, 2 * workers)
         try:
-            for first, part in track(parts, -(-n // rows), f"{title}, {n:,} images in parts of {rows:,}"):
-                some, why = _read(part)
-                table[first : first + rows] = some
-                reason |= {first + int(row): line for row, line in why.items()}
+            for first, part, missing in track(parts, -(-n // rows), f"{title}, {n:,} images in parts of {rows:,}"):
+                unread |= {first + row: error for row, error in missing.items()}
+                if not missing:
+                    some, why = _read(part)
+                    table[first : first + rows] = some
+                    reason |= {first + int(row): line for row, line in why.items()}
         except BrokenProcessPool:
             raise Fault(
                 f"{title}: a worker process died (out of memory, or killed); start again: what was done is kept"
             ) from None
+    if unread:
+        raise _unread(title, unread, name_of)
     sound = np.ones(n, bool)
     sound[list(reason)] = False
-    return Found(*(table[name] for name in ("height", "width", "kind", "head")), sound, reason)
+    return Found(table["height"], table["width"], table["kind"], table["head"], sound, reason)
+
+
+def _unread(title: str, unread: dict[int, OSError | Unreadable], name_of: Callable[[int], str]) -> UserError | Fault:
+    """The line for rows of which nothing could be said."""
+    row = min(unread)
+    error = unread[row]
+    line = f"{title}: {name_of(row)}" + (f" and {len(unread) - 1:,} more" if len(unread) > 1 else "")
+    if isinstance(error, Unreadable):
+        return UserError(f"{line}: {error}; start again: what was done is kept")
+    return refusal(f"{line}: cannot be read; mend it and start again: what was done is kept", error)
 
 
 def workers_pool(processes: bool) -> Executor:
@@ -79,15 +112,25 @@ def _die_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever."""
 
     def watch() -> None:
-        parent_process().join()
+        if parent := parent_process():
+            parent.join()
         os._exit(Fault.exit_code)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def _parts(pool, n, rows, words_of, look, folder, most) -> Iterator[tuple[int, Path]]:
-    """(first row, file) of every part, in order; at most `most` in flight, so that memory stays small."""
-    flying: deque = deque()
+def _parts(
+    pool: Executor,
+    n: int,
+    rows: int,
+    words_of: Callable[[int, int], Iterable[tuple[Any, ...]]],
+    look: Look,
+    folder: Path,
+    most: int,
+) -> Iterator[_Part]:
+    """(first row, file, what could not be read) of every part, in order; at most `most` in flight, so that memory
+    stays small."""
+    flying: deque[tuple[int, Path, Future[_Missing] | None]] = deque()
     for first in range(0, n, rows):
         last = min(first + rows, n)
         part = folder / f"{first}-{last}.npz"
@@ -99,7 +142,7 @@ def _parts(pool, n, rows, words_of, look, folder, most) -> Iterator[tuple[int, P
         yield _finished(*flying.popleft())
 
 
-def _read(part: Path) -> tuple[NDArray, dict[str, str]]:
+def _read(part: Path) -> tuple[NDArray[Any], dict[str, str]]:
     try:
         with part.open("rb") as file, np.load(file) as saved:
             return saved["found"], json.loads(saved["reasons"].tobytes())
@@ -107,21 +150,30 @@ def _read(part: Path) -> tuple[NDArray, dict[str, str]]:
         raise UserError(f"{part}: damaged ({error}); remove {part.parent} and start again") from None
 
 
-def _finished(first, part, done) -> tuple[int, Path]:
-    if done is not None:
-        done.result()
-    return first, part
+def _finished(first: int, part: Path, done: Future[_Missing] | None) -> _Part:
+    return first, part, {} if done is None else done.result()
 
 
-def _look(words: list[tuple], look: Callable, part: Path) -> None:
-    """Look at one part's rows and write what was found; the file appears whole or not at all."""
-    table, reasons = np.zeros(len(words), _FOUND), {}
+def _look(words: list[tuple[Any, ...]], look: Look, part: Path) -> _Missing:
+    """Look at one part's rows and write what was found; the file appears whole or not at all.
+
+    Returns the rows of which nothing could be said: then it is not written.
+    """
+    table = np.zeros(len(words), _FOUND)
+    reasons: dict[int, str] = {}
+    missing: _Missing = {}
     for row, arguments in enumerate(words):
-        found = look(*arguments)
+        try:
+            found = again(look, *arguments)
+        except (OSError, Unreadable) as error:
+            missing[row] = error
+            continue
         if isinstance(found, str):
             reasons[row] = found
         else:
             table[row] = (*found[:3], np.frombuffer(found[3], np.uint8))
-    scratch = part.with_name(f".{part.stem}-{os.getpid()}.npz")
-    np.savez(scratch, found=table, reasons=np.frombuffer(json.dumps(reasons).encode(), np.uint8))
-    scratch.replace(part)
+    if not missing:
+        scratch = part.with_name(f".{part.stem}-{os.getpid()}.npz")
+        np.savez(scratch, found=table, reasons=np.frombuffer(json.dumps(reasons).encode(), np.uint8))
+        scratch.replace(part)
+    return missing

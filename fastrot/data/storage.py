@@ -3,13 +3,15 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrot.data.images import KINDS
 from fastrot.data.manifest import Manifest
-from fastrot.errors import BadImage
+from fastrot.data.reading import again
+from fastrot.errors import BadImage, Unreadable
 
 _RAW = KINDS.index("RAW")
 _READERS = 8  # concurrent reads a rank: enough to keep an SSD's queue filled
@@ -17,7 +19,8 @@ _PARTS = 2  # of a batch, a reader each: batches ahead fill the others, and few 
 
 
 class FileStorage:
-    """Images as stretches of files. One that cannot be read comes back as a BadImage in its place."""
+    """Images as stretches of files. One that cannot be read, or is in a file that changed
+    since it was indexed, comes back as Unreadable in its place."""
 
     def __init__(self, manifest: Manifest):
         self._manifest = manifest
@@ -29,7 +32,7 @@ class FileStorage:
 
     def start(self, rows: NDArray[np.int64]) -> Callable[[], list[NDArray[np.uint8] | BadImage]]:
         """Begin to read these rows; what it returns waits for them, and gives what `read` does."""
-        found: list = [None] * len(rows)
+        found: list[Any] = [None] * len(rows)
         parts = [self._pool.submit(self._read_some, wanted, found) for wanted in self._dealt(rows)]
 
         def finish() -> list[NDArray[np.uint8] | BadImage]:
@@ -52,25 +55,29 @@ class FileStorage:
         share = -(-len(wanted) // _PARTS)
         return [wanted[at : at + share] for at in range(0, len(wanted), share or 1)]
 
-    def _read_some(self, wanted: list[tuple[int, ...]], found: list) -> None:
+    def _read_some(self, wanted: list[tuple[int, ...]], found: list[Any]) -> None:
         with _OpenFile(self._manifest) as file:
             for at, row, number, offset, length in wanted:
                 found[at] = self._read_one(file, row, number, offset, length)
 
-    def _read_one(self, file: "_OpenFile", row: int, number: int, offset: int, want: int):
+    def _read_one(
+        self, file: "_OpenFile", row: int, number: int, offset: int, want: int
+    ) -> NDArray[np.uint8] | BadImage:
         try:
-            handle, size = file.of(number, row)
+            handle, changed, size = file.of(number, row)
         except OSError as error:
-            return BadImage(f"cannot be opened ({error.strerror})")
-        if size < offset + want or (size != want and not offset):  # a shard's images have an offset
-            return BadImage(f"changed: {size} bytes, {offset + want} when indexed")
+            return Unreadable(f"cannot be opened ({error.strerror})")
+        if not changed and (size < offset + want or (size != want and not offset)):  # a shard's images have an offset
+            changed = f"changed: {size} bytes, {offset + want} when indexed"
+        if changed:
+            return Unreadable(changed)
         buffer = np.empty(want, np.uint8)
         try:
-            got = os.preadv(handle, [buffer], offset)
+            got = again(os.preadv, handle, [buffer.data], offset)
         except OSError as error:
-            return BadImage(f"cannot be read ({error.strerror})")
+            return Unreadable(f"cannot be read ({error.strerror})")
         if got != want:
-            return BadImage(f"ended after {got} of {want} bytes")
+            return Unreadable(f"ended after {got} of {want} bytes")
         if self._manifest.kind[row] == _RAW:
             return buffer.reshape(int(self._manifest.height[row]), int(self._manifest.width[row]), 3)
         return buffer
@@ -80,21 +87,24 @@ class _OpenFile:
     """The file a reader is at: a shard is opened once for the neighbours in it."""
 
     def __init__(self, manifest: Manifest):
-        self._manifest, self._number, self._handle, self._size = manifest, -1, -1, -1
+        self._manifest, self._number, self._handle = manifest, -1, -1
+        self._changed, self._size = "", -1
 
     def __enter__(self) -> "_OpenFile":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
-    def of(self, number: int, row: int) -> tuple[int, int]:
-        """Handle and size of file `number`, which row is in. Raises OSError."""
+    def of(self, number: int, row: int) -> tuple[int, str, int]:
+        """Handle of file `number`, which row is in, what says that it changed, and its size. Raises OSError."""
         if number != self._number:
             self._close()
-            self._handle = os.open(self._manifest.path(row), os.O_RDONLY)
-            self._number, self._size = number, os.fstat(self._handle).st_size
-        return self._handle, self._size
+            self._handle = again(os.open, self._manifest.path(row), os.O_RDONLY)
+            state = os.fstat(self._handle)
+            self._number, self._size = number, state.st_size
+            self._changed = self._manifest.change(number, state.st_size, state.st_mtime_ns)
+        return self._handle, self._changed, self._size
 
     def _close(self) -> None:
         if self._handle >= 0:

@@ -14,7 +14,7 @@ from fastrot.data import beton, scan
 from fastrot.data.images import decode_upright, kind_of
 from fastrot.data.manifest import COLUMNS, HEAD, Manifest, content_hash
 from fastrot.data.storage import FileStorage
-from fastrot.errors import BadImage, UserError
+from fastrot.errors import BadImage, Unreadable, UserError
 
 # libjpeg's warnings of damaged data (jerror.h); others speak of odd headers, or of an ICC profile
 _DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file")
@@ -41,11 +41,11 @@ def damage_of(jpeg: NDArray[np.uint8] | bytes) -> str:
 
 
 def verify(folder: Path, track: Callable) -> list[list[str]]:
-    """[place, reason] of every row that cannot be read, decoded in full, and found free of damage.
+    """[place, reason] of every row that cannot be decoded in full and found free of damage.
 
     Where there are such rows the manifest in `folder` is rewritten without them: they are quarantined,
     and its content hash is that of the rows left. What a killed call looked at is not looked at again.
-    Raises UserError where none is left, Fault where a worker dies.
+    Raises UserError where none is left, UserError or Fault where some cannot be read now, Fault where a worker dies.
     """
     manifest = Manifest.load(folder)
     n = len(manifest)
@@ -54,7 +54,7 @@ def verify(folder: Path, track: Callable) -> list[list[str]]:
     def words_of(first: int, last: int):
         return ((folder, manifest.content, row) for row in range(first, last))
 
-    found = scan.look_at(n, words_of, _look, unfinished, track, f"decoding {manifest.source}")
+    found = scan.look_at(n, words_of, _look, unfinished, track, f"decoding {manifest.source}", manifest.name)
     shutil.rmtree(unfinished)
     broken = [[manifest.name(row), reason] for row, reason in found.reason.items()]
     if len(broken) == n:
@@ -76,6 +76,8 @@ def _look(folder: Path, content: str, row: int) -> tuple[int, int, int, bytes] |
     manifest, storage = _opened(folder, content)
     (buffer,) = storage.read(np.array([row]))
     indexed = int(manifest.height[row]), int(manifest.width[row]), int(manifest.kind[row])
+    if isinstance(buffer, Unreadable):
+        raise buffer
     try:
         if isinstance(buffer, BadImage):
             raise buffer

@@ -1,15 +1,18 @@
 """The objects of the demo's scenes, each with a top and a bottom, drawn by a brush."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fastrot.demo.scenery import LEAVES
+from fastrot.demo.scenery import LEAVES, Brush, Colour
 
 
-def boat(b):
+def boat(b: Brush) -> None:
     """A hull, a mast and two sails, with the reflection of the sails broken by ripples."""
-    wood, cloth = b.paint(), b.pick(((240, 236, 224), b.paint()))
+    wood = b.paint()
+    cloths: list[Colour] = [(240, 236, 224), b.paint()]
+    cloth = b.pick(cloths)
     b.taper(0.3, 0.46, 0.0, 0.2, wood, 4)
     b.line([(-0.46, 0.2), (0.46, 0.2)], (240, 232, 214), 0.03)
     b.line([(0, 0.2), (0, 1)], (96, 70, 48), 0.025)
@@ -21,7 +24,7 @@ def boat(b):
         b.line([(u - w, -v), (u + w, -v)], wood if v < 0.15 else cloth, 0.025, 0.7, 130 * (1 - v))
 
 
-def car(b):
+def car(b: Brush) -> None:
     """A car from the side; its own shadow lies between the wheels."""
     body, tall = b.paint(), b.rng.uniform(0.75, 1.0)
     b.shadow(0.95)
@@ -37,7 +40,7 @@ def car(b):
     b.oval(0.92 * b.sun, 0.4, 0.06, 0.06, (255, 240, 180))
 
 
-def house(b):
+def house(b: Brush) -> None:
     """Walls, a tiled roof with eaves, a door, windows with sills, a chimney that smokes."""
     wall, tile, half, top = b.paint(), b.paint(), b.rng.uniform(0.4, 0.75), b.rng.uniform(0.45, 0.62)
     b.shadow(half * 1.2)
@@ -67,7 +70,7 @@ def house(b):
         b.window(side * half * 0.6, top * 0.4, half * 0.17, top * 0.36)
 
 
-def lighthouse(b):
+def lighthouse(b: Brush) -> None:
     """A banded tower on a rock, with a gallery, a lantern room and a dome."""
     band, base = b.paint(), b.rng.uniform(0.12, 0.18)
     for u in (-0.2, 0.18, 0.0):
@@ -85,7 +88,7 @@ def lighthouse(b):
         b.poly([(0, 0.82), (b.sun * 1.6, 0.96), (b.sun * 1.6, 0.66)], (255, 240, 170), 1.6, 70)
 
 
-def mushroom(b):
+def mushroom(b: Brush) -> None:
     """A cap with spots over a stem in its shade, gills at the rim."""
     cap, wide, rim = b.paint(), b.rng.uniform(0.36, 0.6), b.rng.uniform(0.45, 0.58)
     b.shadow(wide * 0.8)
@@ -105,7 +108,7 @@ def mushroom(b):
         b.oval(wide * r * math.cos(t), rim + 0.03 + (0.9 - rim) * r * math.sin(t), 0.05, 0.035, (246, 238, 224))
 
 
-def person(b):
+def person(b: Brush) -> None:
     """Somebody who stands: shoes, legs, coat, arms, head with hair or a hat."""
     coat, legs, skin, hair = b.paint(), b.paint(), b.pick(((236, 196, 164), (150, 102, 72), (98, 64, 46))), b.paint()
     b.shadow(0.2)
@@ -128,7 +131,7 @@ def person(b):
         b.taper(0.085, 0.075, 0.955, 1.04, hair, 2)
 
 
-def plant(b):
+def plant(b: Brush) -> None:
     """A pot, wider at its rim, with leaves that bend out of it and flowers on top."""
     pot, leaf, petal = b.paint(), b.paint(LEAVES[:3]), b.paint()
     b.shadow(0.3)
@@ -146,7 +149,7 @@ def plant(b):
     b.poly([(-0.24, 0.32), (0.24, 0.32), (0.235, 0.29), (-0.235, 0.29)], (0, 0, 0), alpha=90)
 
 
-def snowman(b):
+def snowman(b: Brush) -> None:
     """Three balls, a carrot, coal buttons, arms of twigs and mostly a hat."""
     b.shadow(0.36)
     for v, r in ((0.24, 0.27), (0.58, 0.19), (0.83, 0.13)):
@@ -164,7 +167,7 @@ def snowman(b):
         b.taper(0.1, 0.11, 0.945, 1.1, hat, 2)
 
 
-def tree(b):
+def tree(b: Brush) -> None:
     """A broad crown of lumps over a trunk, or a conifer of skirts, at times under snow."""
     leaf = b.paint(LEAVES)
     b.shadow(0.32)
@@ -185,23 +188,26 @@ def tree(b):
         b.ball(b.rng.normal(0, 0.17), v, b.rng.uniform(0.11, 0.19), leaf * (0.45 + 0.7 * v))
 
 
-OBJECTS = {f.__name__: f for f in (boat, car, house, lighthouse, mushroom, person, plant, snowman, tree)}
+Drawing = Callable[[Brush], None]
+OBJECTS: dict[str, Drawing] = {
+    f.__name__: f for f in (boat, car, house, lighthouse, mushroom, person, plant, snowman, tree)
+}
 CLASSES = tuple(OBJECTS)
 
 
-def bush(b):
+def bush(b: Brush) -> None:
     b.shadow(0.5)
     leaf = b.paint(LEAVES)
     for _ in range(6):
         b.ball(b.rng.uniform(-0.4, 0.4), b.rng.uniform(0.2, 0.6), 0.3, leaf)
 
 
-def stone(b):
+def stone(b: Brush) -> None:
     b.shadow(0.5)
     b.ball(0, 0.25, 0.5, b.paint(((128, 122, 116), (92, 88, 90), (166, 150, 130))), 0.6)
 
 
-def fence(b):
+def fence(b: Brush) -> None:
     wood = b.paint(((150, 112, 80), (226, 222, 212), (96, 80, 70)))
     for v in (0.3, 0.68):
         b.line([(-1.7, v), (1.7, v)], wood, 0.09, 0.8)
@@ -210,7 +216,7 @@ def fence(b):
         b.poly([(u - 0.1, 0), (u + 0.1, 0), (u + 0.1, 0.85), (u, 1), (u - 0.1, 0.85)], wood)
 
 
-def tuft(b):
+def tuft(b: Brush) -> None:
     """Blades of grass: dark at the root, thin and light at the tip."""
     leaf = b.paint(LEAVES)
     for _ in range(7):
@@ -218,4 +224,4 @@ def tuft(b):
         b.poly([(u - 0.06, 0), (u + 0.06, 0), (tip, b.rng.uniform(0.5, 1))], leaf, b.rng.uniform(0.6, 1.2))
 
 
-PROPS = (bush, stone, fence, tuft, bush, tuft)
+PROPS: Sequence[Drawing] = (bush, stone, fence, tuft, bush, tuft)

@@ -16,29 +16,31 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from rich.console import Console
 from rich.progress import track
 
-from fastrot.demo.objects import CLASSES, OBJECTS, PROPS, house, stone, tree
+from fastrot.demo.objects import CLASSES, OBJECTS, PROPS, Drawing, house, stone, tree
 from fastrot.demo.scenery import AT_HOME, INDOORS, MARGIN, PALETTES, SCALE, Brush, Scene, floor, heavens, hills, wall
 from fastrot.errors import UserError
 
 VERSION = 1  # raise it when the drawing changes: an older folder is then no longer accepted
 
 
-def develop(image, rng, size):
+def develop(image: Image.Image, rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
     """The camera: tilt, crop, blur, uneven light, grain, contrast, colour cast, at times no colour."""
     tilted = image.rotate(max(-10.0, min(10.0, rng.normal(0, 4))), Image.Resampling.BILINEAR)
     left, top = ((a - b * SCALE) // 2 for a, b in zip(tilted.size, size, strict=True))
     small = tilted.crop((left, top, left + size[0] * SCALE, top + size[1] * SCALE)).reduce(SCALE)
     small = small.filter(ImageFilter.GaussianBlur(float(rng.choice((0.0, 0.3, 0.5, 0.9)))))
-    pixels = np.asarray(small, np.float32)
+    pixels: NDArray[np.floating] = np.asarray(small, np.float32)
     patches = Image.fromarray(rng.normal(0, 1, (9, 9)).astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
     grain = rng.normal(0, rng.uniform(1, 6), (*pixels.shape[:2], 1))
     pixels = pixels * (1 + rng.uniform(0.02, 0.09) * np.asarray(patches)[..., None]) + grain
@@ -53,21 +55,21 @@ def develop(image, rng, size):
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def draw(index, seed):
+def draw(index: int, seed: int) -> tuple[Image.Image, str]:
     """Scene `index` of data set `seed` and the name of its class. Nothing else decides it."""
     rng = np.random.Generator(np.random.PCG64([seed, index]))
     name = CLASSES[index % len(CLASSES)]
-    size = tuple(rng.integers(96, 241, 2).tolist())
-    canvas = tuple(int(side * SCALE * MARGIN) for side in size)
+    width, height = rng.integers(96, 241, 2).tolist()
+    canvas = int(width * SCALE * MARGIN), int(height * SCALE * MARGIN)
     kinds = [
         k
         for k, v in PALETTES.items()
-        if (v[5] == "water") == (name == "boat") and (k not in INDOORS or name in AT_HOME)
+        if (v.floor == "water") == (name == "boat") and (k not in INDOORS or name in AT_HOME)
     ]
     kinds += [k for k in INDOORS if name in AT_HOME] * 2
     kind = kinds[rng.integers(len(kinds))]
-    *colours, light, floor_kind = PALETTES[kind]
-    colours = np.clip(np.array(colours) + rng.normal(0, 22, 3) + rng.normal(0, 9, (4, 3)), 0, 255)
+    floor_kind, light = PALETTES[kind].floor, np.array(PALETTES[kind].light)
+    colours = np.clip(np.array(PALETTES[kind][:4]) + rng.normal(0, 22, 3) + rng.normal(0, 9, (4, 3)), 0, 255)
     if rng.random() < 0.04:  # another planet: the same scene, its colours exchanged
         colours, light = colours[:, rng.permutation(3)], rng.permutation(light)
     if rng.random() < 0.03:  # a ramp the other way round is rare outdoors, not impossible
@@ -78,9 +80,9 @@ def draw(index, seed):
         Image.new("RGB", canvas),
         rng,
         horizon,
-        tuple(colours[:2]),
-        tuple(colours[2:]),
-        np.array(light),
+        colours[:2],
+        colours[2:],
+        light,
         int(rng.choice((-1, 1))),
     )
     if kind in INDOORS:
@@ -90,25 +92,25 @@ def draw(index, seed):
         hills(scene)
     floor(scene, floor_kind)
     depth = (canvas[1] / MARGIN + canvas[1]) / 2 - horizon
-    things = []
+    things: list[tuple[float, float, float, Drawing]] = []
     for _ in range(rng.integers(1, 8) if floor_kind != "water" else rng.integers(0, 3)):
         k = rng.uniform(0.05, 1.1)
-        prop = PROPS[rng.integers(len(PROPS))] if floor_kind != "water" else stone
+        prop = PROPS[int(rng.integers(len(PROPS)))] if floor_kind != "water" else stone
         things.append((horizon + depth * k, rng.uniform(0, 1), canvas[1] * (0.03 + 0.09 * k), prop))
     if kind not in INDOORS and rng.random() < 0.6:  # something small far away
         far = OBJECTS[name] if floor_kind == "water" else (house, tree, tree)[rng.integers(3)]
         things.append((horizon + depth * 0.06, rng.uniform(0.1, 0.9), canvas[1] * rng.uniform(0.06, 0.16), far))
-    height = min(canvas) * (rng.uniform(0.7, 1.5) if close else rng.uniform(0.38, 0.7))
+    tallest = min(canvas) * (rng.uniform(0.7, 1.5) if close else rng.uniform(0.38, 0.7))
     foot = horizon + depth * rng.uniform(0.15, 0.75)
     if close:  # cut by the frame, yet never out of it
-        foot = min(foot + height * rng.uniform(0, 0.4), canvas[1] / 2 + height * 0.6)
-    things.append((foot, rng.uniform(0.3, 0.7), height, OBJECTS[name]))
+        foot = min(foot + tallest * rng.uniform(0, 0.4), canvas[1] / 2 + tallest * 0.6)
+    things.append((foot, rng.uniform(0.3, 0.7), tallest, OBJECTS[name]))
     for y, x, tall, thing in sorted(things, key=lambda t: t[0]):
         thing(Brush(scene, x * canvas[0], y, tall))
-    return develop(scene.image, rng, size), name
+    return develop(scene.image, rng, (width, height)), name
 
 
-def save(folder, seed, job):
+def save(folder: Path, seed: int, job: tuple[str, int]) -> None:
     """Draw one image and write it as JPEG, at a quality that depends on the image too."""
     split, index = job
     image, name = draw(index, seed)
@@ -116,7 +118,7 @@ def save(folder, seed, job):
     image.save(folder / split / name / f"{index:06d}.jpg", quality=quality)
 
 
-def write(root, train, val, seed):
+def write(root: str | Path, train: int, val: int, seed: int) -> None:
     """Write root/{train,val}/<class>/<index>.jpg as a whole or not at all; a complete root stays as it is."""
     root, parameters = Path(root), {"version": VERSION, "train": train, "val": val, "seed": seed}
     if min(train, val) < len(CLASSES):
@@ -163,7 +165,7 @@ def write(root, train, val, seed):
     )
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastrot.demo.scenes",
         description="Draw a data set of small upright scenes, one folder a class.",

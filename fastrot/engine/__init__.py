@@ -1,12 +1,16 @@
 """The step: backward, step, state, load_state, reduce. Plain torch is DeepSpeed's oracle."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
+
+if TYPE_CHECKING:
+    from fastrot.engine.base import Engine
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ def make_engine(
     ranks: Ranks,
     batch: dict[str, int],
     deepspeed_config: str | None = None,
-):
+) -> "Engine":
     """A DeepSpeedEngine or PlainEngine over a model on its device.
 
     batch             DeepSpeed's names for the step's arithmetic (train_batch_size, ...).

@@ -1,10 +1,13 @@
 """What both engines share: exact scaling, state by parameter name, sums over ranks."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from fastrot.distributed import Ranks
 from fastrot.engine import StepSettings
@@ -17,14 +20,14 @@ _PREFIX = "momentum_buffer/"
 class Engine:
     """A model, its optimiser, and the five calls the loop makes.
 
-    module     called for the forward pass, under autocast.
+    module     called for the forward pass, under autocast: views [n, C, S, S] -> what the network gives.
     grad_norm  norm of the last step's gradient before clipping: a tensor, or a float under ZeRO 1;
                infinite where fp16 skipped the update.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: StepSettings, ranks: Ranks):
         self.model, self.optimizer = model, optimizer
-        self.module = model
+        self.module: Callable[[Tensor], Any] = model
         self.grad_norm: Tensor | float = 0.0
         self._settings, self._ranks = settings, ranks
         self._buckets: Buckets | None = None
@@ -78,7 +81,7 @@ class Engine:
         dist.all_reduce(sums)
         return sums
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         """(model, optimiser, scalars), whole tensors by name: free of the number of ranks.
 
         Collective under ZeRO 1: every rank calls it.
@@ -90,7 +93,7 @@ class Engine:
         scaler = self._scaler()
         return self.model.state_dict(), momenta, {"loss_scale": scaler.state_dict() if scaler else None}
 
-    def load_state(self, model: dict[str, Tensor], momenta: dict[str, Tensor], scalars: dict) -> None:
+    def load_state(self, model: dict[str, Tensor], momenta: dict[str, Tensor], scalars: dict[str, Any]) -> None:
         """Continue from `state`, at any number of ranks. Raises RuntimeError on missing or other keys."""
         self.model.load_state_dict(model)
         for name, parameter in self.model.named_parameters():
@@ -110,16 +113,17 @@ class Engine:
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         state = self.optimizer.state.get(parameter, {})
-        return state.get("momentum_buffer", torch.zeros_like(parameter)).detach()
+        momentum: Tensor = state.get("momentum_buffer", torch.zeros_like(parameter))
+        return momentum.detach()
 
     def _set(self, parameter: nn.Parameter, momentum: Tensor | None) -> None:
         if momentum is not None:
             self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
 
-    def _scaler(self) -> torch.amp.GradScaler | None:
+    def _scaler(self) -> GradScaler | None:
         return None
 
-    def _measure_and_clip(self, optimizer, _args, _kwargs) -> None:
+    def _measure_and_clip(self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
         """Runs between unscaling and the update, on averaged fp32 gradients."""
         if not self._measure and self._settings.clip is None:
             return

@@ -18,7 +18,7 @@ class _Bucket:
     sent: dist.Work | None = None
 
     def send(self) -> None:
-        torch._foreach_copy_(self.views, [p.grad for p in self.parameters])
+        torch._foreach_copy_(self.views, [p.grad for p in self.parameters if p.grad is not None])
         self.sent = dist.all_reduce(self.flat, async_op=True)
 
 
@@ -33,7 +33,8 @@ class Buckets:
     def __init__(self, parameters: list[nn.Parameter], mib: float, world: int):
         self._world, self._next, self._expecting = world, 0, False
         self._buckets: list[_Bucket] = []
-        held, size = [], 0
+        held: list[nn.Parameter] = []
+        size = 0
         for parameter in reversed(parameters):
             held.append(parameter)
             size += parameter.nbytes
@@ -63,7 +64,8 @@ class Buckets:
         for bucket in self._buckets[self._next :]:
             bucket.send()
         for bucket in self._buckets:
-            bucket.sent.wait()
+            if bucket.sent is not None:
+                bucket.sent.wait()
             bucket.flat /= self._world
             for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
                 parameter.grad = view

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastrot.engine import AUTOCAST
 from fastrot.engine.base import Engine
+from fastrot.engine.host_collectives import load_host_collectives
 from fastrot.errors import UserError
 
 
@@ -93,6 +94,7 @@ class DeepSpeedEngine(Engine):
             config = merged(config, config_path, batch, settings.clip)
         # its timer would wait for the device at every forward pass and every step
         config.setdefault("timers", {"throughput": {"enabled": False}})
+        load_host_collectives()
         if settings.zero == 0:
             optimizer.register_step_pre_hook(self._measure_and_clip)
         with warnings.catch_warnings():

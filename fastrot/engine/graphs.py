@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from fastrot.data.loader import MicroBatch
 WARM_UPS = 3
 
 Learn = Callable[[Tensor, MicroBatch], Tensor]
+Replay = Callable[[], object]
 
 
 class Graphed:
@@ -26,9 +28,10 @@ class Graphed:
     which hold until the next call.
     """
 
-    def __init__(self, learn: Learn, device: torch.device, capture=None):
-        self._learn, self._seen = learn, Counter()
-        self._graphs: dict[tuple, tuple[Tensor, MicroBatch, Callable[[], None], Tensor]] = {}
+    def __init__(self, learn: Learn, device: torch.device, capture: "Capturing | None" = None):
+        self._learn = learn
+        self._seen: Counter[tuple[int, ...]] = Counter()
+        self._graphs: dict[tuple[int, ...], tuple[Tensor, MicroBatch, Replay, Tensor]] = {}
         self._capture = capture or Capture(device)
 
     def __call__(self, views: Tensor, batch: MicroBatch) -> Tensor:
@@ -39,8 +42,8 @@ class Graphed:
                 return self._learn(views, batch)
         if key not in self._graphs:
             held = torch.empty_like(views)
-            # all else of a batch is None: what reads it fails here, not on every later batch
-            turns = replace(batch, turns=batch.turns.clone(), pixels=None, flips=None, sample=None, labels=None)
+            none: Any = None  # all else of a batch: what reads it fails here, not on every later batch
+            turns = replace(batch, turns=batch.turns.clone(), pixels=none, flips=none, sample=none, labels=none)
             self._graphs[key] = (held, turns, *self._capture(lambda: self._learn(held, turns)))
         held, turns, replay, sums = self._graphs[key]
         held.copy_(views)
@@ -49,13 +52,23 @@ class Graphed:
         return sums
 
 
+class Capturing(Protocol):
+    """The device's side of it."""
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        """(what replays the work, its result, whose memory each replay fills anew)."""
+
+    def beside(self) -> AbstractContextManager[None]:
+        """Where what is not captured runs, on the stream that captures."""
+
+
 class Capture:
-    """CUDA's side of it: work() -> (what replays it, its result, whose memory each replay fills anew)."""
+    """CUDA's."""
 
     def __init__(self, device: torch.device):
         self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
-    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         graph = torch.cuda.CUDAGraph()
         # thread_local: the loader's threads go on copying and allocating meanwhile
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):

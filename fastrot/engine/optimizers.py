@@ -1,4 +1,7 @@
-"""Optimisers and schedules: pure torch, pure functions."""
+"""Optimisers: pure torch, pure functions."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -6,12 +9,14 @@ from torch import Tensor, nn
 HEAD = "fc."  # torchvision's name of a network's last layer
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_norms: bool, head_rate: float = 1.0) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay_norms: bool, head_rate: float = 1.0
+) -> list[dict[str, Any]]:
     """Matrices and filters in one group, vectors (norms, biases) in another that may go undecayed.
 
     head_rate  rate of the last layer in terms of the others'; groups of its own where it is not 1.
     """
-    groups: dict[tuple[float, bool], list] = {(1.0, True): [], (1.0, False): []}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     for name, p in model.named_parameters():
         if p.requires_grad:
             rate = head_rate if name.startswith(HEAD) else 1.0
@@ -57,12 +62,19 @@ class LARS(torch.optim.Optimizer):
     Source: You, Gitman, Ginsburg, arXiv:1708.03888.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001):
+    def __init__(
+        self,
+        params: list[dict[str, Any]] | list[nn.Parameter],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 0.001,
+    ):
         each = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": True}
         super().__init__(params, each | {"foreach": True})  # which zero_grad reads
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch has an overload each
         """One update; no host sync. Layers of zero norm keep a ratio of 1."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
@@ -92,7 +104,7 @@ def set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("rate", 1.0)
 
 
-def clip_and_measure(parameters, most: float | None) -> Tensor:
+def clip_and_measure(parameters: Sequence[nn.Parameter], most: float | None) -> Tensor:
     """The gradient's norm over all parameters before clipping (a device tensor, no host sync)."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(grads)

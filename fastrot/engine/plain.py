@@ -1,34 +1,39 @@
 """Plain torch: DeepSpeed's oracle, and the base for CUDA graphs."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
-from fastrot.engine import AUTOCAST
+from fastrot.distributed import Ranks
+from fastrot.engine import AUTOCAST, StepSettings
 from fastrot.engine.base import Engine
 
 
 class PlainEngine(Engine):
-    def __init__(self, model, optimizer, settings, ranks):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: StepSettings, ranks: Ranks):
         super().__init__(model, optimizer, settings, ranks)
         self.module = self._forward
         self._autocast = AUTOCAST.get(settings.precision)
-        self._grad_scaler = torch.amp.GradScaler(ranks.device.type) if settings.precision == "fp16" else None
+        self._grad_scaler = GradScaler(ranks.device.type) if settings.precision == "fp16" else None
         optimizer.register_step_pre_hook(self._measure_and_clip)
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
         if settings.channels_last:
-            model.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not among torch's overloads
         if not settings.cuda_graphs:  # they add gradients where those lay at capture
             self._make_buckets()
 
-    def _forward(self, images):
+    def _forward(self, images: Tensor) -> Any:
         with torch.autocast(self._ranks.device.type, self._autocast, enabled=self._autocast is not None):
             return self.model(images)
 
-    def _backward(self, loss):
+    def _backward(self, loss: Tensor) -> None:
         (self._grad_scaler.scale(loss) if self._grad_scaler else loss).backward()
 
-    def _average(self):
+    def _average(self) -> None:
         if self._ranks.world > 1 and not self._buckets:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             flat = torch._utils._flatten_dense_tensors(grads)
@@ -38,7 +43,7 @@ class PlainEngine(Engine):
                 grad.copy_(mean)
         super()._average()
 
-    def _step(self):
+    def _step(self) -> None:
         if self._grad_scaler:
             self._grad_scaler.step(self.optimizer)
             self._grad_scaler.update()
@@ -46,5 +51,5 @@ class PlainEngine(Engine):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.cuda_graphs)
 
-    def _scaler(self):
+    def _scaler(self) -> GradScaler | None:
         return self._grad_scaler

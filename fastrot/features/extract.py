@@ -2,20 +2,26 @@
 
 import json
 import time
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.models import ResNet
 
 from fastrot import distributed, terminal
 from fastrot.config import Config
 from fastrot.data.bad_images import BadImages
 from fastrot.data.build import describe, open_manifest, plan_of, settings_of, short_side
-from fastrot.data.decode import make_decoder, squash
-from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
+from fastrot.data.decode import Decoder, make_decoder, squash
+from fastrot.data.loader import DECODES_IN_FLIGHT, Loader, MicroBatch
 from fastrot.data.manifest import Manifest
 from fastrot.data.plan import slice_of
 from fastrot.data.storage import FileStorage
@@ -27,6 +33,8 @@ from fastrot.models.backbone import Origin, backbone_of
 from fastrot.models.taps import AVERAGE, TAPS, flat_features
 from fastrot_kernels import rotate_views
 
+T = TypeVar("T")
+Say = Callable[[str], None]
 BLOCK = 64  # rows computed together, whatever the ranks, so that the numbers do not depend on them
 _FORMAT = 1
 
@@ -64,7 +72,7 @@ def parse_taps(text: str) -> tuple[str, ...]:
 class Extractor:
     """Upright crops in, taps out: normalise, forward in eval mode, pool."""
 
-    def __init__(self, model: torch.nn.Module, config: Config, device: torch.device, taps, pool: str):
+    def __init__(self, model: ResNet, config: Config, device: torch.device, taps: tuple[str, ...], pool: str):
         precision = config.engine.precision
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
@@ -76,7 +84,7 @@ class Extractor:
         self._std = torch.tensor(config.data.std, dtype=torch.float32, device=device) * 255
 
     @torch.inference_mode()
-    def __call__(self, pixels: torch.Tensor, flips: torch.Tensor) -> dict[str, torch.Tensor]:
+    def __call__(self, pixels: Tensor, flips: Tensor) -> dict[str, Tensor]:
         """pixels uint8 [n, S, S, 3], flips uint8 [n] -> {tap: float32 [n, D]} on the device."""
         pixels, flips = (x.to(self._device, non_blocking=True) for x in (pixels, flips))
         images = rotate_views(pixels, flips, torch.zeros_like(flips)[:, None], self._mean, self._std, torch.float32)
@@ -85,7 +93,7 @@ class Extractor:
         return {name: x.float() for name, x in taps.items()}
 
 
-def dump(request: Request, config: Config, ranks: Ranks) -> dict:
+def dump(request: Request, config: Config, ranks: Ranks) -> dict[str, Any]:
     """Compute a store, or what a kill left of it. Returns what --json prints. Raises UserError, Fault."""
     if request.passes is not None and request.passes < 1:
         raise UserError(f"--passes {request.passes}: must be 1 or more")
@@ -130,12 +138,21 @@ def dump(request: Request, config: Config, ranks: Ranks) -> dict:
     return result
 
 
-def _sayer(ranks: Ranks):
+def _sayer(ranks: Ranks) -> Say:
     out = terminal.console()
     return (lambda line: out.print(line, soft_wrap=True, markup=False)) if ranks.first else (lambda line: None)
 
 
-def _compute(folder, request: Request, config: Config, ranks: Ranks, loader: Loader, extract, block: int, say) -> int:
+def _compute(
+    folder: Path,
+    request: Request,
+    config: Config,
+    ranks: Ranks,
+    loader: Loader,
+    extract: Extractor,
+    block: int,
+    say: Say,
+) -> int:
     """Compute this rank's contiguous share of the blocks that are not on disk; how many rows those were."""
     rows = len(loader.manifest)
     n = rows * (request.passes or 1)
@@ -146,26 +163,25 @@ def _compute(folder, request: Request, config: Config, ranks: Ranks, loader: Loa
     first, last = slice_of(len(todo), ranks.world, 1, 0, ranks.rank)
     mine = todo[first:last]
     parts = [np.arange(number * block, min((number + 1) * block, n)) for number in mine]
-    writer = write.BlockWriter(folder, list(request.taps), block, ranks.rank)
     if request.passes:
         batches = loader.augmented(((part % rows, part // rows) for part in parts), config.data.crop)
     else:
         batches = loader.shown(parts, short_side(config), config.data.crop)
     title = f"features of {request.source}, blocks of {block}"
-    try:
+    with (
+        closing(write.BlockWriter(folder, list(request.taps), block, ranks.rank)) as writer,
+        closing(cast(Generator[MicroBatch, None, None], batches)),  # which ends the thread that runs ahead
+    ):
         for number, batch in zip(mine, _tracked(batches, len(mine), title, ranks), strict=True):
             writer.put(number, _on_host(extract(batch.pixels, batch.flips)))
-    finally:
-        batches.close()
-        writer.close()
     return sum(map(len, parts))
 
 
-def _tracked(batches, total: int, title: str, ranks: Ranks):
-    return terminal.track(batches, total, title) if ranks.first else batches
+def _tracked(items: Iterable[T], total: int, title: str, ranks: Ranks) -> Iterable[T]:
+    return terminal.track(items, total, title) if ranks.first else items
 
 
-def _on_host(taps: dict[str, torch.Tensor]):
+def _on_host(taps: dict[str, Tensor]) -> Callable[[], dict[str, NDArray[np.float32]]]:
     """A function that gives the taps as arrays; the copy from a GPU runs beside the next forward pass."""
     if not next(iter(taps.values())).is_cuda:
         return lambda: {name: x.numpy() for name, x in taps.items()}
@@ -175,7 +191,7 @@ def _on_host(taps: dict[str, torch.Tensor]):
     copied = torch.cuda.Event()
     copied.record()
 
-    def arrays():
+    def arrays() -> dict[str, NDArray[np.float32]]:
         copied.synchronize()
         return {name: x.numpy() for name, x in copies.items()}
 
@@ -186,7 +202,7 @@ def _loader(request: Request, config: Config, manifest: Manifest, ranks: Ranks, 
     """The engine's loader under the transform asked for, and the line that says how it decodes."""
     data, settings = config.data, settings_of(config, ranks)
     if request.transform == "svm":
-        decoder = squash.make(settings.threads, short_side(config))
+        decoder: Decoder = squash.make(settings.threads, short_side(config))
         line = f"decoding with {decoder.name}, {settings.threads} threads"
     else:
         where = (data.decode, data.decode_on, ranks.device, settings.threads)
@@ -196,7 +212,15 @@ def _loader(request: Request, config: Config, manifest: Manifest, ranks: Ranks, 
     return Loader(manifest, plan, storage, decoder, bad, ranks.device, settings.prefetch, data.timeout), line
 
 
-def _facts(request: Request, config: Config, manifest: Manifest, origin: Origin, extract, block, decoder) -> dict:
+def _facts(
+    request: Request,
+    config: Config,
+    manifest: Manifest,
+    origin: Origin,
+    extract: Extractor,
+    block: int,
+    decoder: str,
+) -> dict[str, Any]:
     """What decides the numbers of a store, JSON values alone."""
     side = config.data.crop
     black = torch.zeros(1, side, side, 3, dtype=torch.uint8)
@@ -222,10 +246,11 @@ def _facts(request: Request, config: Config, manifest: Manifest, origin: Origin,
         "decoder": decoder,
         "versions": {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow")},
     }
-    return json.loads(json.dumps(facts))
+    plain: dict[str, Any] = json.loads(json.dumps(facts))
+    return plain
 
 
-def _passes(request: Request, config: Config) -> dict | None:
+def _passes(request: Request, config: Config) -> dict[str, Any] | None:
     """What decides how augmented passes show the images; row p * rows + r is image r in pass p."""
     if not request.passes:
         return None
@@ -235,7 +260,7 @@ def _passes(request: Request, config: Config) -> dict | None:
     }
 
 
-def _show(result: dict) -> None:
+def _show(result: dict[str, Any]) -> None:
     taps = ", ".join(f"{name} {width:,}" for name, width in result["taps"].items())
     passes = f" in {result['passes']} augmented passes" if result["passes"] else ""
     rows = [("rows", f"{result['rows']:,}{passes}"), ("numbers a row", taps)]

@@ -4,21 +4,24 @@ import hashlib
 import json
 import pickle
 import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.models import ResNet
 
 from fastrot.errors import UserError
 from fastrot.models.key_names import to_torchvision
 from fastrot.models.resnet import build_model
 
 # blocks a stage, and whether they are bottlenecks
-_ARCHS = {
+_ARCHS: dict[tuple[tuple[int, ...], bool], str] = {
     ((2, 2, 2, 2), False): "resnet18",
     ((3, 4, 6, 3), False): "resnet34",
     ((3, 4, 6, 3), True): "resnet50",
@@ -47,33 +50,35 @@ class Origin:
     run: str | None = None
     seed: int | None = None
 
-    def facts(self) -> dict:
+    def facts(self) -> dict[str, Any]:
         """What identifies the weights, for a feature store's manifest."""
         return {k: v for k, v in asdict(self).items() if k not in ("skipped",)}
 
     def says(self) -> str:
         """A line for a person."""
-        if self.path is None:
+        if self.path is None or self.sha256 is None:
             return f"{self.arch}, weights drawn at random from seed {self.seed}"
         heads = f"; passed over {len(self.skipped)} keys: {_short(self.skipped)}" if self.skipped else ""
         return f"{self.arch} from {self.path} (names: {self.names}; sha256 {self.sha256[:12]}){heads}"
 
 
-def backbone_of(checkpoint: str | None, seed: int | None, arch: str) -> tuple[nn.Module, Origin]:
+def backbone_of(checkpoint: str | None, seed: int | None, arch: str) -> tuple[ResNet, Origin]:
     """The backbone asked for: a checkpoint's, or one drawn from a seed. Raises UserError."""
-    if (checkpoint is None) == (seed is None):
-        raise UserError("name either --checkpoint C or --random-init SEED")
-    return load_backbone(checkpoint) if checkpoint is not None else random_backbone(arch, seed)
+    if checkpoint is not None and seed is None:
+        return load_backbone(checkpoint)
+    if checkpoint is None and seed is not None:
+        return random_backbone(arch, seed)
+    raise UserError("name either --checkpoint C or --random-init SEED")
 
 
-def random_backbone(arch: str, seed: int) -> tuple[nn.Module, Origin]:
+def random_backbone(arch: str, seed: int) -> tuple[ResNet, Origin]:
     """The control: an untrained ResNet whose batch norms keep mean 0 and variance 1."""
     model = build_model(arch, 1, seed)
     model.fc = nn.Identity()
     return _frozen(model), Origin(arch, seed=seed)
 
 
-def load_backbone(path: str) -> tuple[nn.Module, Origin]:
+def load_backbone(path: str) -> tuple[ResNet, Origin]:
     """A ResNet in eval mode of a checkpoint's weights, fp32, without a head, and their origin.
 
     path  a run folder, one of its checkpoints, a .safetensors file, or a file of torch.save (opened with
@@ -97,7 +102,7 @@ def load_backbone(path: str) -> tuple[nn.Module, Origin]:
     model.load_state_dict(counters | state, assign=True)
     with file.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return _frozen(model), Origin(arch, str(file), digest, names, tuple(skipped), run and str(run))
+    return _frozen(model), Origin(arch, str(file), digest, names, tuple(skipped), str(run) if run else None)
 
 
 def find_file(path: str) -> tuple[Path, Path | None]:
@@ -144,7 +149,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
     return dict(_flat(loaded, ""))
 
 
-def _flat(tree, prefix: str):
+def _flat(tree: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(tree, Tensor):
         yield prefix[:-1], tree
     elif isinstance(tree, dict):
@@ -163,7 +168,7 @@ def arch_of(state: dict[str, Tensor], where: str) -> str:
     return arch
 
 
-def _refuse_differences(state: dict[str, Tensor], model: nn.Module, arch: str, file: Path) -> None:
+def _refuse_differences(state: dict[str, Tensor], model: ResNet, arch: str, file: Path) -> None:
     want = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     missing = [key for key in want if key not in state and not key.endswith(_COUNTER)]
     unknown = [key for key in state if key not in want]
@@ -173,20 +178,20 @@ def _refuse_differences(state: dict[str, Tensor], model: nn.Module, arch: str, f
             raise UserError(f"{file}: not a whole {arch}: {len(keys)} backbone keys {what}: {_short(keys)}")
 
 
-def _short(keys, count: int = 4) -> str:
-    return ", ".join(list(keys)[:count]) + (", ..." if len(keys) > count else "")
+def _short(keys: Sequence[str], count: int = 4) -> str:
+    return ", ".join(keys[:count]) + (", ..." if len(keys) > count else "")
 
 
-def _frozen(model: nn.Module) -> nn.Module:
+def _frozen(model: ResNet) -> ResNet:
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def pretraining(origin: Origin) -> dict:
+def pretraining(origin: Origin) -> dict[str, Any]:
     """What the run of a checkpoint says of itself: config (YAML text), environment, state. Empty for foreign ones."""
-    if origin.run is None:
+    if origin.run is None or origin.path is None:
         return {}
     run, step = Path(origin.run), Path(origin.path).parent
-    out = {"config": (run / "config.yaml").read_text()}
+    out: dict[str, Any] = {"config": (run / "config.yaml").read_text()}
     for name, file in (("environment", run / "environment.json"), ("state", step / "state.json")):
         if file.is_file():
             out[name] = json.loads(file.read_text())

@@ -1,12 +1,44 @@
 """A Bottleneck's training step by hand: its 1x1 convolutions take in and give out batch norm, on top of `fused`."""
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.resnet import ResNet
 
 from fastrot.models.fused_norm import FusedBottleneck, fuse_norms, maps_of, merged, rows_of, summed
+from fastrot.models.sync_batchnorm import across_ranks
 from fastrot_kernels import norm, pointwise
+
+# stride, padding, dilation and groups of a convolution
+_Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+
+
+class _Normed(NamedTuple):
+    """A convolution's weight, and its norm's weight, bias and eps."""
+
+    filters: Tensor
+    gamma: Tensor
+    beta: Tensor
+    eps: float
+
+    def applied(self, y: Tensor, residual: Tensor | None, moments: Tensor, relu: bool) -> Tensor:
+        return norm.apply(y, residual, moments, self.gamma, self.beta, self.eps, relu)
+
+    def gradients(
+        self, dy: Tensor, x: Tensor, y: Tensor | None, moments: Tensor, relu: bool, over_ranks: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x and of the residual, and this rank's of gamma and beta [2, C]."""
+        mine = norm.gradient_sums(dy, x, y, moments, self.gamma, self.beta, self.eps, relu)
+        return *self.gradients_by(summed(mine, over_ranks), dy, x, y, moments, relu), mine
+
+    def gradients_by(
+        self, sums: Tensor, dy: Tensor, x: Tensor, y: Tensor | None, moments: Tensor, relu: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of x and of the residual, by all ranks' of gamma and beta."""
+        return norm.gradients(dy, x, y, moments, self.gamma, self.beta, sums, self.eps, relu)
 
 
 class _Step(torch.autograd.Function):
@@ -22,50 +54,59 @@ class _Step(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, conv2, stride, eps, over_ranks, *parameters):
-        (w1, *n1), (w2, *n2), (w3, *n3), *shortcut = _by_three(parameters, eps)
-        w1, w2, w3 = _matrix(w1, x.dtype), w2.to(x.dtype), _matrix(w3, x.dtype)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        conv2: _Geometry,
+        stride: int,
+        eps: tuple[float, ...],
+        over_ranks: bool,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        n1, n2, n3, *shortcut = _by_three(parameters, eps)
+        w1, w2, w3 = _matrix(n1.filters, x.dtype), n2.filters.to(x.dtype), _matrix(n3.filters, x.dtype)
         rows = rows_of(x)
         y1, m1 = pointwise.forward(rows, w1, None)
         m1 = merged(m1, over_ranks)
-        h1 = maps_of(norm.apply(y1, None, m1, *n1, True), x)
+        h1 = maps_of(n1.applied(y1, None, m1, True), x)
         maps2 = F.conv2d(h1, w2, None, *conv2)
         y2 = rows_of(maps2)
         m2 = merged(norm.moments(y2), over_ranks)
-        a2 = pointwise.affine(m2, *n2)
+        a2 = pointwise.affine(m2, n2.gamma, n2.beta, n2.eps)
         y3, m3 = pointwise.forward(y2, w3, a2)
         m3 = merged(m3, over_ranks)
-        residual, down, moments = rows, [], [m1, m2, m3]
-        for wd, *nd in shortcut:
-            wd, thinned = _matrix(wd, x.dtype), rows_of(x[:, :, ::stride, ::stride])
+        residual, moments = rows, [m1, m2, m3]
+        down: list[Tensor] = []
+        for nd in shortcut:
+            wd, thinned = _matrix(nd.filters, x.dtype), rows_of(x[:, :, ::stride, ::stride])
             yd, md = pointwise.forward(thinned, wd, None)
             md = merged(md, over_ranks)
-            residual = norm.apply(yd, None, md, *nd, False)
+            residual = nd.applied(yd, None, md, False)
             down, moments = [thinned, wd, yd], [*moments, md]
-        out = maps_of(norm.apply(y3, residual, m3, *n3, True), maps2)
+        out = maps_of(n3.applied(y3, residual, m3, True), maps2)
         ctx.save_for_backward(rows, w1, y1, h1, w2, y2, a2, w3, y3, out, *down, *moments, *parameters)
         ctx.conv2, ctx.stride, ctx.eps, ctx.over_ranks = conv2, stride, eps, over_ranks
         ctx.mark_non_differentiable(*moments)
         return out, *moments
 
     @staticmethod
-    def backward(ctx, grad, *_moments):
+    def backward(ctx: Any, grad: Tensor, *_moments: Tensor) -> tuple[Tensor | None, ...]:
         rows, w1, y1, h1, w2, y2, a2, w3, y3, out, *rest = ctx.saved_tensors
         norms, over_ranks = len(ctx.eps), ctx.over_ranks
         down, (m1, m2, m3, *md), parameters = rest[: -4 * norms], rest[-4 * norms : -3 * norms], rest[-3 * norms :]
-        (_, *n1), (_, *n2), (_, *n3), *shortcut = _by_three(parameters, ctx.eps)
-        dy3, dresidual, sums3 = _norm_gradients(rows_of(grad), y3, rows_of(out), m3, *n3, True, over_ranks)
+        n1, n2, n3, *shortcut = _by_three(parameters, ctx.eps)
+        dy3, dresidual, sums3 = n3.gradients(rows_of(grad), y3, rows_of(out), m3, True, over_ranks)
         dw3 = pointwise.weight_gradient(dy3, y2, a2)
         g, sums2 = pointwise.data_gradient(dy3, w3, y2, a2)
-        dy2, _ = norm.gradients(g, y2, None, m2, *n2[:2], summed(sums2, over_ranks), n2[2], False)
+        dy2, _ = n2.gradients_by(summed(sums2, over_ranks), g, y2, None, m2, False)
         dh1, dw2, _ = torch.ops.aten.convolution_backward(
             maps_of(dy2, out), h1, w2, None, *ctx.conv2[:3], False, [0, 0], ctx.conv2[3], [True, True, False]
         )
-        dy1, _, sums1 = _norm_gradients(rows_of(dh1), y1, None, m1, *n1, True, over_ranks)
+        dy1, _, sums1 = n1.gradients(rows_of(dh1), y1, None, m1, True, over_ranks)
         gradients = [dy1.t() @ rows, *sums1, dw2, *sums2, dw3, *sums3]
         if shortcut:
-            (thinned, wd, yd), (_, *nd) = down, shortcut[0]
-            dyd, _, sumsd = _norm_gradients(dresidual, yd, None, md[0], *nd, False, over_ranks)
+            thinned, wd, yd = down
+            dyd, _, sumsd = shortcut[0].gradients(dresidual, yd, None, md[0], False, over_ranks)
             gradients += [dyd.t() @ thinned, *sumsd]
             dx = maps_of(dy1 @ w1, h1)
             dx[:, :, :: ctx.stride, :: ctx.stride] += maps_of(dyd @ wd, out)
@@ -75,16 +116,10 @@ class _Step(torch.autograd.Function):
         return dx, None, None, None, None, *mine
 
 
-def _norm_gradients(dy, x, y, moments, gamma, beta, eps, relu, over_ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and of the residual, and this rank's of gamma and beta [2, C]."""
-    mine = norm.gradient_sums(dy, x, y, moments, gamma, beta, eps, relu)
-    dx, dresidual = norm.gradients(dy, x, y, moments, gamma, beta, summed(mine, over_ranks), eps, relu)
-    return dx, dresidual, mine
-
-
-def _by_three(parameters: list[Tensor], eps: tuple[float, ...]) -> list[tuple]:
-    """(weight, gamma, beta, eps) of each convolution and its norm."""
-    return [(*parameters[3 * i : 3 * i + 3], each) for i, each in enumerate(eps)]
+def _by_three(parameters: Sequence[Tensor], eps: tuple[float, ...]) -> list[_Normed]:
+    """Each convolution with its norm, of filters, gamma and beta in turn."""
+    each = zip(parameters[::3], parameters[1::3], parameters[2::3], eps, strict=True)
+    return [_Normed(*parts) for parts in each]
 
 
 def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,7 +133,7 @@ class _FusedConvBottleneck(FusedBottleneck):
             return super().forward(x)
         return self._synced(x) if self.bn1.synced else self._train(x, False)
 
-    @torch.compiler.disable  # a compiled network breaks its graph at each block that talks to other ranks
+    @across_ranks
     def _synced(self, x: Tensor) -> Tensor:
         return self._train(x, True)
 
@@ -111,7 +146,8 @@ class _FusedConvBottleneck(FusedBottleneck):
         if not x.is_meta and torch.is_autocast_enabled(kind):  # torch knows none on the meta device
             x = x.to(torch.get_autocast_dtype(kind))
         geometry, eps = (conv2.stride, conv2.padding, conv2.dilation, conv2.groups), tuple(bn.eps for _, bn in pairs)
-        out, *moments = _Step.apply(x, geometry, self.stride, eps, over_ranks, *parameters)
+        parts: tuple[Tensor, ...] = _Step.apply(x, geometry, self.stride, eps, over_ranks, *parameters)  # type: ignore[no-untyped-call]  # torch's apply
+        out, *moments = parts
         for (_, bn), each in zip(pairs, moments, strict=True):
             bn.track(each)
         return out

@@ -1,11 +1,14 @@
 """Batch norm, residual addition and ReLU of a ResNet as one function: fewer passes over the maps, the same numbers."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from fastrot.models.sync_batchnorm import across_ranks
 from fastrot_kernels import norm
 
 
@@ -17,7 +20,16 @@ class _NormAddRelu(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, relu, over_ranks):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        relu: bool,
+        over_ranks: bool,
+    ) -> tuple[Tensor, Tensor]:
         rows = rows_of(x)
         moments = merged(norm.moments(rows), over_ranks)
         added = None if residual is None else rows_of(residual)
@@ -28,7 +40,7 @@ class _NormAddRelu(torch.autograd.Function):
         return out, moments
 
     @staticmethod
-    def backward(ctx, grad, _moments):
+    def backward(ctx: Any, grad: Tensor, _moments: Tensor) -> tuple[Tensor | None, ...]:
         x, out, weight, bias, moments = ctx.saved_tensors
         dy, rows = rows_of(grad), rows_of(x)
         kept = None if out is None else rows_of(out)
@@ -91,12 +103,15 @@ class FusedNorm2d(nn.BatchNorm2d):
         """Whether a training step talks to other ranks."""
         return self.over_ranks and dist.get_world_size() > 1
 
-    @torch.compiler.disable  # a compiled network breaks its graph at each norm that talks to other ranks
+    @across_ranks
     def _synced(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return self._train(x, residual, True)
 
     def _train(self, x: Tensor, residual: Tensor | None, over_ranks: bool) -> Tensor:
-        out, moments = _NormAddRelu.apply(x, residual, self.weight, self.bias, self.eps, self.relu, over_ranks)
+        parts: tuple[Tensor, Tensor] = _NormAddRelu.apply(  # type: ignore[no-untyped-call]  # torch's apply
+            x, residual, self.weight, self.bias, self.eps, self.relu, over_ranks
+        )
+        out, moments = parts
         self.track(moments)
         return out
 
@@ -105,22 +120,24 @@ class FusedNorm2d(nn.BatchNorm2d):
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if self.momentum:
+            assert self.running_mean is not None and self.running_var is not None
             norm.update_running(self.running_mean, self.running_var, moments, self.momentum)
 
 
-class _FusedBasicBlock(BasicBlock):
+class _FusedBasicBlock(BasicBlock):  # type: ignore[misc]  # torchvision has no types
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
-        return self.bn2(self.conv2(self.bn1(self.conv1(x))), identity)
+        out: Tensor = self.bn2(self.conv2(self.bn1(self.conv1(x))), identity)
+        return out
 
 
-class FusedBottleneck(Bottleneck):
+class FusedBottleneck(Bottleneck):  # type: ignore[misc]  # torchvision has no types
     """A Bottleneck of FusedNorm2d."""
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
-        out = self.bn2(self.conv2(self.bn1(self.conv1(x))))
-        return self.bn3(self.conv3(out), identity)
+        out: Tensor = self.bn3(self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x))))), identity)
+        return out
 
 
 _BLOCKS = {BasicBlock: _FusedBasicBlock, Bottleneck: FusedBottleneck}
@@ -129,6 +146,7 @@ _BLOCKS = {BasicBlock: _FusedBasicBlock, Bottleneck: FusedBottleneck}
 def fuse_norm(module: nn.BatchNorm2d, relu: bool, over_ranks: bool) -> None:
     """Make a norm a FusedNorm2d, in place."""
     module.__class__ = FusedNorm2d
+    assert isinstance(module, FusedNorm2d)
     module.relu, module.over_ranks = relu, over_ranks
 
 

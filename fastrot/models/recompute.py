@@ -9,19 +9,21 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 
-class _Recomputed:
+class _Recomputed(nn.Module):
     """A block that keeps its input alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
-            return super().forward(x)
-        return checkpoint(
+            kept: Tensor = super().forward(x)
+            return kept
+        out: Tensor = checkpoint(
             super().forward,
             x,
             use_reentrant=False,
             preserve_rng_state=False,  # a block draws nothing
             context_fn=lambda: (nullcontext(), _statistics_stay(self)),
         )
+        return out
 
 
 @contextmanager

@@ -4,11 +4,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import ResNet
 
 TURNS = 4
 
 
-def build_model(arch: str, classes: int, seed: int) -> nn.Module:
+def build_model(arch: str, classes: int, seed: int) -> ResNet:
     """A torchvision ResNet with a linear head of `classes`, fp32, on the CPU.
 
     Convolutions Kaiming normal (fan out, ReLU), batch norm 1 and 0, head N(0, 0.01^2) and 0.
@@ -16,7 +17,7 @@ def build_model(arch: str, classes: int, seed: int) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(torchvision.models, arch)(weights=None, num_classes=classes, zero_init_residual=False)
+        model: ResNet = getattr(torchvision.models, arch)(weights=None, num_classes=classes, zero_init_residual=False)
         nn.init.normal_(model.fc.weight, 0.0, 0.01)
         nn.init.zeros_(model.fc.bias)
     return model
@@ -28,16 +29,17 @@ class PaddedStem(nn.Conv2d):
     def forward(self, views: Tensor) -> Tensor:
         more = views.shape[1] - self.in_channels
         weight = F.pad(self.weight, (0, 0, 0, 0, 0, more)) if more else self.weight
-        return self._conv_forward(views, weight, self.bias)
+        out: Tensor = self._conv_forward(views, weight, self.bias)
+        return out
 
 
-def pad_stem(model: nn.Module) -> nn.Module:
+def pad_stem(model: ResNet) -> ResNet:
     """Make a ResNet's first convolution a PaddedStem, in place; its parameter stays the same object."""
     model.conv1.__class__ = PaddedStem
     return model
 
 
-def tap_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
+def tap_maps(model: ResNet, images: Tensor) -> list[Tensor]:
     """The five maps probes read: stem after ReLU and before max-pooling, then layer1 .. layer4.
 
     images [n, 3, H, W]; at 224 the maps are 64x112, 256x56, 512x28, 1024x14, 2048x7 (ResNet-50).
@@ -51,6 +53,6 @@ def tap_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
     return maps
 
 
-def backbone_state(model: nn.Module) -> dict[str, Tensor]:
+def backbone_state(model: ResNet) -> dict[str, Tensor]:
     """Everything but the head, by torchvision's key names."""
     return {name: value for name, value in model.state_dict().items() if not name.startswith("fc.")}

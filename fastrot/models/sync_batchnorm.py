@@ -1,16 +1,26 @@
 """Batch norm over the views of all ranks: equal to one big batch, NCCL or gloo."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+F_ = TypeVar("F_", bound=Callable[..., object])
+
+
+def across_ranks(function: F_) -> F_:
+    """A function that talks to other ranks: a compiled network breaks its graph there."""
+    return cast(F_, torch.compiler.disable(function))
 
 
 class _SyncedNorm(torch.autograd.Function):
     """Batch norm over the batches of all ranks: one gather forward, one all-reduce backward."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, var = _local_statistics(x, weight, bias, eps)
         # one rank's (count, mean, variance) a row
         count = torch.full_like(mean[:1], x.numel() // x.shape[1])
@@ -29,7 +39,7 @@ class _SyncedNorm(torch.autograd.Function):
         return out, mean, var, total
 
     @staticmethod
-    def backward(ctx, grad, _mean, _var, _total):
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, var, total = ctx.saved_tensors
         invstd = torch.rsqrt(var + ctx.eps)
         if x.is_cuda:
@@ -40,8 +50,9 @@ class _SyncedNorm(torch.autograd.Function):
             )
             sums = torch.cat([db, dxmu])
             dist.all_reduce(sums)
+            db, dxmu = sums.chunk(2)
             grad_x = torch.batch_norm_backward_elemt(
-                grad, x, mean, invstd, weight, *sums.chunk(2), total.to(torch.int32)[None]
+                grad, x, mean, invstd, weight, db, dxmu, total.to(torch.int32)[None]
             )
             return grad_x, grad_weight, grad_bias, None
         # as if mean and variance were constants: dy * w * invstd, and this rank's dw, db
@@ -82,9 +93,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         return self._synced(x)
 
-    @torch.compiler.disable  # a compiled network breaks its graph at each norm that talks to other ranks
+    @across_ranks
     def _synced(self, x: Tensor) -> Tensor:
-        out, mean, var, total = _SyncedNorm.apply(x, self.weight, self.bias, self.eps)
+        parts: tuple[Tensor, ...] = _SyncedNorm.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]  # torch's apply
+        out, mean, var, total = parts
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         with torch.no_grad():
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)

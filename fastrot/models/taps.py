@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torchvision.models import ResNet
 
 from fastrot.errors import UserError
 from fastrot.models.resnet import tap_maps
@@ -35,7 +36,7 @@ def _gap(x: Tensor, at: int) -> Tensor:
 POOLS: dict[str, Callable[[Tensor, int], Tensor]] = {"specified": _specified, "gap": _gap, "adaptive": _adaptive}
 
 
-def pooled_maps(model: nn.Module, images: Tensor, taps: tuple[str, ...], pool: str) -> dict[str, Tensor]:
+def pooled_maps(model: ResNet, images: Tensor, taps: tuple[str, ...], pool: str) -> dict[str, Tensor]:
     """The taps asked for, pooled, [n, C, h, w] each; `avg` is stage 4's global average under any pool.
 
     images  [n, 3, H, W], normalised; "specified" fits H = W = 224.
@@ -49,6 +50,6 @@ def pooled_maps(model: nn.Module, images: Tensor, taps: tuple[str, ...], pool: s
     return out
 
 
-def flat_features(model: nn.Module, images: Tensor, taps: tuple[str, ...], pool: str) -> dict[str, Tensor]:
+def flat_features(model: ResNet, images: Tensor, taps: tuple[str, ...], pool: str) -> dict[str, Tensor]:
     """pooled_maps, each flattened in the order C, h, w: [n, D]."""
     return {name: x.flatten(1) for name, x in pooled_maps(model, images, taps, pool).items()}

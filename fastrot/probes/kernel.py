@@ -1,5 +1,7 @@
 """The matrix K = X Xᵀ + 1 of a set of rows, as products: held whole, or gone through the features."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ _GATHERED = 512  # columns, from which on torch's gather outruns its index_selec
 class Gram:
     """K held whole, float64 [G, n, n] for G groups of n rows: for fewer rows than features."""
 
-    dense = True  # has blocks, and products in float32
+    dense: Literal[True] = True  # has blocks, and products in float32
 
     def __init__(self, matrix: Tensor):
         self.matrix, self._single = matrix, matrix.float()
@@ -34,7 +36,7 @@ class Gram:
 class Features:
     """K never formed, X (Xᵀ v) + 1 (1ᵀ v), x float64 [G, n, D]: for more rows than features. Used as Gram is."""
 
-    dense = False  # float32 would drown the gradient in the part of v that K takes to nought
+    dense: Literal[False] = False  # float32 would drown the gradient in the part of v that K takes to nought
 
     def __init__(self, x: Tensor):
         self._x = x

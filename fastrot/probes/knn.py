@@ -1,6 +1,6 @@
 """Weighted k-nearest-neighbour classification, exact, block by block: bank and queries may exceed memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastrot.errors import UserError
+from fastrot.probes.progress import Track, silent
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -16,11 +17,11 @@ _BANK_ROWS, _QUERY_ROWS = 8192, 4096  # of a block: 128 MiB of similarities
 
 
 def neighbours(
-    bank: NDArray,
-    queries: NDArray,
+    bank: NDArray[np.generic],
+    queries: NDArray[np.generic],
     k: int,
     device: torch.device | str = "cpu",
-    track: Callable = lambda items, total, title: items,
+    track: Track = silent,
 ) -> tuple[Tensor, Tensor]:
     """The k bank rows of highest cosine for each query, best first: cosines float32 [m, k], rows int64 [m, k].
 
@@ -43,7 +44,7 @@ def neighbours(
     return best
 
 
-def _unit_rows(x: NDArray, first: int, count: int, device) -> Tensor:
+def _unit_rows(x: NDArray[np.generic], first: int, count: int, device: torch.device | str) -> Tensor:
     return normalize(torch.from_numpy(np.array(x[first : first + count], np.float32)).to(device), dim=1)
 
 
@@ -57,14 +58,14 @@ def votes(cosines: Tensor, labels: Tensor, classes: int, temperature: float = TE
 
 
 def knn(
-    bank_x: NDArray,
-    bank_y: NDArray,
-    query_x: NDArray,
-    query_y: NDArray,
+    bank_x: NDArray[np.generic],
+    bank_y: NDArray[np.integer],
+    query_x: NDArray[np.generic],
+    query_y: NDArray[np.integer],
     ks: Sequence[int] = KS,
     temperature: float = TEMPERATURE,
     device: torch.device | str = "cpu",
-    track: Callable = lambda items, total, title: items,
+    track: Track = silent,
 ) -> dict[int, tuple[float, float]]:
     """{k: (top-1, top-5)} in percent; the votes of DINO's evaluation.
 

@@ -4,7 +4,7 @@ The protocol trains on augmented images (`fastrot linear --checkpoint`); here ev
 features, so accuracies are comparable among themselves alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fastrot.data.order import FullOrder
 from fastrot.errors import UserError
+from fastrot.probes.progress import Track, silent
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 DECAYS = (0.0, 1e-4, 1e-2)
@@ -44,16 +45,16 @@ class LinearResult:
 
 
 def linear(
-    train_x: NDArray,
-    train_y: NDArray,
-    test_x: NDArray,
-    test_y: NDArray,
-    rates=RATES,
-    decays=DECAYS,
+    train_x: NDArray[np.generic],
+    train_y: NDArray[np.integer],
+    test_x: NDArray[np.generic],
+    test_y: NDArray[np.integer],
+    rates: Sequence[float] = RATES,
+    decays: Sequence[float] = DECAYS,
     epochs: int = EPOCHS,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    track: Callable = lambda items, total, title: items,
+    track: Track = silent,
 ) -> LinearResult:
     """Softmax regression by SGD (momentum 0.9, Nesterov) for every rate and decay in the same products.
 
@@ -63,18 +64,15 @@ def linear(
     """
     if epochs < 1:
         raise UserError(f"--epochs {epochs}: must be 1 or more")
-    for labels in (train_y, test_y):
-        if np.min(labels) < 0:
-            raise UserError(f"{int((np.asarray(labels) < 0).sum())} rows have no label; a classifier needs them all")
+    train_y, test_y = _known(train_y), _known(test_y)
     classes = int(max(train_y.max(), test_y.max())) + 1
     mixed = FullOrder(len(train_y), seed).rows(np.arange(len(train_y)), 0)
     held_out, fitted = np.sort(mixed[::HELD_OUT]), np.sort(np.delete(mixed, np.s_[::HELD_OUT]))
     mean, scale = _moments(train_x, fitted, device)
 
-    def batch(x: NDArray, rows: NDArray) -> Tensor:
+    def batch(x: NDArray[np.generic], rows: NDArray[np.int64]) -> Tensor:
         return (torch.from_numpy(np.asarray(x[rows], np.float32)).to(device) - mean) * scale
 
-    train_y, test_y = np.array(train_y, np.int64), np.array(test_y, np.int64)  # torch takes no mapped array
     y = torch.from_numpy(train_y).to(device)
     rate = torch.tensor(rates, device=device).repeat_interleave(len(decays))
     decay = torch.tensor(decays, device=device).repeat(len(rates))
@@ -87,7 +85,9 @@ def linear(
             rows = np.sort(shuffled[at : at + BATCH])  # a mapped array is read in order
             heads.step(batch(train_x, rows), y[torch.from_numpy(rows).to(device)], factor)
 
-    def judged(x: NDArray, labels: NDArray, rows: NDArray) -> tuple[NDArray, NDArray]:
+    def judged(
+        x: NDArray[np.generic], labels: NDArray[np.integer], rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """top-1 and top-5 of every head, float64 [rates, decays]."""
         sums = torch.zeros(2, len(rate), dtype=torch.float64)
         for at in range(0, len(rows), BATCH):
@@ -96,18 +96,26 @@ def linear(
             best = heads.logits(batch(x, part)).topk(min(5, classes), dim=2).indices
             right = (best == target).double().cumsum(2).sum(0).cpu()
             sums += torch.stack([right[:, 0], right[:, -1]])
-        return tuple((100 * sums / len(rows)).reshape(2, len(rates), len(decays)).numpy())
+        top1, top5 = (100 * sums / len(rows)).reshape(2, len(rates), len(decays)).numpy()
+        return top1, top5
 
     chosen, _ = judged(train_x, train_y, held_out)
     top1, top5 = judged(test_x, test_y, np.arange(len(test_y)))
-    at = np.unravel_index(np.argmax(chosen), chosen.shape)
-    return LinearResult(top1[at], top5[at], rates[at[0]], decays[at[1]], chosen, top1)
+    best = divmod(int(np.argmax(chosen)), len(decays))
+    return LinearResult(top1[best], top5[best], rates[best[0]], decays[best[1]], chosen, top1)
+
+
+def _known(labels: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The labels in memory: torch takes no mapped array. Raises UserError where one is missing."""
+    if np.min(labels) < 0:
+        raise UserError(f"{int((np.asarray(labels) < 0).sum())} rows have no label; a classifier needs them all")
+    return np.array(labels, np.int64)
 
 
 class _Heads:
     """P linear classifiers side by side: weights [D, P * K], one product for all."""
 
-    def __init__(self, width: int, classes: int, rate: Tensor, decay: Tensor, device):
+    def __init__(self, width: int, classes: int, rate: Tensor, decay: Tensor, device: torch.device | str):
         self._classes = classes
         self._rate, self._decay = (v.repeat_interleave(classes) for v in (rate, decay))
         self.weight = torch.zeros(width, len(rate) * classes, device=device)  # convex: any start will do
@@ -131,7 +139,7 @@ class _Heads:
             value.sub_(factor * self._rate * gradient.add_(momentum, alpha=_MOMENTUM))
 
 
-def _moments(x: NDArray, rows: NDArray, device) -> tuple[Tensor, Tensor]:
+def _moments(x: NDArray[np.generic], rows: NDArray[np.int64], device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Mean and 1 / standard deviation [D] over rows, fp32, summed in float64."""
     total = torch.zeros(2, x.shape[1], dtype=torch.float64, device=device)
     for at in range(0, len(rows), 1024):

@@ -4,17 +4,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from fastrot.data.randomness import DRAW, philox
 from fastrot.errors import UserError
 from fastrot.probes.kernel import Gram, gram
 from fastrot.probes.precision import area_ap, step_ap
+from fastrot.probes.progress import Track, silent
 from fastrot.probes.svm import COSTS, FOLDS, POSITIVE_WEIGHT, normalised, path, stratified_folds
 
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 KS = (1, 2, 4, 8, 16, 32, 64, 96)
 SAMPLES = 5
 NEGATIVES = 19  # to one positive
@@ -52,7 +57,7 @@ def draw(seed: int, sample: int, group: int, rows: ArrayLike, k: int) -> NDArray
     return np.sort(rows[np.argsort(luck, kind="stable")[:k]])
 
 
-def drawn_targets(train_y: NDArray, sample: int, k: int, seed: int) -> NDArray[np.int8] | None:
+def drawn_targets(train_y: NDArray[np.integer], sample: int, k: int, seed: int) -> NDArray[np.int8] | None:
     """int8 [n, classes]: 1 for k drawn positives a class, 0 for 19 k negatives, -1 elsewhere; None if some class lacks them.
 
     train_y  int [n, classes]: 1 present, 0 absent, -1 difficult, never drawn.
@@ -76,7 +81,7 @@ def published_targets(folder: Path, sample: int, k: int, shape: tuple[int, int])
     if not path.exists():
         return None
     try:
-        targets = np.load(path, allow_pickle=False)
+        targets: NDArray[np.int8] = np.load(path, allow_pickle=False)
     except ValueError as error:
         raise UserError(f"{path}: not a plain numpy array ({error})") from None
     if targets.shape != shape or not np.isin(targets, (-1, 0, 1)).all():
@@ -94,7 +99,7 @@ def low_shot(
     samples: int = SAMPLES,
     costs: ArrayLike = COSTS,
     device: torch.device | str = "cpu",
-    track: Callable = lambda items, total, title: items,
+    track: Track = silent,
 ) -> tuple[list[LowShotResult], list[int]]:
     """The low-shot protocol and, beside its oracle cost, one chosen without the test set; and the k left out.
 
@@ -111,34 +116,40 @@ def low_shot(
         raise UserError("low-shot SVM: no class has a positive row in the test set")
     whole, cross = gram(x[None])[0], (x @ rows.mT).add_(1)
     costs, test_y = np.asarray(costs, np.float64), np.asarray(test_y)
-    results, left_out = [], []
-    draws = {k: [targets(sample, k) for sample in range(samples)] for k in ks}
-    drawn = [k for k in ks if all(t is not None for t in draws[k])]
+    draws = {k: [t for sample in range(samples) if (t := targets(sample, k)) is not None] for k in ks}
     # the longest first, lest the last of them runs alone
-    jobs = [(k, sample) for k in sorted(drawn, reverse=True) for sample in range(samples)]
-    parts: dict[int, list] = {}
+    jobs = [(k, sample) for k in sorted(ks, reverse=True) if len(draws[k]) == samples for sample in range(samples)]
+    parts: dict[int, list[_Part]] = {}
 
-    def one(job: tuple[int, int]):
+    def one(job: tuple[int, int]) -> tuple[int, _Part]:
         k, sample = job
         return k, _one_draw(whole, cross, draws[k][sample], test_y, costs, min(FOLDS, k))
 
     for k, part in track(_side_by_side(one, jobs, whole.device), len(jobs), "low-shot draws"):
         parts.setdefault(k, []).append(part)
-    for k in ks:
-        if k not in parts:
-            left_out.append(k)
-            continue
-        per_class, chosen, errors = (np.stack(part) for part in zip(*parts[k], strict=True))
-        test = 100 * np.nanmean(per_class, axis=1)
-        honest = np.take_along_axis(per_class, chosen[..., None], 2)[..., 0]
-        oracle = float(costs[test.mean(0).argmax()])
-        results.append(
-            LowShotResult(k, test, oracle, 100 * np.nanmean(honest, axis=1), costs[chosen], float(errors.max()))
-        )
-    return results, left_out
+    results = [_table(k, parts[k], costs) for k in ks if k in parts]
+    return results, [k for k in ks if k not in parts]
 
 
-def _side_by_side(work: Callable, jobs: Iterable, device: torch.device) -> Iterator:
+class _Part(NamedTuple):
+    """Of one draw: test AP float64 [classes, costs], the index of each class's cross-validated cost [classes], and
+    the largest error."""
+
+    precisions: NDArray[np.float64]
+    chosen: NDArray[np.int64]
+    error: float
+
+
+def _table(k: int, parts: list[_Part], costs: NDArray[np.float64]) -> LowShotResult:
+    per_class, chosen = np.stack([part.precisions for part in parts]), np.stack([part.chosen for part in parts])
+    test = 100 * np.nanmean(per_class, axis=1)
+    honest = np.take_along_axis(per_class, chosen[..., None], 2)[..., 0]
+    oracle = float(costs[test.mean(0).argmax()])
+    error = max(part.error for part in parts)
+    return LowShotResult(k, test, oracle, 100 * np.nanmean(honest, axis=1), costs[chosen], error)
+
+
+def _side_by_side(work: Callable[[Job], Result], jobs: Iterable[Job], device: torch.device) -> Iterator[Result]:
     """work(job) of each, in order. Threads share a CPU's cores: several small problems fill them better than one."""
     threads = torch.get_num_threads()
     workers = min(threads, _WORKERS) if device.type == "cpu" else 1
@@ -149,8 +160,14 @@ def _side_by_side(work: Callable, jobs: Iterable, device: torch.device) -> Itera
         torch.set_num_threads(threads)  # each thread has its own number, but a new one takes the last that was set
 
 
-def _one_draw(whole, cross, targets, test_y, costs, folds):
-    """Test AP [classes, costs], the index of each class's cross-validated cost [classes], the largest error."""
+def _one_draw(
+    whole: Tensor,
+    cross: Tensor,
+    targets: NDArray[np.int8],
+    test_y: NDArray[np.integer],
+    costs: NDArray[np.float64],
+    folds: int,
+) -> _Part:
     count = int((targets >= 0).sum(0).max())
     drawn = np.argsort(targets < 0, axis=0, kind="stable")[:count].T  # [classes, count], ascending, the undrawn last
     kinds = np.take_along_axis(targets.T, drawn, 1)
@@ -186,4 +203,4 @@ def _one_draw(whole, cross, targets, test_y, costs, folds):
     for c, column in enumerate(test_y.T):
         kept = column != -1
         average[c] = [area_ap(column[kept] > 0, test[c, kept]) for test in decisions]
-    return average, validation.argmax(1), max(errors)
+    return _Part(average, validation.argmax(1), max(errors))

@@ -61,14 +61,19 @@ class Solution:
 
     def part(self, columns: slice) -> "Solution":
         """Of neighbouring problems."""
-        arrays = (a[..., columns] for a in (self.beta, self.scores, self.error))
-        return Solution(*arrays, self.factors.part(columns))
+        beta, scores, error = (a[..., columns] for a in (self.beta, self.scores, self.error))
+        return Solution(beta, scores, error, self.factors.part(columns))
 
 
 def beginning(kernel: Gram | Features, beta: Tensor) -> Solution:
     """A guess at some solutions, float64 [G, n, P], for Newton to begin at; its error is not known."""
-    factors = Factors(*beta.shape, beta.device)
-    return Solution(beta, kernel.product(beta), torch.full_like(beta[:, 0], torch.inf), factors)
+    unknown = torch.full_like(beta[:, 0], torch.inf)
+    return Solution(beta, kernel.product(beta), unknown, _no_factors(beta))
+
+
+def _no_factors(of: Tensor) -> Factors:
+    groups, rows, problems = of.shape
+    return Factors(groups, rows, problems, of.device)
 
 
 def lengthened(start: Solution, labels: Tensor, bounds: Tensor) -> Solution:
@@ -96,7 +101,7 @@ def solve(
     labels = labels.expand(bounds.shape)
     if start is None:
         nought = torch.zeros_like(bounds)
-        start = Solution(nought, nought, nought[:, 0], Factors(*bounds.shape, bounds.device))
+        start = Solution(nought, nought, nought[:, 0], _no_factors(bounds))
     beta, scores, factors = start.beta, start.scores, start.factors
     final = Solution(torch.empty_like(bounds), torch.empty_like(bounds), torch.empty_like(bounds[:, 0]), factors)
     before = torch.zeros_like(bounds)  # D of the last step

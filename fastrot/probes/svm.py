@@ -1,6 +1,6 @@
 """The linear SVMs of VOC07: all classes, costs and folds at once, and the protocol's table."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +9,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fastrot.errors import UserError
-from fastrot.probes.kernel import kernel_of
+from fastrot.probes.kernel import Features, Gram, kernel_of
 from fastrot.probes.precision import area_ap, eleven_point_ap, step_ap
+from fastrot.probes.progress import Track, silent
 from fastrot.probes.ridge import ridges
 from fastrot.probes.solver import TOLERANCE, Solution, beginning, lengthened, solve
 
@@ -67,7 +68,7 @@ def stratified_folds(positive: NDArray[np.bool_], folds: int) -> NDArray[np.int6
 
 
 def path(
-    kernel, labels: Tensor, weights: Tensor, costs: ArrayLike, tolerance: float = TOLERANCE
+    kernel: Gram | Features, labels: Tensor, weights: Tensor, costs: ArrayLike, tolerance: float = TOLERANCE
 ) -> Iterator[tuple[int, Solution]]:
     """Solve for each cost, least first: (index in costs, solution). The low ones are solved at once, as so many
     problems more in each product with K; each of the others starts from the last.
@@ -88,7 +89,7 @@ def path(
             yield index, solution
     for at, index in enumerate(high.tolist()):
         bounds = 2 * float(costs[index]) * weights
-        if at:  # at the low costs nearly all rows are short of their margin, at any length
+        if solution and at:  # at the low costs nearly all rows are short of their margin, at any length
             solution = lengthened(solution, labels, bounds)
         solution = solve(kernel, labels, bounds, solution, tolerance)
         yield index, solution
@@ -97,11 +98,11 @@ def path(
 def voc_svm(
     train_x: ArrayLike,
     train_y: ArrayLike,
-    test_x: ArrayLike,
+    test_x: NDArray[np.generic],
     test_y: ArrayLike,
     costs: ArrayLike = COSTS,
     device: torch.device | str = "cpu",
-    track: Callable = lambda items, total, title: items,
+    track: Track = silent,
 ) -> SvmResult:
     """The VOC07 protocol: a cost a class by 3-fold cross-validation, refit on all rows, AP on the test rows.
 
@@ -111,61 +112,23 @@ def voc_svm(
     track            shows progress over an iterable: (items, total, title) -> items.
     Source           MMSelfSup 0.11, tools/benchmarks/classification/svm_voc07.
     """
-    costs, train_y, test_y = np.asarray(costs, np.float64), np.asarray(train_y), np.asarray(test_y)
-    x = normalised(train_x, device)
-    kernel = kernel_of(x[None])
-    positive = train_y == 1
-    labels = torch.from_numpy(np.where(positive, 1.0, -1.0)).to(device)[None]
-    weights = torch.where(labels > 0, POSITIVE_WEIGHT, 1.0).double()
-
-    held_out = np.stack([stratified_folds(column, FOLDS) for column in positive.T], axis=1)
-    n, classes = positive.shape
-    betas = torch.zeros(FOLDS, n, classes, len(costs), dtype=torch.float64, device=device)  # w = Xᵀβ
-    error = 0.0
-    steps = FOLDS * len(_blocks(classes)) * len(costs)
-    found = track(_fold_paths(kernel, labels, weights, held_out, costs), steps, "cross-validating costs")
-    for fold, rows, block, index, solution in found:
-        betas[fold, rows[:, None], block, index] = solution.beta[0]
-        error = max(error, float(solution.error.max()))
-    scores = np.empty((n, classes, len(costs)))  # of each row by the fold that held it out
-    for fold in range(FOLDS):
-        decisions = kernel.product(betas[fold].flatten(1)[None]).view_as(betas[fold]).cpu().numpy()
-        scores = np.where((held_out == fold)[..., None], decisions, scores)
-
-    validation = np.array(
-        [
-            [
-                np.mean(
-                    [
-                        step_ap(positive[out, c], scores[out, c, i])
-                        for out in (held_out[:, c] == f for f in range(FOLDS))
-                    ]
-                )
-                for i in range(len(costs))
-            ]
-            for c in range(classes)
-        ]
-    )
-    best = validation.argmax(1)
-
-    beta = torch.empty(1, n, classes, dtype=torch.float64, device=device)
-    for index in np.unique(best):  # each row is in all folds but one: their mean is near the optimum
-        those = torch.from_numpy(np.flatnonzero(best == index)).to(device)
-        start = beginning(kernel, betas[:, :, those, index].sum(0, keepdim=True) / (FOLDS - 1))
-        final = solve(kernel, labels[..., those], 2 * float(costs[index]) * weights[..., those], start)
-        beta[..., those] = final.beta
-        error = max(error, float(final.error.max()))
-    parts = (normalised(test_x[at : at + _BLOCK_ROWS], device) for at in range(0, len(test_x), _BLOCK_ROWS))
-    test_scores = torch.cat(list(decide(x, beta[0], parts))).cpu().numpy()
-    kept = [test_y[:, c] != -1 for c in range(classes)]
-    area, eleven = (
-        np.array([ap(test_y[rows, c] > 0, test_scores[rows, c]) for c, rows in enumerate(kept)])
-        for ap in (area_ap, eleven_point_ap)
-    )
+    costs, positive, test_y = np.asarray(costs, np.float64), np.asarray(train_y) == 1, np.asarray(test_y)
     judged = positive.any(0) & (test_y == 1).any(0)
     if not judged.any():
         raise UserError("SVM: no class has a positive row both in the training and in the test set")
-    area, eleven = np.where(judged, area, np.nan), np.where(judged, eleven, np.nan)
+    x = normalised(train_x, device)
+    problems = _Problems(kernel_of(x[None]), positive, costs, x.device)
+    betas, cross_error = problems.cross_validated(track)
+    validation = problems.precisions(betas)
+    best = validation.argmax(1)
+    beta, final_error = problems.refitted(betas, best)
+    parts = (normalised(test_x[at : at + _BLOCK_ROWS], device) for at in range(0, len(test_x), _BLOCK_ROWS))
+    scores = torch.cat(list(decide(x, beta[0], parts))).cpu().numpy()
+    kept = [column != -1 for column in test_y.T]
+    area, eleven = (
+        np.where(judged, [ap(test_y[rows, c] > 0, scores[rows, c]) for c, rows in enumerate(kept)], np.nan)
+        for ap in (area_ap, eleven_point_ap)
+    )
     return SvmResult(
         100 * float(np.nanmean(area)),
         100 * float(np.nanmean(eleven)),
@@ -173,29 +136,80 @@ def voc_svm(
         eleven,
         costs[best],
         validation,
-        error,
-        classes * (len(costs) * FOLDS + 1),
+        max(cross_error, final_error),
+        len(best) * (len(costs) * FOLDS + 1),
     )
+
+
+class _Problems:
+    """The training rows under every class, cost and fold.
+
+    positive  bool [n, classes].  costs  float64 [costs].
+    """
+
+    def __init__(
+        self, kernel: Gram | Features, positive: NDArray[np.bool_], costs: NDArray[np.float64], device: torch.device
+    ):
+        self._kernel, self._positive, self._costs = kernel, positive, costs
+        self._labels = torch.from_numpy(np.where(positive, 1.0, -1.0)).to(device)[None]
+        self._weights = torch.where(self._labels > 0, POSITIVE_WEIGHT, 1.0).double()
+        # int64 [n, classes]: the fold that holds a row out
+        self._held_out = np.stack([stratified_folds(column, FOLDS) for column in positive.T], axis=1)
+
+    def cross_validated(self, track: Track) -> tuple[Tensor, float]:
+        """Each fold's solutions, float64 [folds, n, classes, costs]: w = Xᵀβ; and the largest error."""
+        n, classes = self._positive.shape
+        betas = self._labels.new_zeros(FOLDS, n, classes, len(self._costs))
+        error = 0.0
+        steps = FOLDS * len(_blocks(classes)) * len(self._costs)
+        for fold, rows, block, index, solution in track(self._fold_paths(), steps, "cross-validating costs"):
+            betas[fold, rows[:, None], block, index] = solution.beta[0]
+            error = max(error, float(solution.error.max()))
+        return betas, error
+
+    def _fold_paths(self) -> Iterator[tuple[int, Tensor, Tensor, int, Solution]]:
+        """Each fold's path of costs: (fold, rows of the solution, its classes, index in costs, solution)."""
+        device = self._labels.device
+        for fold in range(FOLDS):
+            inside = self._held_out != fold
+            rows = torch.from_numpy(np.flatnonzero(inside.any(1))).to(device)
+            part = self._kernel.among(rows)  # two thirds of the rows are four ninths of the matrix
+            used = self._weights * torch.from_numpy(inside).to(device)
+            for columns in _blocks(self._labels.shape[2]):
+                block = torch.from_numpy(columns).to(device)
+                labels, weights = (a[:, rows[:, None], block] for a in (self._labels, used))
+                for index, solution in path(part, labels, weights, self._costs):
+                    yield fold, rows, block, index, solution
+
+    def precisions(self, betas: Tensor) -> NDArray[np.float64]:
+        """Mean step AP of the held-out rows over the folds, float64 [classes, costs]."""
+        n, classes = self._positive.shape
+        scores = np.empty((n, classes, len(self._costs)))  # of each row by the fold that held it out
+        for fold in range(FOLDS):
+            decisions = self._kernel.product(betas[fold].flatten(1)[None]).view_as(betas[fold]).cpu().numpy()
+            scores = np.where((self._held_out == fold)[..., None], decisions, scores)
+        out = np.empty((classes, len(self._costs)))
+        for c in range(classes):
+            folds = [self._held_out[:, c] == fold for fold in range(FOLDS)]
+            for i in range(len(self._costs)):
+                out[c, i] = np.mean([step_ap(self._positive[rows, c], scores[rows, c, i]) for rows in folds])
+        return out
+
+    def refitted(self, betas: Tensor, best: NDArray[np.int64]) -> tuple[Tensor, float]:
+        """Each class's solution at its best cost on all rows, float64 [1, n, classes], and the largest error."""
+        beta, error = torch.empty_like(self._labels), 0.0
+        for index in np.unique(best):  # each row is in all folds but one: their mean is near the optimum
+            those = torch.from_numpy(np.flatnonzero(best == index)).to(beta.device)
+            start = beginning(self._kernel, betas[:, :, those, index].sum(0, keepdim=True) / (FOLDS - 1))
+            bounds = 2 * float(self._costs[index]) * self._weights[..., those]
+            final = solve(self._kernel, self._labels[..., those], bounds, start)
+            beta[..., those] = final.beta
+            error = max(error, float(final.error.max()))
+        return beta, error
 
 
 def _blocks(classes: int) -> list[NDArray[np.int64]]:
     return np.array_split(np.arange(classes), -(-classes // _BLOCK_COLUMNS))
-
-
-def _fold_paths(
-    kernel, labels: Tensor, weights: Tensor, held_out: NDArray[np.int64], costs: ArrayLike
-) -> Iterator[tuple[int, Tensor, Tensor, int, Solution]]:
-    """Each fold's path of costs: (fold, rows of the solution, its classes, index in costs, solution)."""
-    device = labels.device
-    for fold in range(FOLDS):
-        inside = held_out != fold
-        rows = torch.from_numpy(np.flatnonzero(inside.any(1))).to(device)
-        part = kernel.among(rows)  # two thirds of the rows are four ninths of the matrix
-        used = weights * torch.from_numpy(inside).to(device)
-        for block in _blocks(labels.shape[2]):
-            block = torch.from_numpy(block).to(device)
-            for index, solution in path(part, *(a[:, rows[:, None], block] for a in (labels, used)), costs):
-                yield fold, rows, block, index, solution
 
 
 def decide(x: Tensor, beta: Tensor, parts: Iterable[Tensor]) -> Iterator[Tensor]:

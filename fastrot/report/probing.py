@@ -226,6 +226,11 @@ def _expect(train: FeatureStore, test: FeatureStore, axes: int, what: str) -> No
     for store in (train, test):
         if store.labels.ndim != axes:
             raise UserError(f"{store.folder}/labels.npy: expected {what}, found shape {list(store.labels.shape)}")
+        none = int((np.asarray(store.labels) < 0).sum()) if axes == 1 else 0
+        if none:
+            raise UserError(
+                f"{store.folder}: {none:,} of {len(store.labels):,} rows have no label, and this probe needs them"
+            )
     if train.labels.shape[1:] != test.labels.shape[1:]:
         raise UserError(f"{train.labels.shape[1]} classes in {train.folder}, {test.labels.shape[1]} in {test.folder}")
 

@@ -49,6 +49,33 @@ def arithmetic(config: Config, ranks: int, rows: int) -> Arithmetic:
     return Arithmetic(images, ranks, micro_steps, views, steps, max(sizes), norm)
 
 
+def deviations(config: Config, ranks: Ranks) -> list[str]:
+    """A line for each way in which these ranks and this engine compute another step than the config may seem to say,
+    and for what is compiled before the first."""
+    e, alone = config.engine, ranks.world == 1
+    lines = (
+        (
+            not alone and not config.model.sync_batchnorm,
+            f"model.sync_batchnorm is off: batch norm over each rank's views alone, not the recipe's {RECIPE_VIEWS}",
+        ),
+        (e.zero and e.precision in AUTOCAST, f"engine.zero 1 communicates gradients in {e.precision}"),
+        (
+            e.cuda_graphs and not alone,
+            "engine.cuda_graphs averages gradients in one piece after the backward pass, not by engine.bucket_mb",
+        ),
+        (
+            e.compile,
+            "engine.compile: the network is compiled in the first step of each of "
+            f"{len(sides(config))} crop sizes, a minute or more each; later starts find it in the cache",
+        ),
+        (
+            e.norm != "torch" and ranks.device.type == "cuda",
+            f"engine.norm {e.norm}: its kernels are compiled in the first step, about a second each, once",
+        ),
+    )
+    return [line for holds, line in lines if holds]
+
+
 def refuse_graphs(config: Config, ranks: Ranks, micro_steps: int) -> None:
     """Raise UserError where a step cannot be, or is not shown to be, replayed rightly from CUDA graphs: ours, or
     those of torch.compile's mode."""

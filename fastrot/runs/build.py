@@ -2,16 +2,19 @@
 
 import math
 import os
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from fastrot.config import Config
 from fastrot.data.build import crop_at, make_loader, short_side, sides
+from fastrot.data.loader import Loader, StepBatch
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST, StepSettings, make_engine
+from fastrot.engine.base import Engine
 from fastrot.engine.optimizers import build_optimizer
 from fastrot.engine.schedules import lr_at
 from fastrot.models.fused_conv import FUSED
@@ -20,15 +23,39 @@ from fastrot.models.resnet import pad_stem
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from fastrot.profiling import roofline
 from fastrot.profiling.clock import Clock
-from fastrot.runs.arithmetic import RECIPE_VIEWS, arithmetic, refuse_graphs, refuse_tiny_maps
+from fastrot.runs.arithmetic import arithmetic, deviations, refuse_graphs, refuse_tiny_maps
 from fastrot.runs.loop import Course
+from fastrot.runs.memory import Memory, estimate
 from fastrot.tasks.rotation import RotationTask
 
 
-class Job:
-    """The parts of one run, built once for training and for --dry-run alike.
+def set_torch_flags(config: Config) -> None:
+    """What a run sets for the whole process: precision, determinism, the compiler's limit. Called by who owns the
+    process, before anything is computed."""
+    e = config.engine
+    if e.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(e.deterministic)
+    torch.backends.cudnn.benchmark = not e.deterministic
+    torch.backends.cudnn.allow_tf32 = e.precision != "fp32"  # torch's own default is True
+    torch.set_float32_matmul_precision("highest" if e.precision == "fp32" else "high")
+    if e.compile:
+        # two slices of each crop, the held-out batches: few shapes, but beyond dynamo's own limit of 8 it would
+        # run the network uncompiled
+        torch._dynamo.config.recompile_limit = 64
 
+
+class Job:
+    """The parts of one run, for training and for --dry-run alike; each is made when it is first asked for.
+
+    folder     where the list of bad images lies; None keeps it in memory.
+    numbers    how a step is shared out.    task        what is learnt.
+    loader, val_loader                      of the training and held-out images; the latter may be None.
+    engine     the step.                    clock       where its time goes.
+    memory     what a step needs and what is left, by estimate: before anything large is made.
+    rates      of this device, measured when first asked for: under a second.
     head_rate  of the network's last layer, in terms of the others'.
+    Raises UserError where a step cannot be as the config wants it.
     """
 
     head_rate = 1.0
@@ -41,71 +68,77 @@ class Job:
         val: Manifest | None,
         folder: Path | None,
         deepspeed_config: str | None,
-        say,
+        say: Callable[[str], None],
     ):
         self.config, self.ranks, self.say = config, ranks, say
         self.train, self.val = train, val
         self.numbers = arithmetic(config, ranks.world, len(train))
-        bad = folder / "bad_images.jsonl" if folder else None
-        self.loader, line = make_loader(config, train, ranks, self.numbers.largest, bad)
-        say(line)
-        self.val_loader = make_loader(config, val, ranks, self.numbers.largest, bad)[0] if val else None
-        self.clock = Clock(ranks.device)
-        self._build_step(deepspeed_config)
-        self.rates = roofline.measure_rates(ranks.device, self._dtype)
-        self._work = {side: self.rates.work(self.step_rows(side)) for side in sides(config)}
-
-    def _build_step(self, deepspeed_config: str | None) -> None:
-        config, ranks = self.config, self.ranks
-        o, e = config.optim, config.engine
-        if e.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(e.deterministic)
-        torch.backends.cudnn.benchmark = not e.deterministic
-        torch.backends.cudnn.allow_tf32 = e.precision != "fp32"  # torch's own default is True
-        torch.set_float32_matmul_precision("highest" if e.precision == "fp32" else "high")
         refuse_tiny_maps(config, ranks)
         refuse_graphs(config, ranks, self.numbers.micro_steps)
+        self._bad = folder / "bad_images.jsonl" if folder else None
+        self._deepspeed_config = deepspeed_config
         self.task = self.make_task()
-        model = self.network(config.model.sync_batchnorm)
-        if e.recompute:
-            recompute_blocks(model)
-        if ranks.world > 1 and not config.model.sync_batchnorm:
-            self.say(
-                f"model.sync_batchnorm is off: batch norm over each rank's views alone, not the recipe's {RECIPE_VIEWS}"
-            )
-        if e.zero and e.precision in AUTOCAST:
-            self.say(f"engine.zero 1 communicates gradients in {e.precision}")
-        model.to(ranks.device)
-        optimizer = build_optimizer(
-            o.name,
-            model,
-            lr=o.lr,
-            momentum=o.momentum,
-            nesterov=o.nesterov,
-            weight_decay=o.weight_decay,
-            decay_norms=o.decay_norms,
-            head_rate=self.head_rate,
-            trust=o.trust,
-            fused=e.precision != "fp16",
+        self.clock = Clock(ranks.device)
+
+    @cached_property
+    def loader(self) -> Loader:
+        loader, line = make_loader(self.config, self.train, self.ranks, self.numbers.largest, self._bad)
+        self.say(line)
+        return loader
+
+    @cached_property
+    def val_loader(self) -> Loader | None:
+        if self.val is None:
+            return None
+        return make_loader(self.config, self.val, self.ranks, self.numbers.largest, self._bad)[0]
+
+    @cached_property
+    def engine(self) -> Engine:
+        config, n, e = self.config, self.numbers, self.config.engine
+        for line in deviations(config, self.ranks):
+            self.say(line)
+        model = self._model().to(self.ranks.device)
+        settings = StepSettings(
+            e.precision, e.zero, config.optim.clip, config.optim.momentum, e.channels_last, e.cuda_graphs, e.bucket_mb
         )
-        if e.cuda_graphs and ranks.world > 1:
-            self.say(
-                "engine.cuda_graphs averages gradients in one piece after the backward pass, not by engine.bucket_mb"
-            )
-        settings = StepSettings(e.precision, e.zero, o.clip, o.momentum, e.channels_last, e.cuda_graphs, e.bucket_mb)
         batch = {
-            "train_batch_size": self.numbers.images,
-            "gradient_accumulation_steps": self.numbers.micro_steps,
-            "train_micro_batch_size_per_gpu": self.numbers.largest,
+            "train_batch_size": n.images,
+            "gradient_accumulation_steps": n.micro_steps,
+            "train_micro_batch_size_per_gpu": n.largest,
         }
-        self.engine = make_engine(e.kind, model, optimizer, settings, ranks, batch, deepspeed_config)
+        optimizer = self._optimizer(model)
+        engine = make_engine(e.kind, model, optimizer, settings, self.ranks, batch, self._deepspeed_config)
         if e.compile:
-            # two slices of each crop, the held-out batches: few shapes, but beyond dynamo's own limit of 8 it would
-            # run the network uncompiled
-            torch._dynamo.config.recompile_limit = 64
             model.compile(dynamic=False, mode="default" if e.compile is True else e.compile)
-        self.parameters = sum(p.numel() for p in model.parameters())
+        return engine
+
+    @cached_property
+    def memory(self) -> Memory:
+        return estimate(self.config, self.numbers, self.ranks, self._model(over_ranks=False), self._dtype)
+
+    @cached_property
+    def rates(self) -> roofline.Rates:
+        return roofline.measure_rates(self.ranks.device, self._dtype)
+
+    @cached_property
+    def _work(self) -> dict[int, roofline.Work]:
+        """By side of the crops."""
+        return {side: self.rates.work(self.step_rows(side)) for side in sides(self.config)}
+
+    def build(self) -> None:
+        """Make what a run needs now, so that what is wrong is said before it begins."""
+        _ = self.loader, self.val_loader, self.engine, self._work
+
+    def make_task(self) -> RotationTask:
+        """What is learnt; another job learns another thing."""
+        return RotationTask(
+            [255 * v for v in self.config.data.mean],
+            [255 * v for v in self.config.data.std],
+            self._dtype,
+            self.ranks.device,
+            self.config.rotation.shuffle_labels,
+            self.config.engine.stem_channels,
+        )
 
     def network(self, over_ranks: bool) -> torch.nn.Module:
         """What the config trains, on the CPU; over_ranks: batch norm over all ranks' views."""
@@ -116,15 +149,24 @@ class Job:
             pad_stem(model)
         return synchronise_batchnorm(model) if over_ranks else model
 
-    def make_task(self):
-        """What is learnt; another job learns another thing."""
-        return RotationTask(
-            [255 * v for v in self.config.data.mean],
-            [255 * v for v in self.config.data.std],
-            self._dtype,
-            self.ranks.device,
-            self.config.rotation.shuffle_labels,
-            self.config.engine.stem_channels,
+    def _model(self, over_ranks: bool | None = None) -> torch.nn.Module:
+        """The network as it is trained, on the CPU; over_ranks: default, as the config says."""
+        model = self.network(self.config.model.sync_batchnorm if over_ranks is None else over_ranks)
+        return recompute_blocks(model) if self.config.engine.recompute else model
+
+    def _optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        o = self.config.optim
+        return build_optimizer(
+            o.name,
+            model,
+            lr=o.lr,
+            momentum=o.momentum,
+            nesterov=o.nesterov,
+            weight_decay=o.weight_decay,
+            decay_norms=o.decay_norms,
+            head_rate=self.head_rate,
+            trust=o.trust,
+            fused=self.config.engine.precision != "fp16",
         )
 
     @property
@@ -158,7 +200,7 @@ class Job:
             final=o.final_lr,
         )
 
-    def batches(self, steps: range, position: int):
+    def batches(self, steps: range, position: int) -> Iterator[StepBatch]:
         n = self.numbers
         return self.loader.train(
             steps, position, n.images, n.ranks, self.ranks.rank, n.micro_steps, partial(crop_at, self.config)
@@ -188,7 +230,12 @@ class Job:
         self.engine.train(True)
         return {f"held_out_{name}": value for name, value in self.task.summary(sums).items()}
 
+    def bad_images(self) -> int:
+        """Images replaced so far, of both sets, which may be the same."""
+        return sum({one.manifest.source: one.bad_images for one in (self.loader, self.val_loader) if one}.values())
+
     def close(self) -> None:
-        self.loader.close()
-        if self.val_loader:
-            self.val_loader.close()
+        """End the loaders that were made."""
+        for name in ("loader", "val_loader"):
+            if loader := self.__dict__.get(name):
+                loader.close()

@@ -1,16 +1,20 @@
-"""--dry-run: build everything, run a few steps, and say what the run would be."""
+"""--dry-run: say what a run would be, then run a few of its steps where they fit."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from fastrot import terminal
 from fastrot.config import Config, flat
 from fastrot.data.build import describe, open_manifest
+from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.engine.graphs import WARM_UPS
 from fastrot.runs.arithmetic import RECIPE_VIEWS
-from fastrot.runs.build import Job
+from fastrot.runs.build import Job, set_torch_flags
 from fastrot.runs.loop import run
+from fastrot.runs.memory import GIB, Memory, running_out_is_a_fault
 
 _TIMED = 2  # steps after those that warm up, with the loader running ahead
 
@@ -20,55 +24,107 @@ class _Last:
 
     def tick(self) -> None: ...
 
-    def write(self, values: dict) -> None:
+    def write(self, values: dict[str, Any]) -> None:
         self.values = values
 
 
-def dry_run(config: Config, sources: dict[str, str], ranks: Ranks, deepspeed_config: str | None) -> dict:
-    """Time two steps after those that warm up; writes nothing but the named caches.
+def dry_run(
+    config: Config,
+    sources: dict[str, str],
+    ranks: Ranks,
+    deepspeed_config: str | None,
+    make_job: Callable[..., Job] = Job,
+    choose: Callable[[Manifest], Manifest] | None = None,
+) -> dict[str, Any]:
+    """Print the plan within seconds, then time two steps after those that warm up; writes nothing but the named caches.
 
-    Prints the resolved config with each value's source, the batch arithmetic, size and hours.
+    sources   of each config value: the file, the command line, a default.
+    make_job  Job, or one that learns another thing; choose: which of the training images to learn from.
+    Returns what --json prints; without the measured figures where the steps would not fit.
     """
+    set_torch_flags(config)
     say = partial(terminal.console().print, soft_wrap=True, markup=False) if ranks.first else lambda line: None
+    if ranks.first:
+        terminal.table("config", [(key, f"{value}  ({sources[key]})") for key, value in flat(config).items()])
     train = open_manifest(config.data.train, config, ranks, "data.train")
+    train = choose(train) if choose else train
     val = open_manifest(config.data.val, config, ranks, "data.val") if config.data.val else None
     for manifest in filter(None, (train, val)):
         describe(manifest, say)
-    job = Job(config, ranks, train, val, None, deepspeed_config, say)
-    n, last = job.numbers, _Last()
-    untimed = WARM_UPS + 1 if config.engine.cuda_graphs else 2  # a graph is captured once it is warm
-    steps = untimed + _TIMED
-    course = replace(job.course(steps), log_every=untimed, checkpoint_every=steps)
-    batches = job.batches(range(steps), 0)
-    run(course, batches, job.task, job.engine, job.lr_of, job.work_of, None, lambda *_: None, last, job.clock)
-    batches.close()
-    job.close()
-    timed = last.values
-    hours = timed["step_s"] * n.steps / 3600
-    result = {
+    job = make_job(config, ranks, train, val, None, deepspeed_config, say)
+    plan = _plan(job)
+    if ranks.first:
+        _show_plan(config, plan, job.memory)
+    if not job.memory.enough:
+        say("no step is measured: it would not fit")
+        return plan
+    result = plan | _measured(job)
+    if ranks.first:
+        _show_measured(result)
+    return result
+
+
+def _plan(job: Job) -> dict[str, Any]:
+    """What can be said before anything large is made."""
+    n, memory = job.numbers, job.memory
+    return {
         "images_per_step": n.images,
         "views_per_step": n.images * n.views_per_image,
         "ranks": n.ranks,
         "micro_steps": n.micro_steps,
         "largest_share_images": n.largest,
         "batch_norm_views": n.norm_views,
-        "rows": len(train),
+        "rows": len(job.train),
         "steps": n.steps,
-        "parameters": job.parameters,
+        "lr_per_256_views": job.config.optim.lr * 256 / (n.images * n.views_per_image),
+        "memory_estimate_gib": memory.needed / GIB,
+        "memory_left_gib": memory.left / GIB,
+        "images_per_micro_step_that_fits": memory.fits,
+    }
+
+
+def _measured(job: Job) -> dict[str, Any]:
+    """A few steps: their rate, memory, and how near they come to the roof."""
+    last = _Last()
+    untimed = WARM_UPS + 1 if job.config.engine.cuda_graphs else 2  # a graph is captured once it is warm
+    steps = untimed + _TIMED
+    try:
+        with running_out_is_a_fault(job.memory):
+            job.build()
+            course = replace(job.course(steps), log_every=untimed, checkpoint_every=steps)
+            batches = job.batches(range(steps), 0)
+            parts = (
+                course,
+                batches,
+                job.task,
+                job.engine,
+                job.lr_of,
+                job.work_of,
+                None,
+                lambda *_: None,
+                last,
+                job.clock,
+            )
+            run(*parts, job.bad_images)
+            batches.close()
+    finally:
+        job.close()
+    n, timed = job.numbers, last.values
+    return {
+        "parameters": sum(p.numel() for p in job.engine.model.parameters()),
         "memory_gib": timed["memory_gib"],
-        "lr_per_256_views": config.optim.lr * 256 / (n.images * n.views_per_image),
         "views_per_s": timed["views_per_s"],
-        "expected_hours": hours,
+        "expected_hours": timed["step_s"] * n.steps / 3600,
         **_roof(job, timed["step_s"]),
     }
-    if ranks.first:
-        _show(config, sources, result)
-    return result
 
 
-def _roof(job: Job, step_s: float) -> dict:
-    """The first step's work on one rank's share, and its rate against what this device was measured to do."""
+def _roof(job: Job, step_s: float) -> dict[str, Any]:
+    """The first step's work on one rank's share, and its rate against what this device was measured to do; empty where
+    a job counts no work."""
     n, work = job.numbers, job.work_of(0)
+    if not work.flops:
+        return {}
     return {
         "step_flops": work.flops,
         "step_bytes": work.bytes,
@@ -79,10 +135,12 @@ def _roof(job: Job, step_s: float) -> dict:
     }
 
 
-def _show(config: Config, sources: dict[str, str], r: dict) -> None:
-    terminal.table("config", [(key, f"{value}  ({sources[key]})") for key, value in flat(config).items()])
+def _show_plan(config: Config, r: dict[str, Any], memory: Memory) -> None:
+    left = (
+        f"{memory.left / GIB:.1f} GiB are left of {'the GPU' if memory.device == 'cuda' else 'the host'}'s for a rank"
+    )
     terminal.table(
-        "dry run",
+        "plan",
         [
             (
                 "a step",
@@ -92,8 +150,25 @@ def _show(config: Config, sources: dict[str, str], r: dict) -> None:
             ("batch norm", f"over {r['batch_norm_views']} views (recipe {RECIPE_VIEWS})"),
             ("rate", f"{config.optim.lr:g} at its peak, {r['lr_per_256_views']:g} per 256 views"),
             ("steps", f"{r['steps']:,} = {config.optim.epochs:g} epochs of {r['rows']:,} images"),
-            ("parameters", f"{r['parameters']:,}"),
-            ("memory", f"{r['memory_gib']:.2f} GiB on rank 0 at its peak"),
+            (
+                "memory of a rank",
+                f"about {memory.needed / GIB:.1f} GiB: {memory.state / GIB:.2f} of weights and their like, "
+                f"{memory.maps / GIB:.1f} of maps of {memory.images} images at {memory.side}, "
+                f"{memory.ahead / GIB:.2f} of images ahead (on the host)",
+            ),
+            ("memory here", left if memory.enough else f"{left}: too little; {memory.proposes()}"),
+        ],
+    )
+
+
+def _show_measured(r: dict[str, Any]) -> None:
+    rows = [
+        ("parameters", f"{r['parameters']:,}"),
+        ("memory", f"{r['memory_gib']:.2f} GiB on rank 0 at its peak"),
+        ("expected", f"{r['expected_hours']:.2f} hours at {r['views_per_s']:,.0f} views/s, measured on two steps"),
+    ]
+    if "step_flops" in r:
+        rows += [
             (
                 "work of a rank",
                 f"{r['step_flops'] / 1e12:.3g} TFLOP and {r['step_bytes'] / 2**30:.3g} GiB a step, unfused; measured here: "
@@ -104,6 +179,5 @@ def _show(config: Config, sources: dict[str, str], r: dict) -> None:
                 f"{r['roof_views_per_s']:,.0f} views/s; these steps reached {r['roof_fraction']:.0%} of it, "
                 f"and {r['mfu']:.0%} of the measured TFLOP/s",
             ),
-            ("expected", f"{r['expected_hours']:.2f} hours at {r['views_per_s']:,.0f} views/s, measured on two steps"),
-        ],
-    )
+        ]
+    terminal.table("measured", rows)

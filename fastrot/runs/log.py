@@ -46,6 +46,7 @@ class RunLog:
         self._bar = self._task = self._board = None
         self._metrics = None
         self._warned = False
+        self._bad = 0
         if folder is None:
             return
         cut_back(folder / "metrics.jsonl", first_step)
@@ -74,9 +75,15 @@ class RunLog:
         if self._metrics is None:
             return
         self._try(lambda: self._record(values))
+        if (bad := values.get("bad_images", 0)) > self._bad:
+            self._bad = bad
+            self.say(
+                f"images that cannot be read or decoded are replaced: {bad:,} so far, in {self._folder}/bad_images.jsonl"
+            )
         line = _line(values, self._total)
         if self._bar is not None and "loss" in values:
-            self._bar.update(self._task, note=f"loss {values['loss']:.3f}  accuracy {values['accuracy']:.1%}")
+            note = f"loss {values['loss']:.3f}  accuracy {values['accuracy']:.1%}{_bad(values)}"
+            self._bar.update(self._task, note=note)
         else:
             self.say(line)
 
@@ -119,5 +126,9 @@ def _line(values: dict, total: int) -> str:
     mfu = f"  MFU {values['mfu']:.1%}  roof {values['roof_fraction']:.1%}" if "mfu" in values else ""
     return (
         f"{head}  loss {values['loss']:.3f}  accuracy {values['accuracy']:.1%}  lr {values['lr']:.4g}  "
-        f"{values['views_per_s']:,.0f} views/s  wait {values['wait_share']:.1%}{mfu}  ETA {terminal.duration(values['eta_s'])}"
+        f"{values['views_per_s']:,.0f} views/s  wait {values['wait_share']:.1%}{mfu}{_bad(values)}  ETA {terminal.duration(values['eta_s'])}"
     )
+
+
+def _bad(values: dict) -> str:
+    return f"  bad images {values['bad_images']:,}" if values.get("bad_images") else ""

@@ -50,11 +50,12 @@ def run(
     save: Callable[[int, int, float | None, bool], None],
     log,
     clock: Clock,
+    bad_images: Callable[[], int],
 ) -> dict[str, float]:
     """Train over `batches`; returns the last logged values with the whole run's rates.
 
     lr_of(epoch) -> rate.  work_of(epoch) -> what a step asks of this rank's device.
-    evaluate() -> held-out metrics, or None.
+    evaluate() -> held-out metrics, or None.  bad_images() -> how many were replaced so far.
     save(steps completed, next stream position, held-out accuracy or None, whether one is due).
     Raises Fault when the loss or (but for fp16, which skips such steps) its gradient is not finite.
     """
@@ -104,6 +105,7 @@ def run(
                 **_rates(course, times, since),
                 **asked.reached(times["total"]),
                 **_memory(device),
+                "bad_images": bad_images(),
             }
             latest["eta_s"] = times["total"] / since * (course.last_step - done)
             diverged = latest["grad_norm"] is None and not engine.scales_loss

@@ -14,15 +14,16 @@ from pathlib import Path
 
 from fastrot import distributed, machine, terminal
 from fastrot.config import Config, flat, to_yaml
-from fastrot.data.build import describe, open_manifest
+from fastrot.data.build import FILES, admit_changed_files, describe, open_manifest
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
-from fastrot.errors import Fault, UserError
+from fastrot.errors import Fault, LostPeer, UserError
 from fastrot.files import write_text
 from fastrot.runs import checkpoint
-from fastrot.runs.build import Job
+from fastrot.runs.build import Job, set_torch_flags
 from fastrot.runs.log import RunLog, write_status
 from fastrot.runs.loop import run
+from fastrot.runs.memory import admit, running_out_is_a_fault
 
 Chooser = Callable[[Manifest], Manifest]
 _FIXED = ("model.arch", "run.seed", "data")  # no resume can change these
@@ -102,6 +103,21 @@ def _frozen(
     return Manifest.load(home)
 
 
+def _admitted(manifest: Manifest, home: Path, allowed: bool, ranks: Ranks) -> Manifest:
+    """A resumed run's manifest, frozen in `home`, once rank 0 has looked at its files."""
+
+    def admit() -> None:
+        admit_changed_files(manifest, home, allowed, _say)
+
+    distributed.on_first(ranks, admit)
+    return Manifest.load(home)
+
+
+def _say(line: str) -> None:
+    """A line before there is a log."""
+    terminal.console().print(line, soft_wrap=True, markup=False)
+
+
 def train(
     config: Config,
     ranks: Ranks,
@@ -117,6 +133,7 @@ def train(
     make_job  Job, or one that learns another thing; more: what else a resume must find unchanged.
     choose    which of the training images to learn from; default: all.
     """
+    set_torch_flags(config)
     with _folder(config.run.out, ranks) as folder:
         path = distributed.on_first(ranks, lambda: _find(resume, folder))
         found = checkpoint.load(Path(path)) if path else None
@@ -126,7 +143,11 @@ def train(
         saved_state = found.state if found else {"step": 0, "position": 0, "defining": now}
         where = found.path if found else folder
         saved = defining(Config(), "") | saved_state["defining"]  # a knob that it does not know was at its default
-        checkpoint.refuse_differences(saved, now, resume_anyway, _FIXED, where)
+        files = {FILES: ""}  # they differ or not by what lies on the disk, below
+        checkpoint.refuse_differences(saved | files, now | files, resume_anyway, _FIXED, where)
+        if found:
+            manifest = _admitted(manifest, folder / "manifest" / "train", FILES in resume_anyway, ranks)
+            val = val and _admitted(val, folder / "manifest" / "val", FILES in resume_anyway, ranks)
         step, position = saved_state["step"], saved_state["position"]
         left = max(0, math.ceil((config.optim.epochs * len(manifest) - position) / config.optim.images_per_step))
         last = max(step, min(step + left, config.run.max_steps or step + left))
@@ -135,17 +156,22 @@ def train(
             for one in filter(None, (manifest, val)):
                 describe(one, log.say)
             job = make_job(config, ranks, manifest, val, folder, deepspeed_config, log.say)
+            admit(job.memory, log.say)
+            job.build()
             if found:
                 job.engine.load_state(found.model, found.optimizer, found.state["scalars"])
                 log.say(f"resumed from {where.name}: step {step:,} of {last:,}, stream position {position:,}")
             _write_facts(folder, job, manifest)
-            result = _run(job, folder, now, range(step, last), position, log)
+            distributed.limit_waits(config.run.timeout)
+            with distributed.lost_peer_is_a_fault(ranks), running_out_is_a_fault(job.memory):
+                result = _run(job, folder, now, range(step, last), position, log)
             if ranks.first:
                 newest = folder / "checkpoints" / f"step-{last:08d}" if last > step else where
                 shutil.copyfile(newest / "backbone.safetensors", folder / "backbone.safetensors")
             log.status("done", **result)
         except BaseException as error:
-            if ranks.first or isinstance(error, Fault):  # the rank that failed knows why
+            # the rank that failed knows why, better than those who lost it
+            if (ranks.first or isinstance(error, Fault)) and not (isinstance(error, LostPeer) and _has_failed(folder)):
                 write_status(folder, "failed", rank=ranks.rank, reason=f"{type(error).__name__}: {error}")
             raise
         finally:
@@ -155,8 +181,16 @@ def train(
     return result
 
 
+def _has_failed(folder: Path) -> bool:
+    """Whether another rank has written that it failed."""
+    try:
+        return json.loads((folder / "STATUS.json").read_text())["state"] == "failed"
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def _find(resume: str, folder: Path) -> str | None:
-    path = checkpoint.find(resume, folder, lambda line: terminal.console().print(line, soft_wrap=True, markup=False))
+    path = checkpoint.find(resume, folder, _say)
     return str(path) if path else None
 
 
@@ -176,7 +210,8 @@ def _run(job: Job, folder: Path, now: dict, steps: range, position: int, log) ->
         if first:
             state = {"step": done, "position": next_position, "scalars": scalars, "defining": now}
             saver.save(done, model, momenta, state, accuracy)
-            log.status("running", step=done, of=course.last_step, held_out_accuracy=accuracy)
+            bad = job.bad_images()
+            log.status("running", step=done, of=course.last_step, held_out_accuracy=accuracy, bad_images=bad)
 
     log.status("running", step=steps.start, of=steps.stop)
     began = time.monotonic()
@@ -184,7 +219,8 @@ def _run(job: Job, folder: Path, now: dict, steps: range, position: int, log) ->
     job.clock.skip()
     batches = job.batches(steps, position)
     try:
-        result = run(course, batches, job.task, job.engine, job.lr_of, job.work_of, evaluate, save, log, job.clock)
+        parts = (course, batches, job.task, job.engine, job.lr_of, job.work_of, evaluate, save, log, job.clock)
+        result = run(*parts, job.bad_images)
         if not steps and evaluate:
             result = evaluate()
     finally:
@@ -192,7 +228,12 @@ def _run(job: Job, folder: Path, now: dict, steps: range, position: int, log) ->
         batches.close()
         job.close()
     distributed.on_first(job.ranks, saver.check)
-    return result | {"steps": steps.stop, "seconds": time.monotonic() - began, "out": str(folder)}
+    return result | {
+        "bad_images": job.bad_images(),
+        "steps": steps.stop,
+        "seconds": time.monotonic() - began,
+        "out": str(folder),
+    }
 
 
 def _show(result: dict, task) -> None:
@@ -207,6 +248,8 @@ def _show(result: dict, task) -> None:
             ("throughput", f"{result['images_per_s']:,.0f} images/s, {result['views_per_s']:,.0f} views/s"),
             ("time waiting for data", f"{result['wait_share']:.1%}"),
         ]
+    if result["bad_images"]:
+        rows.append(("images replaced", f"{result['bad_images']:,}, listed in {result['out']}/bad_images.jsonl"))
     if "mfu" in result:
         rows.append(("MFU, share of the roof", f"{result['mfu']:.1%}, {result['roof_fraction']:.1%}"))
     terminal.table(task.title, [*rows, ("outputs", result["out"])])

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from fastrot.config import Config, flat
-from fastrot.data.build import open_manifest
+from fastrot.data.build import open_manifest, unlabelled
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
@@ -81,8 +82,12 @@ def _classes(config: Config, ranks: Ranks) -> int:
     return classes
 
 
-def _labels(manifest: Manifest) -> np.ndarray:
-    labels = np.asarray(manifest.label)
-    if labels.ndim > 1 or int(labels.min()) < 0:
+def _labels(manifest: Manifest) -> NDArray[np.int64]:
+    """int64 [n], none negative. Raises UserError where an image has none, or many."""
+    if manifest.label.ndim > 1:
         raise UserError(f"{manifest.source}: every image needs one class; fastrot svm is for many labels")
-    return labels
+    none = unlabelled(manifest)
+    if len(none):
+        which = f"{len(none):,} of {len(manifest):,} have none, the first: {manifest.name(int(none[0]))}"
+        raise UserError(f"{manifest.source}: every image needs one class; {which}")
+    return manifest.label.astype(np.int64)

@@ -2,9 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 
@@ -20,9 +21,11 @@ from fastrot.runs.arithmetic import arithmetic
 
 _WARM = 3  # batches before the clock starts
 _LEAST = 8  # batches timed, however slow
-_ROUNDS = 3  # alternating, so that a busy moment hits no setting alone
+_ROUNDS = (5, 3, 3)  # alternating, so that a busy moment hits no setting alone; more where the first do not tell
 _MOST_STEPS = 10**6
 _SHARES = (0.0, 0.25, 0.5, 0.65, 0.8, 1.0)  # of the hardware decoder
+_DALIS_SHARE = 0.65  # where nothing is set
+_Paces = dict[float, list[float]]  # {setting: images/s of all ranks, a round each}
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,22 @@ class _Bench:
     ranks: Ranks
     seconds: float
 
-    def run(self, settings: list[Tuned], title: str) -> list[tuple[float, list[float]]]:
-        """Of each: images/s of all ranks, median of the rounds; and the seconds of every batch."""
-        laps: list[list] = [[] for _ in settings]
-        turns = [(at, one) for _ in range(_ROUNDS) for at, one in enumerate(settings)]
-        for at, one in terminal.track(turns, len(turns), title) if self.ranks.first else turns:
-            laps[at].append(self._lap(one))
-        return [(statistics.median(pace for pace, _ in of), [s for _, took in of for s in took]) for of in laps]
+    def compare(
+        self, settings: dict[float, Tuned], title: str, choose: Callable[[_Paces], float | None]
+    ) -> tuple[float | None, _Paces, dict[float, list[float]]]:
+        """What is chosen, None where the rounds do not tell; the paces; and the seconds of each setting's batches."""
+        paces: _Paces = {one: [] for one in settings}
+        took: dict[float, list[float]] = {one: [] for one in settings}
+        chosen = None
+        for rounds in _ROUNDS:
+            turns = [one for _ in range(rounds) for one in settings]
+            for one in terminal.track(turns, len(turns), title) if self.ranks.first else turns:
+                pace, seconds = self._lap(settings[one])
+                paces[one].append(pace)
+                took[one] += seconds
+            if (chosen := choose(paces)) is not None:
+                break
+        return chosen, paces, took
 
     def _lap(self, settings: Tuned) -> tuple[float, list[float]]:
         mine = list(self._intervals(settings))
@@ -70,8 +82,9 @@ class _Bench:
             loader.close()
 
 
-def tune(config: Config, ranks: Ranks, seconds: float) -> dict:
-    """Run the loader for `seconds` at each of some settings, choose, and keep the choice in the cache.
+def tune(config: Config, ranks: Ranks, seconds: float) -> dict[str, Any]:
+    """Run the loader for `seconds` at each of some settings, choose, and keep the choice in the cache; run it longer
+    where the machine's own noise hides the difference, and keep nothing where it hides it still.
 
     To be started as the training will be: the ranks of a machine share its cores, and run together here.
     """
@@ -79,55 +92,84 @@ def tune(config: Config, ranks: Ranks, seconds: float) -> dict:
         raise UserError(f"--seconds {seconds:g}: must be above 0")
     manifest = open_manifest(config.data.train, config, ranks, "data.train")
     describe(manifest, terminal.console().print if ranks.first else lambda line: None)
-    bench = _Bench(config, manifest, ranks, seconds / _ROUNDS)
-    settings = replace(settings_of(config, ranks), found=f"by fastrot tune, {time.strftime('%Y-%m-%d')}")
-
-    tried = [replace(settings, threads=n) for n in loader_settings.thread_counts(machine.cores() // ranks.local_world)]
-    laps = bench.run(tried, "threads")
-    by_threads = {one.threads: pace for one, (pace, _) in zip(tried, laps, strict=True)}
-    settings = replace(settings, threads=loader_settings.cheapest(by_threads))
-    pace, took = laps[tried.index(settings)]
-    by_load = {}
-    if ranks.device.type == "cuda" and config.data.decode in ("auto", "dali") and config.data.decode_on != "cpu":
-        tried = [replace(settings, hw_decoder_load=load) for load in _SHARES]
-        laps = bench.run(tried, "share of the hardware decoder")
-        by_load = {one.hw_decoder_load: pace for one, (pace, _) in zip(tried, laps, strict=True)}
-        settings = replace(settings, hw_decoder_load=max(by_load, key=by_load.get))
-        pace, took = laps[tried.index(settings)]
-    settings = replace(settings, prefetch=loader_settings.depth_for(took))
-    kept = loader_settings.place(config.data, ranks)
-    distributed.on_first(ranks, lambda: loader_settings.write(kept, settings))
+    bench = _Bench(config, manifest, ranks, seconds / _ROUNDS[0])
+    found = f"by fastrot tune, {time.strftime('%Y-%m-%d')}"
+    settings = replace(settings_of(config, ranks), hw_decoder_load=config.data.hw_decoder_load, found=found)
+    share = max(1, machine.cores() // ranks.local_world)
+    tried = {n: replace(settings, threads=n) for n in loader_settings.thread_counts(share)}
+    threads, by_threads, took = bench.compare(tried, "threads", partial(_fewest_of_the_fastest, share))
     result = {
-        "threads": settings.threads,
-        "prefetch": settings.prefetch,
-        "hw_decoder_load": settings.hw_decoder_load,
-        "images_per_s": pace,
-        "images_per_s_by_threads": by_threads,
-        "images_per_s_by_hw_decoder_load": by_load,
-        "waiting_by_prefetch": {
-            depth: loader_settings.waiting(took, depth) for depth in range(2, settings.prefetch + 1)
-        },
-        "kept": str(kept),
+        "threads": threads,
+        "prefetch": None,
+        "hw_decoder_load": None,
+        "images_per_s": None,
+        "images_per_s_by_threads": _medians(by_threads),
+        "images_per_s_by_hw_decoder_load": {},
+        "spread": _spread(by_threads),
+        "waiting_by_prefetch": {},
+        "kept": None,
     }
+    if threads is not None:
+        settings, pace, of_each = tried[threads], statistics.median(by_threads[threads]), took[threads]
+        if ranks.device.type == "cuda" and config.data.decode in ("auto", "dali") and config.data.decode_on != "cpu":
+            loads = {load: replace(settings, hw_decoder_load=load) for load in _SHARES}
+            choose = partial(loader_settings.fastest, default=_DALIS_SHARE)
+            load, by_load, took = bench.compare(loads, "share of the hardware decoder", choose)
+            result["images_per_s_by_hw_decoder_load"] = _medians(by_load)
+            if load not in (None, _DALIS_SHARE):
+                settings, pace, of_each = loads[load], statistics.median(by_load[load]), took[load]
+        result |= _kept(settings, of_each, config, ranks) | {"images_per_s": pace}
     if ranks.first:
-        _show(result)
+        _show(result, share)
     return result
 
 
-def _show(r: dict) -> None:
+def _fewest_of_the_fastest(default: int, paces: _Paces) -> float | None:
+    best = loader_settings.fastest(paces, default)
+    return None if best is None else loader_settings.fewest(paces, best)
+
+
+def _medians(paces: _Paces) -> dict[float, float]:
+    return {one: statistics.median(pace) for one, pace in paces.items()}
+
+
+def _spread(paces: _Paces) -> float:
+    """How far a setting's own rounds lie apart, of their median; of the settings the middle one."""
+    return statistics.median((max(pace) - min(pace)) / statistics.median(pace) for pace in paces.values())
+
+
+def _kept(settings: Tuned, took: list[float], config: Config, ranks: Ranks) -> dict[str, Any]:
+    """The settings with the prefetch that suits them, written to the cache; their part of the result."""
+    settings = replace(settings, prefetch=loader_settings.depth_for(took))
+    place = loader_settings.place(config.data, ranks)
+    distributed.on_first(ranks, lambda: loader_settings.write(place, settings))
+    depths = range(2, settings.prefetch + 1)
+    return {
+        "prefetch": settings.prefetch,
+        "hw_decoder_load": settings.hw_decoder_load,
+        "waiting_by_prefetch": {depth: loader_settings.waiting(took, depth) for depth in depths},
+        "kept": str(place),
+    }
+
+
+def _show(r: dict[str, Any], share: int) -> None:
     def paces(by: dict[float, float]) -> str:
         return ", ".join(f"{setting:g}: {pace:,.0f}" for setting, pace in by.items())
 
+    by_threads = f"images/s {paces(r['images_per_s_by_threads'])}; a setting's own rounds differ by {r['spread']:.0%}"
+    if r["kept"] is None:
+        why = f"not told apart ({by_threads}): {share}, this rank's share of the cores, stays the default"
+        rows = [("data.threads", why), ("kept", "nothing new; run it on a quieter machine, or with more --seconds")]
+        terminal.table("not tuned", rows)
+        return
     waits = ", ".join(f"{depth}: {share:.1%}" for depth, share in r["waiting_by_prefetch"].items())
     rows = [
-        (
-            "data.threads",
-            f"{r['threads']}: the fewest within 3% of the fastest (images/s {paces(r['images_per_s_by_threads'])})",
-        ),
+        ("data.threads", f"{r['threads']}: the fewest within 3% of the fastest ({by_threads})"),
         ("data.prefetch", f"{r['prefetch']}: the fewest that keep a step's waiting under 1%, or 8 (waiting {waits})"),
     ]
     if r["images_per_s_by_hw_decoder_load"]:
-        by_load = paces(r["images_per_s_by_hw_decoder_load"])
-        rows.append(("data.hw_decoder_load", f"{r['hw_decoder_load']:g}: the fastest (images/s {by_load})"))
+        by_load, load = paces(r["images_per_s_by_hw_decoder_load"]), r["hw_decoder_load"]
+        what = "left to DALI: none is told to be faster" if load is None else f"{load:g}: the fastest"
+        rows.append(("data.hw_decoder_load", f"{what} (images/s {by_load})"))
     rows.append(("kept in", f"{r['kept']}; training uses it where the config leaves these keys unset"))
     terminal.table("tuned", rows)

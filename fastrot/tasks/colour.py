@@ -13,7 +13,7 @@ _VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0
 
 
 @cache
-def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _constant(values: tuple[float | tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Copied once: each copy of a list makes the host wait."""
     return torch.tensor(values, dtype=dtype, device=device)
 

@@ -1,7 +1,8 @@
 """Linear heads on a frozen backbone: five at once, or one on the global average, images augmented online."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from fastrot.data import augment
 from fastrot.data.loader import MicroBatch
 from fastrot.models.taps import AVERAGE, pooled_maps
-from fastrot.tasks import colour
+from fastrot.tasks import Network, Task, colour
 from fastrot_kernels import rotate_views
 
 
@@ -34,9 +35,9 @@ class Heads(nn.Module):
             torch.manual_seed(seed)
             for tap, shape in shapes.items():
                 self.norms[tap] = nn.Identity() if tap == AVERAGE else _norm(shape[0])
-                self.heads[tap] = nn.Linear(shape.numel(), classes)
-                nn.init.normal_(self.heads[tap].weight, 0.0, 0.01)
-                nn.init.zeros_(self.heads[tap].bias)
+                self.heads[tap] = head = nn.Linear(shape.numel(), classes)
+                nn.init.normal_(head.weight, 0.0, 0.01)
+                nn.init.zeros_(head.bias)
 
     def train(self, mode: bool = True) -> "Heads":
         super().train(mode)
@@ -54,7 +55,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, momentum=0.1).requires_grad_(False)
 
 
-class LinearTask:
+class LinearTask(Task):
     """What is learnt: images and labels -> the sum of the heads' cross-entropies.
 
     jitter, light  strength of the colour jitter (0.4) and deviation of the lighting (0.1); 0 leaves it out.
@@ -70,8 +71,8 @@ class LinearTask:
         pool: str,
         side: int,
         classes: int,
-        mean,
-        std,
+        mean: Sequence[float],
+        std: Sequence[float],
         device: torch.device,
         seed: int,
         jitter: float,
@@ -103,7 +104,7 @@ class LinearTask:
             images = colour.lighting(images, self._sent(alpha))
         return (images - self._mean) / self._std
 
-    def _sent(self, array: NDArray) -> Tensor:
+    def _sent(self, array: NDArray[np.generic]) -> Tensor:
         """On the device. The host waits for no few KiB: they are staged, though not pinned."""
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
@@ -113,11 +114,12 @@ class LinearTask:
             batch.pixels, batch.flips, torch.zeros_like(batch.turns[:, :1]), self._zero, self._one, torch.float32
         )
 
-    def loss(self, module: Callable, views: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def loss(self, module: Network, views: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """(sum over images and heads of the cross-entropies, float64 [len(metrics)] sums on the device)."""
         target = self._sent(batch.labels)
-        logits = [one.float() for one in module(views)]
-        loss = sum(F.cross_entropy(one, target, reduction="sum") for one in logits)
+        logits: list[Tensor] = [one.float() for one in module(views)]
+        losses = [F.cross_entropy(one, target, reduction="sum") for one in logits]
+        loss = sum(losses[1:], start=losses[0])
         count = loss.new_full((1,), len(target), dtype=torch.float64)
         right = [(one.argmax(1) == target).sum().double()[None] for one in logits]
         return loss, torch.cat([loss.detach().double()[None], count, *right])
@@ -129,7 +131,7 @@ class LinearTask:
         return {"loss": loss / count, "accuracy": max(each.values()), **each}
 
     @torch.no_grad()
-    def evaluate(self, module: Callable, batches: Iterable[MicroBatch]) -> Tensor:
+    def evaluate(self, module: Network, batches: Iterable[MicroBatch]) -> Tensor:
         """Summed metrics over this rank's held-out batches; the caller puts the heads in eval mode."""
         total = self._mean.new_zeros(len(self.metrics), dtype=torch.float64)
         for batch in (host.to(self.device) for host in batches):

@@ -1,17 +1,19 @@
 """Rotation prediction: which quarter turn was made? Four views an image, four classes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torchvision.models import ResNet
 
 from fastrot.data.loader import MicroBatch
 from fastrot.models.resnet import TURNS, build_model
+from fastrot.tasks import Network, Task
 from fastrot_kernels import rotate_views
 
 
-class RotationTask:
+class RotationTask(Task):
     """What is learnt: batch -> loss and metrics.
 
     mean, std       of the channels on the 0..255 scale.
@@ -26,7 +28,13 @@ class RotationTask:
     metrics = ("loss", *(f"count_{t}" for t in range(TURNS)), *(f"right_{t}" for t in range(TURNS)))
 
     def __init__(
-        self, mean, std, dtype: torch.dtype, device: torch.device, shuffle_labels: bool = False, channels: int = 3
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        dtype: torch.dtype,
+        device: torch.device,
+        shuffle_labels: bool = False,
+        channels: int = 3,
     ):
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device)
         self._std = torch.tensor(std, dtype=torch.float32, device=device)
@@ -34,19 +42,19 @@ class RotationTask:
         self._dtype, self._shuffle, self._channels = dtype, shuffle_labels, channels
 
     @staticmethod
-    def build_model(arch: str, seed: int) -> nn.Module:
+    def build_model(arch: str, seed: int) -> ResNet:
         return build_model(arch, TURNS, seed)
 
     def views(self, batch: MicroBatch) -> Tensor:
         """The rotated, normalised views, [n * V, C', S, S], channels-last."""
         return rotate_views(batch.pixels, batch.flips, batch.turns, self._mean, self._std, self._dtype, self._channels)
 
-    def loss(self, module: Callable, views: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def loss(self, module: Network, views: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """(sum of cross-entropies over the views, float64 [len(metrics)] sums on the device)."""
         target = batch.turns.flatten().long()
         if self._shuffle:
             target = target[torch.randperm(len(target), device=target.device)]
-        logits = module(views).float()
+        logits: Tensor = module(views).float()
         loss = F.cross_entropy(logits, target, reduction="sum")
         return loss, self._sums(loss, logits, target)
 
@@ -70,11 +78,11 @@ class RotationTask:
         return out
 
     @torch.no_grad()
-    def evaluate(self, module: Callable, batches: Iterable[MicroBatch]) -> Tensor:
+    def evaluate(self, module: Network, batches: Iterable[MicroBatch]) -> Tensor:
         """Summed metrics over this rank's held-out batches; the caller puts the model in eval mode."""
         total = self._mean.new_zeros(len(self.metrics), dtype=torch.float64)
         for batch in (host.to(self.device) for host in batches):
             target = batch.turns.flatten().long()
-            logits = module(self.views(batch)).float()
+            logits: Tensor = module(self.views(batch)).float()
             total += self._sums(F.cross_entropy(logits, target, reduction="sum"), logits, target)
         return total

@@ -3,17 +3,27 @@
 import functools
 import importlib
 import logging
-from types import ModuleType
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from fastrot_kernels import contest
+from fastrot_kernels.layout import Crops
 
 log = logging.getLogger(__name__)
 
-# A backend is a module with `obstacle(device)` and `rotate_views`. It is imported when first chosen:
-# a machine without Triton can still use the others.
+
+class Backend(Protocol):
+    """A module of these functions. It is imported when first chosen: a machine without Triton can use the others."""
+
+    def obstacle(self, device: torch.device, /) -> str:
+        """Why this backend cannot run on such a device; empty if it can."""
+
+    def rotate_views(self, crops: Crops) -> Tensor:
+        """The views, channels-last, on x's device, within 1 ulp of `reference.rotate_views`."""
+
+
 BACKENDS = {
     "reference": "fastrot_kernels.reference",
     "numpy": "fastrot_kernels.numpy_views",
@@ -25,9 +35,9 @@ BACKENDS = {
 CANDIDATES = {"cpu": ("cpu", "numpy"), "cuda": ("cuda", "triton")}
 
 
-def load(name: str) -> ModuleType:
-    """The module of a backend; its rotate_views is (x, flips, turns, mean, std, dtype, C') -> views."""
-    return importlib.import_module(BACKENDS[name])
+def load(name: str) -> Backend:
+    """The module of a backend."""
+    return cast(Backend, importlib.import_module(BACKENDS[name]))
 
 
 def obstacle(name: str, device: torch.device) -> str:
@@ -69,12 +79,12 @@ def _automatic(device: torch.device) -> tuple[str, str]:
         return "reference", missing or f"no kernel for {device.type}"
     if device.type == "cuda" and len(able) > 1:
         times = contest.times({name: load(name).rotate_views for name in able}, device)
-        fastest = min(times, key=times.get)
+        fastest = min(times, key=times.__getitem__)
         others = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items() if name != fastest)
         return fastest, f"{times[fastest]:.3f} ms for {contest.IMAGES} images, {others}, measured on this GPU"
     return able[0], missing or f"the fastest for {device.type} tensors"
 
 
-def run(name: str, x: Tensor, *arguments: Tensor | torch.dtype | int) -> Tensor:
-    """Run the chosen backend on checked arguments."""
-    return load(choose(name, x.device)[0]).rotate_views(x, *arguments)
+def run(name: str, crops: Crops) -> Tensor:
+    """Run the chosen backend."""
+    return load(choose(name, crops.x.device)[0]).rotate_views(crops)

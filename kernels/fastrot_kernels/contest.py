@@ -10,24 +10,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastrot_kernels.build import cache_folder, replacing
+from fastrot_kernels.build import cache_folder, make
+from fastrot_kernels.layout import Crops
 
 IMAGES, SIDE, VIEWS = 128, 224, 4  # bfloat16 views of 154 MB: more than the caches hold
 ROUNDS, LAUNCHES = 5, 4
 
 
-def times(backends: dict[str, Callable[..., Tensor]], device: torch.device) -> dict[str, float]:
+def times(backends: dict[str, Callable[[Crops], Tensor]], device: torch.device) -> dict[str, float]:
     """Median milliseconds of each backend on the same batch, in alternating rounds.
 
     Not while a CUDA graph is captured: call once before.
     """
     kept = cache_folder() / f"contest-{_key(sorted(backends), device)}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    measured = _measured(backends, device)
-    with replacing(kept) as scratch:
-        scratch.write_text(json.dumps(measured))
-    return measured
+    make(
+        kept,
+        "timing the kernels that make views (a second)",
+        lambda scratch: scratch.write_text(json.dumps(_measured(backends, device))),
+    )
+    known: dict[str, float] = json.loads(kept.read_text())
+    return known
 
 
 def _key(names: list[str], device: torch.device) -> str:
@@ -38,19 +40,20 @@ def _key(names: list[str], device: torch.device) -> str:
     return hashlib.sha256(repr((parts, sources)).encode()).hexdigest()[:16]
 
 
-def _measured(backends: dict[str, Callable[..., Tensor]], device: torch.device) -> dict[str, float]:
+def _measured(backends: dict[str, Callable[[Crops], Tensor]], device: torch.device) -> dict[str, float]:
     x = torch.zeros(IMAGES, SIDE, SIDE, 3, dtype=torch.uint8, device=device)
     flips = torch.arange(IMAGES, device=device).to(torch.uint8) % 2
     turns = torch.arange(VIEWS, device=device).to(torch.uint8).repeat(IMAGES, 1)
     ones = torch.ones(3, device=device)
-    rounds = {name: [] for name in backends}
+    crops = Crops(x, flips, turns, ones, ones, torch.bfloat16, 3)
+    rounds: dict[str, list[float]] = {name: [] for name in backends}
     for _ in range(1 + ROUNDS):  # the first warms up
         for name, rotate_views in backends.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             with torch.cuda.device(device):
                 begin.record()
                 for _ in range(LAUNCHES):
-                    rotate_views(x, flips, turns, ones, ones, torch.bfloat16, 3)
+                    rotate_views(crops)
                 end.record()
                 end.synchronize()
             rounds[name].append(begin.elapsed_time(end) / LAUNCHES)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fastrot_kernels.build import BuildError, library
-from fastrot_kernels.layout import channels_first, empty_views
+from fastrot_kernels.layout import Crops, channels_first
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     made = library(Path(__file__).parent / "views", "views")
-    made.rotate_views.argtypes = 5 * [ctypes.c_void_p] + [ctypes.c_int64] + 6 * [ctypes.c_int]
+    made.rotate_views.argtypes = [*5 * [ctypes.c_void_p], ctypes.c_int64, *6 * [ctypes.c_int]]
     return made
 
 
@@ -29,20 +29,13 @@ def obstacle(device: torch.device) -> str:
     return ""
 
 
-def rotate_views(
-    x: Tensor,
-    flips: Tensor,
-    turns: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    dtype: torch.dtype,
-    channels: int,
-) -> Tensor:
+def rotate_views(crops: Crops) -> Tensor:
     """As `reference.rotate_views`, bit for bit, on at most torch.get_num_threads() threads.
 
     A byte has 256 values: their quotients are rounded to dtype by torch, and looked up in C.
     """
-    out = empty_views(x, turns, dtype, channels)
+    x, flips, turns, mean, std, dtype, channels = crops
+    out = crops.empty_views()
     table = ((torch.arange(256).float() - mean[:, None]) / std[:, None]).to(dtype)  # [C, 256]
     n, side, _, in_channels = x.shape
     inputs = [t.contiguous() for t in (x, flips, turns, table)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrot_kernels.build import BuildError
-from fastrot_kernels.layout import channels_first, empty_views
+from fastrot_kernels.layout import Crops, channels_first
 from fastrot_kernels.nvrtc import cubin
 
 SOURCE = Path(__file__).parent / "views" / "rotate.cu"
@@ -48,17 +48,10 @@ def kernel_name(side: int, in_channels: int, channels: int, dtype: torch.dtype, 
     return f"{kind}_{channels}_{'chunks' if aligned and side % 16 == 0 else 'values'}"
 
 
-def rotate_views(
-    x: Tensor,
-    flips: Tensor,
-    turns: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    dtype: torch.dtype,
-    channels: int,
-) -> Tensor:
+def rotate_views(crops: Crops) -> Tensor:
     """As `reference.rotate_views`, within 1 ulp of dtype."""
-    out = empty_views(x, turns, dtype, channels)
+    x, flips, turns, mean, std, dtype, channels = crops
+    out = crops.empty_views()
     n, side, _, in_channels = x.shape
     if n == 0:
         return channels_first(out)

@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastrot_kernels.layout import channels_first, empty_views
+from fastrot_kernels.layout import Crops, channels_first
 
 
 def obstacle(device: torch.device) -> str:
@@ -13,35 +13,28 @@ def obstacle(device: torch.device) -> str:
     return "" if device.type == "cpu" else f"tensors are on {device.type}, not the CPU"
 
 
-def rotate_views(
-    x: Tensor,
-    flips: Tensor,
-    turns: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    dtype: torch.dtype,
-    channels: int,
-) -> Tensor:
+def rotate_views(crops: Crops) -> Tensor:
     """As `reference.rotate_views`, bit for bit.
 
     numpy copies because it has negative strides: a flip or a turn is then a view, where torch
     would copy the pixels once to flip them and again to place them.
     """
-    out = empty_views(x, turns, dtype, channels)
-    source, target = _pixels(_normalise(x, mean, std, dtype, channels)), _pixels(out)
-    views = turns.shape[1]
-    for i, (flip, ks) in enumerate(zip(flips.tolist(), turns.tolist(), strict=True)):
+    out = crops.empty_views()
+    source, target = _pixels(_normalised(crops)), _pixels(out)
+    views = crops.turns.shape[1]
+    for i, (flip, ks) in enumerate(zip(crops.flips.tolist(), crops.turns.tolist(), strict=True)):
         image = source[i, :, ::-1] if flip else source[i]
         for v, k in enumerate(ks):
             target[i * views + v] = np.rot90(image, k)  # reads k as k & 3
     return channels_first(out)
 
 
-def _normalise(x: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
+def _normalised(crops: Crops) -> Tensor:
     """Normalised, padded sources, dtype [n, S, S, C'].
 
     A byte has 256 values: their quotients are computed once and looked up.
     """
+    x, _, _, mean, std, dtype, channels = crops
     table = ((torch.arange(256).float()[:, None] - mean) / std).to(dtype)  # [256, C]
     out = torch.zeros((*x.shape[:3], channels), dtype=dtype)
     for c in range(x.shape[3]):

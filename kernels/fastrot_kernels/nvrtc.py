@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastrot_kernels.build import BuildError, cache_folder, replacing
+from fastrot_kernels.build import BuildError, cache_folder, make
 
 
 def cubin(source: Path, architecture: str) -> bytes:
@@ -21,10 +21,12 @@ def cubin(source: Path, architecture: str) -> bytes:
     for file in (source, *sorted(source.parent.glob("*.h"))):
         made_of.update(file.read_bytes())
     target = cache_folder() / f"{source.stem}-{architecture}-{made_of.hexdigest()[:16]}.cubin"
-    if not target.exists():
-        code = _compiled(compiler, source, architecture)
-        with replacing(target) as scratch:
-            scratch.write_bytes(code)
+    make(
+        target,
+        f"compiling {source.name} for {architecture} (about a second)",
+        lambda scratch: scratch.write_bytes(_compiled(compiler, source, architecture)),
+        lambda made: made.read_bytes().startswith(b"\x7fELF"),
+    )
     return target.read_bytes()
 
 

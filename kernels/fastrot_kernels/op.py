@@ -1,12 +1,14 @@
 """The operation torch sees: argument checks, the custom op, its fake, the public function."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrot_kernels import backends
-from fastrot_kernels.layout import channels_first, empty_views
+from fastrot_kernels.layout import Crops, channels_first
+from fastrot_kernels.operation import operation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,7 +46,7 @@ def rotate_views(
     return rotate_views_op(x, flips, turns, mean, std, dtype, pad_channels, backend)
 
 
-@torch.library.custom_op("fastrot::rotate_views", mutates_args=())
+@operation("fastrot::rotate_views")
 def rotate_views_op(
     x: Tensor,
     flips: Tensor,
@@ -56,14 +58,12 @@ def rotate_views_op(
     backend: str = "auto",
 ) -> Tensor:
     """`rotate_views` on tensors alone, opaque to torch.compile."""
-    _check(x, flips, turns, mean, std, dtype, pad_channels)
-    return backends.run(backend, x, flips, turns, mean, std, dtype, pad_channels or x.shape[3])
+    return backends.run(backend, _checked(Crops(x, flips, turns, mean, std, dtype, pad_channels)))
 
 
 @rotate_views_op.register_fake
-def _(x, flips, turns, mean, std, dtype, pad_channels=0, backend="auto"):
-    _check(x, flips, turns, mean, std, dtype, pad_channels)
-    return channels_first(empty_views(x, turns, dtype, pad_channels or x.shape[3]))
+def _(*arguments: Any) -> Tensor:
+    return channels_first(_checked(Crops(*arguments[:7])).empty_views())  # the last is the backend
 
 
 def _channel_values(values: Tensor | Sequence[float], x: Tensor) -> Tensor:
@@ -72,15 +72,9 @@ def _channel_values(values: Tensor | Sequence[float], x: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=x.device)
 
 
-def _check(
-    x: Tensor,
-    flips: Tensor,
-    turns: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    dtype: torch.dtype,
-    pad_channels: int,
-) -> None:
+def _checked(crops: Crops) -> Crops:
+    """The same, with the number of channels written out. Raises ValueError."""
+    x, flips, turns, mean, std, dtype, pad_channels = crops
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x has shape {list(x.shape)}; expected [n, S, S, C]")
     n, height, width, channels = x.shape
@@ -110,3 +104,4 @@ def _check(
         raise ValueError(f"dtype is {dtype}; expected one of {', '.join(map(str, DTYPES))}")
     if pad_channels != 0 and pad_channels < channels:
         raise ValueError(f"pad_channels is {pad_channels}; expected 0 or at least {channels}, the channels of x")
+    return crops._replace(channels=pad_channels or channels)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrot_kernels.layout import channels_first, empty_views
+from fastrot_kernels.layout import Crops, channels_first
 
 # A program holds 32 x 32 pixels of 4 channels, 16 values a thread: twice as many per thread spill
 # registers where C' is not a power of two (tests/kernels/test_triton_compile.py).
@@ -20,20 +20,13 @@ def obstacle(device: torch.device) -> str:
     return f"tensors are on {device.type}, not CUDA, and TRITON_INTERPRET=1 was not set"
 
 
-def rotate_views(
-    x: Tensor,
-    flips: Tensor,
-    turns: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    dtype: torch.dtype,
-    channels: int,
-) -> Tensor:
+def rotate_views(crops: Crops) -> Tensor:
     """As `reference.rotate_views`, within 1 ulp of dtype."""
+    x, flips, turns, mean, std, _, channels = crops
     n, side = x.shape[:2]
     if side * side * channels >= 2**31:
         raise ValueError(f"a view of {side} x {side} x {channels} exceeds 2**31 values; use reference")
-    out = empty_views(x, turns, dtype, channels)
+    out = crops.empty_views()
     shape = block_shape(channels)
     programs = n * triton.cdiv(side, shape["TILE"]) ** 2
     if programs:

@@ -1,6 +1,7 @@
 """FFCV's files: the rows of the folder they were made from, and every way in which one can be wrong."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -126,6 +127,60 @@ DAMAGE = {
     "across pages": (lambda p: patched(p, allocations(p) + 8, "<u8", PAGE - 1), "crosses a page"),
     "label value": (lambda p: patched(p, METADATA + 16, "<i8", 99), "do not match their checksum"),
 }
+
+
+def foreign(path):
+    """A file as another writer leaves it: no checksums are named, and its last stretch ends where its tables begin."""
+    write(path)
+    patched(path, HEADER + 17, "S16", b"")
+    whole, n = bytearray(path.read_bytes()), 3
+    table = whole[-24 * n :]
+    del whole[allocations(path) - 4 * n :]
+    whole[16:24] = np.array([len(whole)], "<u8").tobytes()
+    path.write_bytes(whole + table)
+    return path
+
+
+@pytest.mark.parametrize("more, words", [(0, None), (1, "not inside its data")])
+def test_a_stretch_may_end_where_the_tables_begin_and_no_byte_later(tmp_path, more, words):
+    path = foreign(tmp_path / "a.beton")
+    last = allocations(path) + 2 * 24 + 16
+    patched(path, last, "<u8", len(jpeg(2)) + more)
+    if words is None:
+        table = beton.read_table(path)
+        assert int(table.offset[2] + table.length[2]) == allocations(path) and table.checksum is None
+        return
+    with pytest.raises(UserError, match=words):
+        beton.read_table(path)
+
+
+@pytest.mark.parametrize("back, words", [(0, None), (1, "not inside its data")])
+def test_a_stretch_may_begin_where_the_metadata_end_and_no_byte_earlier(tmp_path, back, words):
+    path = foreign(tmp_path / "a.beton")
+    begin = METADATA + 3 * 24 - back
+    for place in (METADATA + 5, allocations(path) + 8):
+        patched(path, place, "<u8", begin)
+    if words is None:
+        assert beton.read_table(path).offset[0] == begin
+        return
+    with pytest.raises(UserError, match=words):
+        beton.read_table(path)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_stretch_of_ours_ends_before_its_checksums(tmp_path, more):
+    """By one byte too long, with checksums of the tables that hold all the same."""
+    path = write(tmp_path / "a.beton")
+    patched(path, allocations(path) + 2 * 24 + 16, "<u8", len(jpeg(2)) + more)
+    whole = path.read_bytes()
+    end = allocations(path)
+    tables = whole[METADATA : METADATA + 3 * 24] + whole[end:] + whole[end - 12 : end]
+    patched(path, HEADER + 17 + 24, "<u4", zlib.crc32(tables))
+    if more:
+        with pytest.raises(UserError, match="sample 2 runs into its checksums"):
+            beton.read_table(path)
+    else:
+        assert beton.read_table(path).length[2] == len(jpeg(2))
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -38,6 +38,45 @@ def test_index_describes_a_source(tmp_path, fastrot):
         assert words in done.err
 
 
+def test_no_label_is_no_class(tmp_path, fastrot):
+    root = write_folder(tmp_path / "d", classes=2, per_class=3)
+    (tmp_path / "l.txt").write_text("d/class0/0.jpg\t3\nd/class0/1.jpg\nd/class0/2.jpg\t3\nd/class1/0.jpg\t8\n")
+    some = fastrot("index", f"list:{tmp_path / 'l.txt'}", "--json")
+    assert (some.json["classes"], some.json["images_per_class"]) == (2, [1, 2])
+    assert some.json["unlabelled"] == {"count": 1, "images": [str(root / "class0/1.jpg")]}
+    assert any("1 of 4 images have no label, the first: " in line for line in some.json["remarks"])
+    flat = fastrot("index", root / "class0", "--json")
+    assert (flat.json["rows"], flat.json["classes"], flat.json["images_per_class"]) == (3, 0, [0, 0])
+    assert flat.json["unlabelled"] == {"count": 3, "images": []}
+    assert "no image has a label; rotation needs none" in flat.err
+
+
+def test_a_folder_one_level_too_high_is_told(tmp_path, fastrot):
+    write_folder(tmp_path / "d" / "train", classes=2, per_class=1)
+    write_folder(tmp_path / "d" / "val", classes=2, per_class=1)
+    done = fastrot("index", tmp_path / "d", "--json")
+    want = f"its folders train, val look like splits, and are all in here; name one, as in {tmp_path}/d/train"
+    assert done.json["remarks"] == [want]
+    assert fastrot("index", tmp_path / "d/train", "--json").json["remarks"] == []
+
+
+def test_rotation_trains_on_images_without_labels_and_what_needs_them_refuses(tmp_path, fastrot):
+    flat = write_folder(tmp_path / "d", classes=1, per_class=6) / "class0"
+    small = ["model.arch=resnet18", "data.crop=32", "optim.images_per_step=6", "engine.kind=plain", "data.decode=torch"]
+    words = [*small, "optim.epochs=1", "optim.warmup_epochs=0", "run.tensorboard=false", f"data.train={flat}"]
+    done = fastrot("train", *words, f"run.out={tmp_path / 'r'}", "--json")
+    assert done.json["steps"] == 1 and "no image has a label" in done.err
+    for command in ("linear", "finetune"):
+        refused = fastrot(command, "--random-init", 0, *words, "rotation.views=one", f"run.out={tmp_path / command}")
+        assert refused.code == 2
+        assert f"{flat}: every image needs one class; 6 of 6 have none, the first: {flat}/0.jpg" in refused.errors[0]
+    store = tmp_path / "store"
+    assert fastrot("features", "--data", flat, "--out", store, "--random-init", 0, "--taps", "avg", *small).code == 0
+    for probe in (["knn", "--train"], ["linear", "--features"]):
+        refused = fastrot(*probe, store, "--test", store)
+        assert refused.code == 2 and "6 of 6 rows have no label, and this probe needs them" in refused.errors[0]
+
+
 def test_a_source_may_be_named_by_word_or_by_key_and_hold_an_equals_sign(tmp_path, fastrot):
     odd = write_folder(tmp_path / "a.b=c", classes=1, per_class=2)
     other = write_folder(tmp_path / "other", classes=1, per_class=3)

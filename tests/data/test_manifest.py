@@ -215,17 +215,75 @@ def test_a_file_list_keeps_its_order_and_labels(tmp_path):
     assert manifest.label.tolist() == [7, -1, -1]
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_list_may_name_classes_which_count_by_their_names(tmp_path, mark):
+    write_folder(tmp_path / "d", classes=1)
+    lines = "d/class0/0.jpg\tzebra\r\nd/class0/1.jpg\t\u00e9tang\r\nd/class0/2.jpg\r\nd/class0/3.jpg\t ant eater \r\n"
+    (tmp_path / "l.txt").write_bytes(mark + lines.encode())
+    manifest = build(f"list:{tmp_path / 'l.txt'}", tmp_path / "cache")
+    assert manifest.classes == ["ant eater", "zebra", "\u00e9tang"]
+    assert manifest.label.tolist() == [1, 2, -1, 0]
+
+
+def test_integers_of_a_list_stay_as_they_are_with_a_byte_order_mark_too(tmp_path):
+    write_folder(tmp_path / "d", classes=1)
+    (tmp_path / "l.txt").write_bytes(b"\xef\xbb\xbfd/class0/0.jpg\t007\nd/class0/1.jpg\t-1\nd/class0/2.jpg\t5\n")
+    manifest = build(f"list:{tmp_path / 'l.txt'}", tmp_path / "cache")
+    assert manifest.label.tolist() == [7, -1, 5] and manifest.classes == []
+
+
+def test_a_folder_of_images_alone_is_a_source_without_labels(tmp_path):
+    for name in ("b.jpg", "a.PNG", "c.jpeg", ".hidden.jpg", "empty/notes.txt"):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        draw(20, 30).save(tmp_path / "d" / name, "JPEG")
+    (tmp_path / "d/readme.txt").write_text("x")
+    (tmp_path / "d/self.jpg").symlink_to("self.jpg")
+    manifest = build(tmp_path / "d", tmp_path / "cache")
+    assert [os.path.basename(manifest.path(row)) for row in range(3)] == [b"a.PNG", b"b.jpg", b"c.jpeg"]
+    assert manifest.label.tolist() == [-1] * 3 and manifest.classes == []
+    assert manifest.skipped == {"hidden": 1, "empty class folder": 1, "other extension": 2, "broken link": 1}
+
+
+def test_a_link_to_itself_and_a_pipe_are_passed_over(tmp_path):
+    root = write_folder(tmp_path / "d", classes=1)
+    (root / "class0/self.jpg").symlink_to("self.jpg")
+    os.mkfifo(root / "class0/pipe.jpg")
+    (root / "class0/link.jpg").symlink_to("pipe.jpg")
+    manifest = build(root, tmp_path / "cache")
+    assert len(manifest) == 4 and manifest.skipped == {"broken link": 1, "not a file": 2}
+
+
+@pytest.mark.parametrize("most, rows", [(20 * 30, 1), (20 * 30 - 1, 0)])
+def test_an_image_of_just_max_pixels_is_a_row(tmp_path, most, rows):
+    (tmp_path / "d/c").mkdir(parents=True)
+    draw(20, 30).save(tmp_path / "d/c/a.jpg")
+    draw(2, 3).save(tmp_path / "d/c/b.jpg")
+    assert len(build(tmp_path / "d", tmp_path / "cache", most)) == 1 + rows
+
+
 @pytest.mark.parametrize(
     "make, words",
     [
         (lambda p: str(p / "none"), "no such folder"),
         (lambda p: (p / "empty").mkdir() or str(p / "empty"), "holds no image"),
         (lambda p: (p / "file").write_text("x") and str(p / "file"), "is a file"),
-        (lambda p: (p / "flat").mkdir() or draw(9, 9).save(p / "flat/a.jpg") or str(p / "flat"), "no class folder"),
+        (lambda p: (p / "text").mkdir() or ((p / "text/a.txt").write_text("x") and str(p / "text")), "holds no image"),
         (lambda p: f"list:{p / 'none.txt'}", "No such file"),
         (lambda p: (p / "l.txt").write_text("gone.jpg\t1\n") and f"list:{p / 'l.txt'}", "line 1: no such file"),
         (lambda p: (p / "e.txt").write_text("\n") and f"list:{p / 'e.txt'}", "is empty"),
-        (lambda p: (p / "b.txt").write_text("b.txt\tcat\n") and f"list:{p / 'b.txt'}", "'cat' is not an integer"),
+        (
+            lambda p: (p / "b.txt").write_text("b.txt\t\nb.txt\tcat\nb.txt\t7\n") and f"list:{p / 'b.txt'}",
+            "label 'cat' in line 2 is a name, '7' in line 3 is an integer; write all labels in one way",
+        ),
+        (
+            lambda p: (p / "l.txt").write_text("l.txt\t" + "9" * 20) and f"list:{p / 'l.txt'}",
+            "is more than 64 bits hold",
+        ),
+        (
+            lambda p: (p / "u.txt").write_text("u.txt\t1", "utf-16") and f"list:{p / 'u.txt'}",
+            "UTF-16 text; save it as UTF-8",
+        ),
+        (lambda p: (p / "z.txt").write_bytes(b"a\0b.jpg") and f"list:{p / 'z.txt'}", "line 1: holds a zero byte"),
         (
             lambda p: [(p / "bad/c").mkdir(parents=True), (p / "bad/c/a.jpg").write_bytes(b"x")] and str(p / "bad"),
             "none of its 1 files is a sound image",

@@ -1,5 +1,6 @@
 """Indexing in parts: killed and started again it goes on, and a worker that dies is an error, not a wait."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,18 +14,24 @@ import pytest
 
 from conftest import ROOT, write_folder
 from fastrot.data import manifest as manifests
-from fastrot.data import scan
+from fastrot.data import reading, scan
 from fastrot.data.manifest import Manifest, index
+from fastrot.data.verify import verify
 from fastrot.errors import Fault, UserError
 
-# index(source, cache) by processes, four rows a part
+# index(source, cache) by processes, four rows a part; once all is listed, a file becomes a pipe that never answers
 BY_PROCESSES = """
-import sys
+import os, sys
 from pathlib import Path
 from fastrot.data import scan
 from fastrot.data.manifest import index
 scan._MANY, scan.ROWS = 0, 4
-index(sys.argv[1], Path(sys.argv[2]), 10**8, lambda items, total, title: items)
+def track(items, total, title):
+    if title.startswith("indexing"):
+        os.unlink(sys.argv[3])
+        os.mkfifo(sys.argv[3])
+    return items
+index(sys.argv[1], Path(sys.argv[2]), 10**8, track)
 """
 
 
@@ -55,13 +62,12 @@ def test_a_worker_that_dies_is_a_fault(tmp_path, by_processes):
 
 
 def test_killed_and_started_again_only_what_was_not_done_is_looked_at(tmp_path, monkeypatch):
-    """The last of 18 files is a pipe that never answers; the indexer is killed while a worker waits for it."""
+    """The last of 18 files becomes a pipe that never answers; the indexer is killed while a worker waits for it."""
     root, cache = write_folder(tmp_path / "d", classes=3, per_class=6), tmp_path / "cache"
     last = root / "class2/5.jpg"
-    last.unlink()
-    os.mkfifo(last)
+    last.write_bytes(b"")
     stat = last.stat()
-    command = [sys.executable, "-c", BY_PROCESSES, f"list:{files_of(root)}", str(cache)]
+    command = [sys.executable, "-c", BY_PROCESSES, f"list:{files_of(root)}", str(cache), str(last)]
     process = subprocess.Popen(
         command, cwd=ROOT, start_new_session=True, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     )
@@ -126,6 +132,72 @@ def test_two_at_once_index_a_source_once(tmp_path, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         folders = list(pool.map(lambda _: index(str(root), tmp_path / "cache", 10**8, plain), range(4)))
     assert len(set(folders)) == 1 and len(count) == 12
+
+
+def stumbling(monkeypatch, times: int, number: int) -> list[str]:
+    """Images are opened `times` times with this error before they can be; a list that tells how often class1/2.jpg was."""
+    opened, open_image = [], manifests.open_image
+
+    def stumble(file):
+        if file.name.endswith(b"class1/2.jpg"):
+            opened.append(file.name)
+            if len(opened) <= times:
+                raise OSError(number, os.strerror(number))
+        return open_image(file)
+
+    monkeypatch.setattr(manifests, "open_image", stumble)
+    monkeypatch.setattr(reading, "_PAUSES_S", (0, 0))
+    return opened
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_read_error_that_passes_leaves_no_trace(tmp_path, monkeypatch, number):
+    root = write_folder(tmp_path / "d")
+    opened = stumbling(monkeypatch, 2, number)
+    found = Manifest.load(index(str(root), tmp_path / "cache", 10**8, plain))
+    assert len(opened) == 3
+    assert (len(found), found.quarantined) == (12, [])
+
+
+@pytest.mark.parametrize("number, kind, tries", [(errno.EIO, Fault, 3), (errno.EACCES, UserError, 1)])
+def test_a_read_error_that_stays_ends_indexing_in_a_line_and_is_not_kept(tmp_path, monkeypatch, number, kind, tries):
+    """A file that cannot be read today is no broken image: once it can be, it is a row."""
+    root, cache = write_folder(tmp_path / "d"), tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        opened = stumbling(patch, 99, number)
+        with pytest.raises(kind) as error:
+            index(str(root), cache, 10**8, plain)
+    words = f"indexing {root}: {root}/class1/2.jpg: cannot be read; mend it and start again"
+    assert str(error.value).startswith(words) and os.strerror(number) in str(error.value)
+    assert len(opened) == tries
+    looked, scan_file = [], manifests.scan_file
+    monkeypatch.setattr(manifests, "scan_file", lambda *w, **k: looked.append(w[0]) or scan_file(*w, **k))
+    assert len(Manifest.load(index(str(root), cache, 10**8, plain))) == 12
+    assert looked == [os.fsencode(root / "class1/2.jpg")]  # a row a part, of so few
+
+
+def test_workers_that_are_processes_carry_a_read_error_too(tmp_path, by_processes):
+    root = write_folder(tmp_path / "d")
+
+    def gone(items, total, title):
+        (root / "class1/2.jpg").unlink()
+        return items
+
+    with pytest.raises(UserError, match="class1/2.jpg: cannot be read; [^\n]* \\(No such file or directory\\)$"):
+        index(str(root), tmp_path / "cache", 10**8, gone)
+
+
+@pytest.mark.parametrize(
+    "spoil, words", [(os.unlink, "cannot be opened"), (lambda p: os.utime(p, ns=(1, 1)), "changed")]
+)
+def test_verify_quarantines_what_bytes_say_alone(tmp_path, monkeypatch, spoil, words):
+    root, cache = write_folder(tmp_path / "d"), tmp_path / "cache"
+    folder = index(str(root), cache, 10**8, plain)
+    spoil(root / "class1/2.jpg")
+    with pytest.raises(UserError, match=f"class1/2.jpg: {words}[^\n]*start again[^\n]*$"):
+        verify(folder, plain)
+    kept = Manifest.load(folder)
+    assert (len(kept), kept.quarantined) == (12, [])
 
 
 def test_what_is_found_keeps_its_rows(tmp_path):

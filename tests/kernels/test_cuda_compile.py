@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrot_kernels import cuda_views, reference
-from fastrot_kernels.layout import channels_first, empty_views
+from fastrot_kernels.layout import Crops, channels_first
 from fastrot_kernels.nvrtc import cubin
 
 HERE = Path(__file__).parent
@@ -33,9 +33,10 @@ def host(tmp_path_factory) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
-def on_host(host, x, flips, turns, mean, std, dtype, channels, aligned=True):
+def on_host(host, crops, aligned=True):
     """As `cuda_views.rotate_views`, and by the kernel that it would launch."""
-    out = empty_views(x, turns, dtype, channels).view(torch.uint8).fill_(255).view(dtype)  # NaN where not written
+    x, flips, turns, mean, std, dtype, channels = crops
+    out = crops.empty_views().view(torch.uint8).fill_(255).view(dtype)  # NaN where not written
     n, side, _, in_channels = x.shape
     pointers = (t.data_ptr() for t in (x, flips, turns, mean, std, out))
     batch = cuda_views.Batch(*pointers, n, side, turns.shape[1], in_channels, channels)
@@ -56,8 +57,8 @@ def case(n, side, views, channels=3, seed=0):
 def test_each_flip_and_turn_is_the_reference_s(host, side, channels, dtype):
     x, _, _, mean, std = case(2, side, 4, seed=side)
     turns = torch.arange(4, dtype=torch.uint8).repeat(2, 1)
-    arguments = (x, torch.tensor([0, 1], dtype=torch.uint8), turns, mean, std, dtype, channels)
-    assert torch.equal(on_host(host, *arguments), reference.rotate_views(*arguments))
+    crops = Crops(x, torch.tensor([0, 1], dtype=torch.uint8), turns, mean, std, dtype, channels)
+    assert torch.equal(on_host(host, crops), reference.rotate_views(crops))
 
 
 @settings(deadline=None, max_examples=60)
@@ -65,8 +66,8 @@ def test_each_flip_and_turn_is_the_reference_s(host, side, channels, dtype):
 def test_any_size_any_views_any_channels(host, n, side, views, dtype, aligned, data):
     in_channels = data.draw(st.sampled_from([3, 3, 3, 1, 4, 5]))
     channels = in_channels + data.draw(st.integers(0, 2))
-    arguments = (*case(n, side, views, in_channels, seed=side), dtype, channels)
-    assert torch.equal(on_host(host, *arguments, aligned), reference.rotate_views(*arguments))
+    crops = Crops(*case(n, side, views, in_channels, seed=side), dtype, channels)
+    assert torch.equal(on_host(host, crops, aligned), reference.rotate_views(crops))
 
 
 def test_sides_of_whole_chunks_take_the_wide_kernel_and_others_do_not():

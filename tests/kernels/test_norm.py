@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from fastrot_kernels import norm
 from fastrot_kernels.norm import reference, triton_norm
+from fastrot_kernels.norm.interface import Norm
 
 # what Triton's interpreter does with a loop's end
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
@@ -33,11 +34,11 @@ def make_case(rows, channels, dtype, device="cpu", residual=False):
 
 def run(kernels, x, added, weight, bias, dy, relu):
     """All of it, forward and backward: moments, y, (dw, db), dx, dresidual."""
-    moments = kernels.moments(x)
-    y = kernels.apply(x, added, moments, weight, bias, EPS, relu)
+    at_work = Norm(kernels.moments(x), weight, bias, EPS, relu)
+    y = kernels.apply(x, added, at_work)
     kept = y if added is not None else None
-    sums = kernels.gradient_sums(dy, x, kept, moments, weight, bias, EPS, relu)
-    return moments, y, sums, *kernels.gradients(dy, x, kept, moments, weight, bias, sums, EPS, relu)
+    sums = kernels.gradient_sums(dy, x, kept, at_work)
+    return at_work.moments, y, sums, *kernels.gradients(dy, x, kept, at_work, sums)
 
 
 @pytest.mark.parametrize("relu, residual", [(False, False), (True, False), (True, True)])

@@ -186,7 +186,8 @@ def test_a_fault_ends_the_process_and_is_the_status(images, tmp_path):
     for path in source.rglob("*.jpg"):
         path.unlink()
         os.mkfifo(path)
-    code, output = launched("python", 1, *words, "data.timeout=2")
+    assert launched("python", 1, *words)[0] == 2  # they are not as the run saw them
+    code, output = launched("python", 1, *words, "data.timeout=2", "--resume-anyway", "data.files")
     assert code == 3, output
     assert "fastrot: no batch for data.timeout 2 s: the loader was reading rows" in output
     status = json.loads((tmp_path / "r/STATUS.json").read_text())

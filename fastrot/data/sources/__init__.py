@@ -1,16 +1,18 @@
 """Sources: a word in the config -> the files of a data set, in row order."""
 
 import os
-from collections.abc import Callable
 
+from fastrot.data.reading import exists
+from fastrot.data.scan import Track
 from fastrot.data.sources import beton, coco, filelist, folder, tar, voc
 from fastrot.data.sources.listing import Listing
+from fastrot.errors import UserError
 
 _SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _BY_PREFIX = {"list": filelist.open_source, "voc": voc.open_source, "coco": coco.open_source}
 
 
-def open_source(spec: str, track: Callable) -> Listing:
+def open_source(spec: str, track: Track) -> Listing:
     """List the images of `spec`: a folder of class folders, list:FILE, voc:ROOT?split=S, tar shards (a name,
     range or glob), or NAME.beton.
 
@@ -33,8 +35,15 @@ def shards_of(spec: str) -> list[bytes] | None:
     Raises UserError where one is missing.
     """
     if _is_beton(spec):
+        if not exists(spec):
+            raise UserError(f"{spec}: cannot be read (No such file or directory)")
         return [os.fsencode(os.path.abspath(spec))]
     return tar.shards_of(spec) if _is_shards(spec) else None
+
+
+def rules_of(spec: str) -> str:
+    """Which rules list `spec`, where its files' state does not tell: with other rules a cached listing is no more."""
+    return " labels of whole keys" if _is_shards(spec) else ""
 
 
 def _is_shards(spec: str) -> bool:

@@ -26,13 +26,16 @@ class Listing:
     length: NDArray[np.int64]
     labels: NDArray[np.int64] | NDArray[np.int8]
     classes: list[str]
-    skipped: Counter = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
     faults: list[list[str]] = field(default_factory=list)
     raw_shape: NDArray[np.int32] | None = None
 
 
 def whole_files(
-    files: list[bytes], labels: list[int] | NDArray[np.int8], classes: list[str], skipped: Counter | None = None
+    files: list[bytes],
+    labels: list[int] | NDArray[np.int64] | NDArray[np.int8],
+    classes: list[str],
+    skipped: Counter[str] | None = None,
 ) -> Listing:
     """A listing of one image a file."""
     n = len(files)

@@ -1,11 +1,13 @@
 """voc:ROOT?split=train -- Pascal VOC's image sets: twenty labels an image, read from ImageSets/Main."""
 
+import codecs
 import os
 from collections import Counter
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrot.data.reading import GONE, exists, read_text_file, refusal, states
 from fastrot.data.sources.listing import Listing, whole_files
 from fastrot.errors import UserError
 
@@ -29,15 +31,15 @@ def open_source(rest: str) -> Listing:
     name, _, option = rest.partition("?split=")
     spec, root = f"voc:{rest}", _root(name)
     lists = os.path.join(root, "ImageSets", "Main")
-    there = [s for s in _SPLITS if any(os.path.exists(os.path.join(lists, f"{c}_{s}.txt")) for c in CLASSES)]
+    there = [s for s in _SPLITS if any(exists(os.path.join(lists, f"{c}_{s}.txt")) for c in CLASSES)]
     if option not in there:
         raise UserError(f"{spec}: no split {option!r}; name one that is there, as in ?split=train ({', '.join(there)})")
     ids, labels = _labels(lists, option)
     folder = os.path.join(os.fsencode(os.path.abspath(root)), b"JPEGImages")
     files = [os.path.join(folder, image + b".jpg") for image in ids]
-    missing = [path for path in files if not os.path.exists(path)]
-    if missing:
-        first = os.fsdecode(missing[0])
+    missing = np.flatnonzero(states(files)[:, 0] == GONE)
+    if len(missing):
+        first = os.fsdecode(files[missing[0]])
         raise UserError(f"{spec}: no such file {first}, which the class lists name ({len(missing)} missing in all)")
     return whole_files(files, labels, list(CLASSES), _passed_over(root, ids))
 
@@ -59,7 +61,7 @@ def _labels(lists: str, split: str) -> tuple[list[bytes], NDArray[np.int8]]:
         raise UserError(f"{path}: {unknown[0]!r} is not one of VOC's 20 classes; remove the file")
     columns = {name + end: _read(os.path.join(lists, name + end)) for name in CLASSES}
     named = {file: set(column) for file, column in columns.items()}
-    if os.path.exists(os.path.join(lists, f"{split}.txt")):
+    if exists(os.path.join(lists, f"{split}.txt")):
         lines = _lines(os.path.join(lists, f"{split}.txt"))
         named = {f"{split}.txt": {line.split()[0] for line in lines if line.strip()}} | named
     (first, want), *others = named.items()
@@ -75,10 +77,11 @@ def _labels(lists: str, split: str) -> tuple[list[bytes], NDArray[np.int8]]:
 
 def _lines(path: str) -> list[bytes]:
     try:
-        with open(path, "rb") as file:
-            return file.read().splitlines()
-    except OSError as error:
+        return read_text_file(path).removeprefix(codecs.BOM_UTF8).splitlines()
+    except FileNotFoundError as error:
         raise UserError(f"{path}: {error.strerror}; {_EXPECTED}") from None
+    except OSError as error:
+        raise refusal(f"{path}: cannot be read; {_EXPECTED}", error) from None
 
 
 def _read(path: str) -> dict[bytes, int]:
@@ -98,7 +101,7 @@ def _read(path: str) -> dict[bytes, int]:
     return found
 
 
-def _passed_over(root: str, ids: list[bytes]) -> Counter:
+def _passed_over(root: str, ids: list[bytes]) -> Counter[str]:
     """Images outside the split, and annotations that are not there (labels need none)."""
     images, annotations = (
         {os.path.splitext(os.fsencode(name))[0] for name in os.listdir(folder)} if os.path.isdir(folder) else set()

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastrot_kernels.norm.interface import Norm
+
 
 def moments(x: Tensor) -> Tensor:
     var, mean = torch.var_mean(x.float(), 0, correction=0)
@@ -24,48 +26,38 @@ def update_running(running_mean: Tensor, running_var: Tensor, moments: Tensor, m
     running_var.lerp_(var * (count / (count - 1)), momentum)
 
 
-def apply(
-    x: Tensor, residual: Tensor | None, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool
-) -> Tensor:
-    z = _normalised(x, moments, eps) * weight + bias
+def apply(x: Tensor, residual: Tensor | None, norm: Norm) -> Tensor:
+    z = _normalised(x, norm) * norm.weight + norm.bias
     if residual is not None:
         z += residual.float()
-    return (F.relu(z) if relu else z).to(x.dtype)
+    return (F.relu(z) if norm.relu else z).to(x.dtype)
 
 
-def gradient_sums(
-    dy: Tensor, x: Tensor, y: Tensor | None, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool
-) -> Tensor:
-    xhat = _normalised(x, moments, eps)
-    g = _through_relu(dy, xhat, y, weight, bias, relu)
+def gradient_sums(dy: Tensor, x: Tensor, y: Tensor | None, norm: Norm) -> Tensor:
+    xhat = _normalised(x, norm)
+    g = _through_relu(dy, xhat, y, norm)
     return torch.stack([(g * xhat).sum(0), g.sum(0)])
 
 
-def gradients(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    moments: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    sums: Tensor,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor]:
-    xhat = _normalised(x, moments, eps)
-    g = _through_relu(dy, xhat, y, weight, bias, relu)
-    along, level = sums / moments[0]
-    dx = (g - level - xhat * along) * (weight * torch.rsqrt(moments[2] + eps))
+def gradients(dy: Tensor, x: Tensor, y: Tensor | None, norm: Norm, sums: Tensor) -> tuple[Tensor, Tensor]:
+    xhat = _normalised(x, norm)
+    g = _through_relu(dy, xhat, y, norm)
+    along, level = sums / norm.moments[0]
+    dx = (g - level - xhat * along) * (norm.weight * _rstd(norm))
     return dx.to(x.dtype), g.to(x.dtype) if y is not None else x.new_empty(0, x.shape[1])
 
 
-def _normalised(x: Tensor, moments: Tensor, eps: float) -> Tensor:
-    return (x.float() - moments[1]) * torch.rsqrt(moments[2] + eps)
+def _rstd(norm: Norm) -> Tensor:
+    return torch.rsqrt(norm.moments[2] + norm.eps)
 
 
-def _through_relu(dy: Tensor, xhat: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+def _normalised(x: Tensor, norm: Norm) -> Tensor:
+    return (x.float() - norm.moments[1]) * _rstd(norm)
+
+
+def _through_relu(dy: Tensor, xhat: Tensor, y: Tensor | None, norm: Norm) -> Tensor:
     """The gradient before the ReLU, fp32; what came out of it is read where kept and computed again where not."""
-    if not relu:
+    if not norm.relu:
         return dy.float()
-    out = xhat * weight + bias if y is None else y
+    out = xhat * norm.weight + norm.bias if y is None else y
     return torch.where(out <= 0, 0.0, dy.float())

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrot_kernels.norm.interface import Norm
+
 # A program holds a tile of so many values: 16 a thread where each is used once, 8 where two sums a value stay in
 # registers. Sums are split among at most PROGRAMS: four a multiprocessor of an H100, and few enough for one
 # program to merge a channel's partial sums.
@@ -45,53 +47,39 @@ def update_running(running_mean: Tensor, running_var: Tensor, moments: Tensor, m
         )
 
 
-def apply(
-    x: Tensor, residual: Tensor | None, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool
-) -> Tensor:
+def apply(x: Tensor, residual: Tensor | None, norm: Norm) -> Tensor:
     rows, channels = x.shape
     out = torch.empty_like(x)
     added, tile = residual is not None, block_shape(channels)
     with torch.cuda.device_of(x):
         apply_kernel[_tiles(rows, channels)](
-            x, residual if added else x, moments, weight, bias, out, rows, channels, eps,
-            RELU=relu, RESIDUAL=added, **tile, num_warps=WARPS,
+            x, residual if added else x, norm.moments, norm.weight, norm.bias, out, rows, channels, norm.eps,
+            RELU=norm.relu, RESIDUAL=added, **tile, num_warps=WARPS,
         )  # fmt: skip
     return out
 
 
-def gradient_sums(
-    dy: Tensor, x: Tensor, y: Tensor | None, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool
-) -> Tensor:
+def gradient_sums(dy: Tensor, x: Tensor, y: Tensor | None, norm: Norm) -> Tensor:
     (rows, channels), parts, split = x.shape, *_split(x)
     out = x.new_empty(parts, 2, channels, dtype=torch.float32)
     kept, tile = y is not None, block_shape(channels, VALUES_PER_SUM)
     with torch.cuda.device_of(x):
         gradient_sums_kernel[(parts * triton.cdiv(channels, tile["BC"]),)](
-            dy, x, y if kept else x, moments, weight, bias, out, rows, channels, split, eps,
-            RELU=relu, KEPT=kept, **tile, num_warps=WARPS,
+            dy, x, y if kept else x, norm.moments, norm.weight, norm.bias, out, rows, channels, split, norm.eps,
+            RELU=norm.relu, KEPT=kept, **tile, num_warps=WARPS,
         )  # fmt: skip
     return out.sum(0)
 
 
-def gradients(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    moments: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    sums: Tensor,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor]:
+def gradients(dy: Tensor, x: Tensor, y: Tensor | None, norm: Norm, sums: Tensor) -> tuple[Tensor, Tensor]:
     rows, channels = x.shape
     kept, tile = y is not None, block_shape(channels)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if kept else x.new_empty(0, channels)
     with torch.cuda.device_of(x):
         gradients_kernel[_tiles(rows, channels)](
-            dy, x, y if kept else x, moments, weight, bias, sums, dx, dresidual if kept else dx, rows, channels, eps,
-            RELU=relu, KEPT=kept, **tile, num_warps=WARPS,
+            dy, x, y if kept else x, norm.moments, norm.weight, norm.bias, sums, dx, dresidual if kept else dx,
+            rows, channels, norm.eps, RELU=norm.relu, KEPT=kept, **tile, num_warps=WARPS,
         )  # fmt: skip
     return dx, dresidual
 

@@ -1,15 +1,26 @@
 """The operations torch sees: Triton on CUDA, plain torch elsewhere; opaque to torch.compile, counted by a roofline."""
 
-from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fastrot_kernels.operation import operation
 from fastrot_kernels.pointwise import reference
 
 
-def kernels_for(x: Tensor) -> ModuleType:
+class Kernels(Protocol):
+    """A module of these functions, each what the operation of its name computes."""
+
+    def forward(self, x: Tensor, weight: Tensor, affine: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+    def data_gradient(self, dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def weight_gradient(self, dy: Tensor, x: Tensor, affine: Tensor) -> Tensor: ...
+
+
+def kernels_for(x: Tensor) -> Kernels:
     """The module that computes where x lies."""
     if not x.is_cuda:
         return reference
@@ -24,7 +35,7 @@ def affine(moments: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     return torch.stack([moments[1], rstd, gamma * rstd, beta])
 
 
-@torch.library.custom_op("fastrot::pointwise_forward", mutates_args=())
+@operation("fastrot::pointwise_forward")
 def forward(x: Tensor, weight: Tensor, affine: Tensor | None) -> tuple[Tensor, Tensor]:
     """(y = z @ weight.T [M, N], the moments of y as it is stored, float32 [3, N]).
 
@@ -36,11 +47,11 @@ def forward(x: Tensor, weight: Tensor, affine: Tensor | None) -> tuple[Tensor, T
 
 
 @forward.register_fake
-def _(x, weight, affine):
+def _(x: Tensor, weight: Tensor, affine: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(3, weight.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("fastrot::pointwise_data_gradient", mutates_args=())
+@operation("fastrot::pointwise_data_gradient")
 def data_gradient(dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
     """(g = dy @ weight where relu(norm(x)) is above 0 [M, K], float32 [2, K]: sums of g * xhat and of g).
 
@@ -51,26 +62,26 @@ def data_gradient(dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tupl
 
 
 @data_gradient.register_fake
-def _(dy, weight, x, affine):
+def _(dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(2, x.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("fastrot::pointwise_weight_gradient", mutates_args=())
+@operation("fastrot::pointwise_weight_gradient")
 def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor) -> Tensor:
     """dy.T @ relu(norm(x)), float32 [N, K]; dy [M, N], x [M, K]."""
     return kernels_for(x).weight_gradient(dy, x, affine)
 
 
 @weight_gradient.register_fake
-def _(dy, x, affine):
+def _(dy: Tensor, x: Tensor, affine: Tensor) -> Tensor:
     return x.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)
 
 
 @register_flop_formula([torch.ops.fastrot.pointwise_forward, torch.ops.fastrot.pointwise_data_gradient])
-def _product_flops(left, weight, *_, **__) -> int:
+def _product_flops(left: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
     return 2 * left[0] * weight[0] * weight[1]
 
 
 @register_flop_formula(torch.ops.fastrot.pointwise_weight_gradient)
-def _weight_gradient_flops(dy, x, *_, **__) -> int:
+def _weight_gradient_flops(dy: torch.Size, x: torch.Size, *_: object, **__: object) -> int:
     return 2 * dy[0] * dy[1] * x[1]

@@ -24,7 +24,7 @@ def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor) -> Tensor:
 
 
 def _before_relu(x: Tensor, affine: Tensor) -> Tensor:
-    mean, _, scale, shift = affine
+    mean, _, scale, shift = affine.unbind()
     return (x.float() - mean) * scale + shift
 
 
