@@ -1,10 +1,10 @@
-# make demo: set up, draw the embedded scenes, train on them.   make test: set up, run the tests.
+# make demo: set up, draw the embedded scenes, train on them.   make test: set up, check, run the tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup demo demo-control test test-all lint lock clean
+.PHONY: setup demo demo-control test test-all check lock clean
 
 setup: $(VENV)/.ready
 
@@ -20,31 +20,36 @@ $(VENV)/.ready: requirements.txt requirements-ffcv.txt setup.py tools/install_ff
 	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
 	tools/install_ffcv.sh $(BIN)/python
-	$(BIN)/python -m fastrot.commands.warmup
+	$(BIN)/fastrot warmup
 	@touch $@
 
 demo: setup
-	$(BIN)/python -m fastrot.demo.scenes --out runs/demo-data
+	$(BIN)/fastrot demo-data --out runs/demo-data
 	rm -rf runs/demo
 	$(BIN)/deepspeed fastrot/train.py --config configs/demo.yaml
 
 # the control: the same run on shuffled labels; held-out accuracy must stay at chance
 demo-control: setup
-	$(BIN)/python -m fastrot.demo.scenes --out runs/demo-data
+	$(BIN)/fastrot demo-data --out runs/demo-data
 	rm -rf runs/demo-control
 	$(BIN)/deepspeed fastrot/train.py --config configs/demo.yaml rotation.shuffle_labels=true run.out=runs/demo-control
 
-test: setup
-	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+# two processes, a thread each: most of the time goes into one thread of Python, and two cores are what everybody has
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-all: setup
-	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "slow or not slow"
+test: check
+	$(PYTEST)
 
-lint: setup
+test-all: check
+	$(PYTEST) -m "slow or not slow"
+
+# style, layers, types, and lines of code by room against the budget in tools/lines.py
+check: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/python tools/lines.py
 
 lock:
 	$(BIN)/uv pip compile -q --generate-hashes --universal --python-version 3.11 --no-header --no-annotate requirements.in -o requirements.txt

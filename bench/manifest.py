@@ -37,7 +37,7 @@ def synthetic(rows: int, home: Path, one_file_each: bool) -> tuple[Path, dict]:
     image.write_bytes(tiny())
     columns = {name: np.full(rows, value, kind) for name, value, kind in (
         ("offset", 0, np.int64), ("length", image.stat().st_size, np.int64), ("height", 48, np.int32),
-        ("width", 64, np.int32), ("kind", 1, np.uint8),
+        ("width", 64, np.int32), ("kind", 1, np.uint8), ("orientation", 1, np.uint8),
     )}  # fmt: skip
     label = np.arange(rows) * 1000 // rows
     if one_file_each:
@@ -61,6 +61,7 @@ def synthetic(rows: int, home: Path, one_file_each: bool) -> tuple[Path, dict]:
 
 def measure(folder: Path, rounds: int, decode: bool) -> dict:
     """In a process of its own: open a manifest, plan a batch deep in the stream, decode it."""
+    from fastrot.data.decode.batch import Batch
     from fastrot.data.decode.torch import TorchDecoder
 
     before = harness.memory_mib()
@@ -77,7 +78,7 @@ def measure(folder: Path, rounds: int, decode: bool) -> dict:
     if decode:
         storage, decoder = FileStorage(manifest), TorchDecoder(2)
         start = time.perf_counter()
-        decoder.submit(storage.read(sample.rows), sample.windows, 64)
+        decoder.submit(Batch(storage.read(sample.rows), np.ones(BATCH, np.uint8), sample.windows, 64))
         pixels, failed = decoder.result()
         assert len(pixels) == BATCH and not failed
         result["first_decoded_batch_s"] = planned + time.perf_counter() - start

@@ -1,34 +1,76 @@
-"""The doors: hand over, and say what went wrong."""
+"""Finds the command, runs it, says what went wrong."""
 
 import argparse
+import difflib
 import json
 import os
 import sys
 import time
-import warnings
 
+from fastrot import __version__
+from fastrot.commands import GROUPS, find
+from fastrot.commands.base import Command
 from fastrot.errors import Fault, UserError
-from fastrot.options import parse
 
 _OTHERS_WAIT_S = 5  # launchers end the other ranks within two
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit code: 0 done, 2 the user's error, 3 a fault, 130 Ctrl-C."""
-    args = parse(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        print(_overview(), file=sys.stderr)
+        return UserError.exit_code
+    if words[0] not in _names():
+        return _without_command(words[0])
+    command = find(words[0])
+    # intermixed: overrides stand before, between and after options
+    parser = command.parser()
+    args, unknown = parser.parse_known_intermixed_args(words[1:])
+    if unknown:
+        parser.error(f"unknown option {' '.join(unknown)}")
     try:
-        return _run(args)
+        _run(command, args)
     except (UserError, Fault) as error:
         _complain(error)
         return error.exit_code
-    except KeyboardInterrupt:
-        goes_on = (
-            "; --resume auto goes on from the last checkpoint"
-            if args.command in ("train", "linear", "finetune")
-            else ""
-        )
-        _complain(f"stopped by Ctrl-C{goes_on}")
+    except KeyboardInterrupt as stop:  # a run says in it what stands
+        _complain("; ".join(["stopped by Ctrl-C", *map(str, stop.args)]))
         return 130
+    return 0
+
+
+def _run(command: Command, args: argparse.Namespace) -> None:
+    result = command.run(args)
+    if result is not None and args.json and os.environ.get("RANK", "0") == "0":
+        print(json.dumps(result), flush=True)
+
+
+def _names() -> list[str]:
+    return [name for names in GROUPS.values() for name in names]
+
+
+def _without_command(word: str) -> int:
+    if word in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if word == "--version":
+        print(f"fastrot {__version__}")
+        return 0
+    near = difflib.get_close_matches(word, _names(), 1)
+    hint = f"did you mean {near[0]}?" if near else "fastrot --help lists them"
+    _complain(f"{word!r} is no command; {hint}")
+    return UserError.exit_code
+
+
+def _overview() -> str:
+    """All commands, grouped, a line each."""
+    lines = ["usage: fastrot COMMAND [options] [section.key=value ...]", ""]
+    lines += ["Pretrain ResNets by predicting image rotations."]
+    for group, names in GROUPS.items():
+        lines += ["", f"{group}:", *(f"  {name:10} {find(name).says}" for name in names)]
+    lines += ["", "fastrot COMMAND --help   the command's options and an example", "fastrot --version"]
+    return "\n".join(lines)
 
 
 def _complain(error: UserError | Fault | str) -> None:
@@ -40,140 +82,6 @@ def _complain(error: UserError | Fault | str) -> None:
     who = "fastrot" if rank == "0" else f"fastrot: rank {rank}"
     for line in str(error).splitlines():
         print(f"{who}: {line}", file=sys.stderr, flush=True)
-
-
-def _run(args: argparse.Namespace) -> int:
-    if args.command == "linear":
-        begins = (args.checkpoint, args.random_init, args.features)
-        if sum(one is not None for one in begins) != 1:
-            raise UserError("name either --checkpoint C or --random-init SEED, or --features TRAIN with --test TEST")
-    if args.command == "linear" and args.features is not None:
-        return _run_linear_on_features(args)
-    if args.command in ("svm", "lowshot", "knn"):
-        return _run_probe(args)
-    if args.command == "export":
-        return _run_export(args)
-    from fastrot import config as configs
-
-    overrides = args.overrides + ([f"data.decode={args.decode}"] if getattr(args, "decode", None) else [])
-    config, sources = configs.load(args.config, overrides)
-    warnings.filterwarnings("ignore", module=r"torch\..*|deepspeed\..*")
-
-    if args.command == "pack":  # one process and its workers, no ranks
-        result = _pack(args, config)
-        if args.json:
-            print(json.dumps(result), flush=True)
-        return 0
-
-    from fastrot import distributed
-
-    ranks = distributed.start()
-    try:
-        with distributed.lost_peer_is_a_fault(ranks):
-            result = _hand_over(args, config, sources, ranks)
-    except UserError:
-        distributed.end()
-        raise  # after a Fault the other ranks sit in a collective: leaving the group would wait for them
-    if args.json and ranks.first:
-        print(json.dumps(result), flush=True)
-    distributed.end()
-    return 0
-
-
-def _pack(args, config) -> dict:
-    from fastrot.data.encode import Encoding
-    from fastrot.data.pack import pack
-
-    encoding = Encoding(args.mode, args.quality, args.max_side, args.raw_share)
-    return pack(args.source, args.out, encoding, args.workers, config.data)
-
-
-def _run_export(args: argparse.Namespace) -> int:
-    from fastrot.models.export import export
-
-    result = export(args.checkpoint, args.to, args.out)
-    if args.json:
-        print(json.dumps(result), flush=True)
-    return 0
-
-
-def _run_linear_on_features(args: argparse.Namespace) -> int:
-    from fastrot.report import probing
-
-    if args.test is None:
-        raise UserError("--features: name the store to judge by, --test TEST")
-    run = probing.PROBES["linear"]
-    result = probing.run(run, args.features, args.test, args.layers, args.out, args.device, epochs=args.epochs)
-    if args.json:
-        print(json.dumps(result), flush=True)
-    return 0
-
-
-def _run_probe(args: argparse.Namespace) -> int:
-    from fastrot.report import probing
-
-    options = dict(vars(args))
-    command, as_json = options.pop("command"), options.pop("json")
-    if "k" in options:
-        options["ks"] = options.pop("k")
-    result = probing.run(probing.PROBES[command], **options)
-    if as_json:
-        print(json.dumps(result), flush=True)
-    return 0
-
-
-def _hand_over(args, config, sources, ranks) -> dict:
-    if args.command == "stream":
-        from fastrot.runs.stream import stream
-
-        result = stream(config, ranks, args.first_step, args.steps, args.ranks, args.pixels)
-        if not args.json:
-            for name in ("sha256", "pixels_sha256"):
-                if name in result:
-                    print(f"{name} {result[name]}")
-        return result
-    if args.command == "index":
-        from fastrot.data.contents import describe_source
-
-        return describe_source(args.source or config.data.train, config, ranks, args.verify)
-    if args.command == "features":
-        from fastrot.features import extract
-
-        taps = extract.parse_taps(args.taps)
-        request = extract.Request(
-            args.data,
-            args.out,
-            args.checkpoint,
-            args.random_init,
-            taps,
-            args.pool,
-            args.transform,
-            args.dtype,
-            args.passes,
-        )
-        return extract.dump(request, config, ranks)
-    if args.command == "linear":
-        from fastrot.runs.heads import train_heads
-
-        return train_heads(args.checkpoint, args.random_init, config, ranks, args.resume)
-    if args.command == "finetune":
-        from fastrot.runs.finetune import fine_tune
-
-        return fine_tune(args.checkpoint, args.random_init, config, ranks, args.resume)
-    if args.command == "page":
-        from fastrot.report.page import build
-
-        return build(args.checkpoint, args.suite, args.out, config, ranks)
-    if args.command == "tune":
-        from fastrot.runs.tune import tune
-
-        return tune(config, ranks, args.seconds)
-    from fastrot.runs.dry_run import dry_run
-    from fastrot.runs.run import train
-
-    if args.dry_run:
-        return dry_run(config, sources, ranks, args.deepspeed_config)
-    return train(config, ranks, args.resume, args.resume_anyway, args.deepspeed_config)
 
 
 def entry(argv: list[str] | None = None) -> None:

@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
@@ -20,7 +20,9 @@ GRAPHING_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Data(Section):
@@ -151,6 +153,8 @@ class Engine(Section):
     recompute: bool = False
     """Keep each residual block's input alone and compute its maps again in the backward pass: a fraction of the
     memory for a second forward pass."""
+    max_bad_steps: PositiveInt = 10
+    """Steps in a row whose loss is not finite that end a run; seen where a line is logged."""
     deterministic: bool = False
     """Only deterministic CUDA algorithms, so that a resume is equal bit for bit on a GPU; slower."""
 
@@ -197,6 +201,8 @@ class Finetune(Section):
 
 
 class Config(Section):
+    """A run's settings: eight sections, each of which may be left out."""
+
     data: Data = Data()
     rotation: Rotation = Rotation()
     linear: Linear = Linear()
@@ -287,20 +293,51 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _shown(text: str) -> str:
+    """As it is, or escaped where it would not stay on its line."""
+    return text if text.isprintable() else repr(text)
+
+
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except ValueError as error:  # 2024-99-01: meant as a date by YAML, and none
-        raise UserError(f"{where}: {error}; quote it") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not YAML ({getattr(error, 'problem', error)})") from None
+        why = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{_shown(where)}{line}: not YAML ({_shown(why)})") from None
+    except RecursionError:
+        raise UserError(f"{_shown(where)}: not YAML (nested too deep)") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # what PyYAML's constructors raise for a value that is none of its kind, such as the date 2024-99-01
+        raise UserError(f"{_shown(where)}: {_shown(str(error))}; quote it") from None
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+def _section(name: str) -> type[Section]:
+    return cast(type[Section], Config.model_fields[name].annotation)
+
+
+def is_text(key: str) -> bool:
+    """Whether the values of a section.key are text, which an override gives letter by letter."""
+    section, _, name = key.partition(".")
+    field = _section(section).model_fields.get(name) if section in Config.model_fields else None
+    return field is not None and field.annotation in (str, str | None)
+
+
+def _value(key: str, text: str, where: str) -> Any:
+    """An override's value. Text is taken as it is, but for quotes around it and for nothing or `null`, which unset
+    the key; all else is YAML."""
+    if not is_text(key):
+        return _parse(text, where)
+    if text in ("", "null"):
+        return None
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    return str(_parse(text, where)) if quoted else text
+
+
+def _flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """{section: {key: value}} as {section.key: value}; values that are mappings stay whole."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for section, body in tree.items():
         if section in Config.model_fields and isinstance(body, dict):
             flat |= {f"{section}.{key}": value for key, value in body.items()}
@@ -311,17 +348,57 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 def known_keys() -> list[str]:
     """Every dotted key there is, in the order of the sections."""
-    return [f"{name}.{key}" for name, section in Config.model_fields.items() for key in section.annotation.model_fields]
+    return [f"{name}.{key}" for name in Config.model_fields for key in _section(name).model_fields]
 
 
-def load(path: str | None, overrides: list[str]) -> tuple[Config, dict[str, str]]:
+def _meant_for(values: dict[str, Any]) -> str | None:
+    """The command that a file's values are for; None where several could read it.
+
+    `linear` and `finetune` have a section each, and a file that sets one of them is for that command. A file that says
+    how to learn (optim) and sets neither is for `train`. A resolved config, as run folders hold, sets both: it is for
+    the one whose section differs from the defaults, or for `train` where rotation.views is all.
+    """
+    own = {name: [key for key in values if key.startswith(f"{name}.")] for name in ("linear", "finetune")}
+    named = [name for name, keys in own.items() if keys]
+    if len(named) == 2:
+        usual = flat(Config())
+        named = [name for name, keys in own.items() if any(_changed(values[key], usual.get(key)) for key in keys)]
+        if not named:
+            return "train" if values.get("rotation.views") == "all" else None
+    if len(named) == 1:
+        return named[0]
+    learns = any(key.startswith("optim.") for key in values)
+    return "train" if not named and learns and values.get("rotation.views") != "one" else None
+
+
+def _changed(value: Any, usual: Any) -> bool:
+    return bool(value != usual)
+
+
+def _refuse_foreign(path: str | None, values: dict[str, Any], overrides: list[str], command: str) -> None:
+    """Raise UserError where a command that trains is given a file, or an override, that is another's."""
+    meant = _meant_for(values)
+    if meant not in (None, command):
+        raise UserError(
+            f"--config {path}: is a config of fastrot {meant}, and fastrot {command} would train another thing with it"
+        )
+    for override in overrides:
+        section = override.partition(".")[0]
+        if section in ("linear", "finetune") and section != command:
+            raise UserError(f"{_shown(override)}: fastrot {command} does not read the section {section}")
+
+
+def load(path: str | None, overrides: list[str], command: str | None = None) -> tuple[Config, dict[str, str]]:
     """The resolved config, and where each key's value comes from (file, command line, default).
 
     path       a YAML file of sections, or None for the defaults.
-    overrides  "section.key=value", the last one wins.
+    overrides  "section.key=value", the last one wins. Values of text keys are taken literally, others are YAML.
+    command    train, linear or finetune: refuse a file that is for another of them, or an override that it does not
+               read. A command that trains nothing reads any file, and of it what it needs.
     Raises UserError with one line for each thing that is wrong.
     """
-    values, sources = {}, {}
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     if path is not None:
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -333,11 +410,13 @@ def load(path: str | None, overrides: list[str]) -> tuple[Config, dict[str, str]
             raise UserError(f"--config {path}: expected sections ({', '.join(Config.model_fields)})")
         values = _flatten(tree)
         sources = dict.fromkeys(values, path)
+    if command is not None:
+        _refuse_foreign(path, values, overrides, command)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"{override!r}: expected section.key=value, as in optim.lr=0.1")
-        values[key] = _parse(value, override)
+        values[key] = _value(key, value, override)
         sources[key] = "command line"
     return _validated(values, sources), {key: sources.get(key, "default") for key in known_keys()}
 
@@ -351,8 +430,8 @@ def _validated(values: dict[str, Any], sources: dict[str, str]) -> Config:
                 k for k in known if k.endswith("." + key.rpartition(".")[2])
             ]
             hint = f"; did you mean {near[0]}?" if near else f"; sections: {', '.join(Config.model_fields)}"
-            wrong.append(f"{sources[key]}: unknown key {key}{hint}")
-    tree: dict[str, dict] = {}
+            wrong.append(f"{sources[key]}: unknown key {_shown(key)}{hint}")
+    tree: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         if key in known:
             section, _, name = key.partition(".")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -142,14 +142,23 @@ def end() -> None:
 
 
 def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Do something on rank 0 alone; every rank gets its result, or raises its UserError or Fault."""
-    outcome: list = [None, None]
+    """Do something on rank 0 alone; every rank gets its result, or raises what rank 0 raised.
+
+    What is no error of ours is raised on the others as a Fault in its words: it may not survive the way.
+    """
+    outcome: list[Any] = [None, None]
+    raised: BaseException | None = None
     if ranks.first:
         try:
             outcome[0] = work()
-        except (UserError, Fault) as error:
-            outcome[1] = error
+        except BaseException as error:  # whatever it is: the others wait below
+            raised = error
+            ours = isinstance(error, UserError | Fault)
+            outcome[1] = error if ours else Fault(f"rank 0: {type(error).__name__}: {error}")
     dist.broadcast_object_list(outcome, src=0)
+    if raised is not None:
+        raise raised
     if outcome[1] is not None:
         raise outcome[1]
-    return outcome[0]
+    result: T = outcome[0]
+    return result

@@ -17,6 +17,10 @@ class Fault(Exception):
     exit_code = 3
 
 
+class Diverged(Fault):
+    """The loss, the weights or their momentum are not finite any more."""
+
+
 class LostPeer(Fault):
     """Another rank is gone or does not answer; where it failed by itself it knows why better than we."""
 

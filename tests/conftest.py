@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,40 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
+
+
+_NEED_CUDA = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)  # what is slow has been taken out
+def pytest_collection_modifyitems(config, items):
+    """Tests that need CUDA are collected where there is CUDA; --collect-only lists them everywhere."""
+    import torch
+
+    if torch.cuda.is_available() or config.option.collectonly:
+        return
+    absent = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=absent)
+    config.stash[_NEED_CUDA] = len(absent)
+    if hasattr(config, "workeroutput"):  # a process of pytest-xdist's
+        config.workeroutput["need_cuda"] = len(absent)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Every process of pytest-xdist's collects all tests: any one's count is the run's."""
+    node.config.stash[_NEED_CUDA] = getattr(node, "workeroutput", {}).get("need_cuda", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """What did not run and why, a line each kind."""
+    if absent := config.stash.get(_NEED_CUDA, 0):
+        terminalreporter.write_line(f"{absent} tests need CUDA and were not collected")
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped"))
+    if reasons:
+        said = "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"{reasons.total()} tests were skipped, of them {said}")
 
 
 def draw(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -99,7 +134,9 @@ def shared_data():
 @pytest.fixture
 def fastrot(capfd, monkeypatch):
     """A function that runs a command in this process, as the console script does."""
+    from fastrot import distributed
     from fastrot.cli import main
+    from fastrot.errors import Fault
 
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # each process group wraps it once more
 
@@ -109,6 +146,8 @@ def fastrot(capfd, monkeypatch):
             code = main([str(w) for w in words])
         except SystemExit as end:  # argparse's own refusals
             code = end.code
+        if code == Fault.exit_code:  # it leaves the other ranks, and with them the process
+            distributed.end()
         said = capfd.readouterr()
         return Done(code, said.out, said.err)
 

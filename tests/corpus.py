@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 from itertools import pairwise
 
 import numpy as np
@@ -54,6 +55,86 @@ def sixteen_bits(kind: str) -> bytes:
     return encode(Image.fromarray(deep), kind)
 
 
+def exif_block(order: str, directories: list[list[tuple[int, int, list[int]]]], magic: int = 42) -> bytes:
+    """A TIFF block: in each directory (tag, type, values); values of more than four bytes stand elsewhere, at the end."""
+    sign = {"II": "<", "MM": ">"}[order]
+    form = {1: "B", 3: "H", 4: "I", 8: "h", 9: "i"}
+    head = order.encode() + struct.pack(sign + "HI", magic, 8)
+    at = 8 + sum(6 + 12 * len(entries) for entries in directories)
+    out, elsewhere, start = b"", b"", 8
+    for number, entries in enumerate(directories, 1):
+        start += 6 + 12 * len(entries)
+        out += struct.pack(sign + "H", len(entries))
+        for tag, kind, values in entries:
+            data = struct.pack(sign + form[kind] * len(values), *values)
+            out += struct.pack(sign + "HHI", tag, kind, len(values))
+            if len(data) > 4:
+                out += struct.pack(sign + "I", at + len(elsewhere))
+                elsewhere += data
+            else:
+                out += data.ljust(4, b"\0")
+        out += struct.pack(sign + "I", start if number < len(directories) else 0)
+    return head + out + elsewhere
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def headed(*segments: bytes, jfif: bool = False, picture: Image.Image | None = None) -> bytes:
+    """The picture with these segments first, behind JFIF's or without it."""
+    plain = encode(picture or PICTURE)
+    length = 2 + struct.unpack(">H", plain[4:6])[0]
+    return plain[:2] + plain[2 : 2 + length] * jfif + b"".join(segments) + plain[2 + length :]
+
+
+def exif_of(orientation: int, order: str = "II", kind: int = 3) -> bytes:
+    return segment(0xE1, b"Exif\0\0" + exif_block(order, [[(0x0112, kind, [orientation])]]))
+
+
+def png_chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png_with(chunk: bytes, before: bytes) -> bytes:
+    """The picture as a PNG with a chunk put before another."""
+    plain = encode(PICTURE, "PNG")
+    at = plain.index(before) - 4
+    return plain[:at] + chunk + plain[at:]
+
+
+def raw_profile(orientation: int) -> bytes:
+    """EXIF as ImageMagick writes it into a PNG's text."""
+    block = b"Exif\0\0" + exif_block("II", [[(0x0112, 3, [orientation])]])
+    return png_chunk(b"tEXt", b"Raw profile type exif\0" + f"\nexif\n{len(block):8}\n{block.hex()}\n".encode())
+
+
+def scan_parameters(data: bytes, new: bytes) -> bytes:
+    """A sequential JPEG whose scan header tells another part of the coefficients: libjpeg warns, and decodes."""
+    at = data.index(b"\xff\xda") + 2
+    at += struct.unpack(">H", data[at : at + 2])[0] - 3
+    return data[:at] + new + data[at + 3 :]
+
+
+def patched_components(data: bytes) -> bytes:
+    """A JPEG without JFIF whose components are called R, G, B: libjpeg takes them for that."""
+    plain = data[:2] + data[4 + struct.unpack(">H", data[4:6])[0] :]
+    frame, scan = plain.index(b"\xff\xc0") + 10, plain.index(b"\xff\xda") + 5
+    named = bytearray(plain)
+    named[frame : frame + 9 : 3], named[scan : scan + 6 : 2] = b"RGB", b"RGB"
+    return bytes(named)
+
+
+def top_down(bmp: bytes) -> bytes:
+    rows = np.frombuffer(bmp[54:], np.uint8).reshape(HEIGHT, -1)[::-1]
+    return bmp[:22] + struct.pack("<i", -HEIGHT) + bmp[26:54] + rows.tobytes()
+
+
+OTHER = draw(HEIGHT, WIDTH, 9)
+_FADING = np.dstack([WHOLE, np.tile(np.arange(WIDTH, dtype=np.uint8), (HEIGHT, 1))])
+FADING = Image.fromarray(_FADING)
+GRAY = np.asarray(PICTURE.convert("L"))
+
 XMP = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
 
 SOUND = {
@@ -88,6 +169,42 @@ SOUND = {
     "GIF": encode(PICTURE.quantize(64), "GIF"),
     "GIF of two frames": encode(PICTURE.quantize(64), "GIF", save_all=True, append_images=[draw(HEIGHT, WIDTH, 9)]),
     **{f"{kind} orientation {o}": oriented(o, kind) for kind in ("PNG", "WEBP", "TIFF") for o in (3, 6)},
+    "XMP before EXIF, no JFIF": headed(segment(0xE1, XMP), exif_of(3)),
+    "orientation as a big-endian LONG": headed(exif_of(8, "MM", 4)),
+    "two EXIF blocks": headed(exif_of(6), exif_of(3)),
+    "EXIF before JFIF": headed(exif_of(6), segment(0xE0, b"JFIF\0\1\2\0\0\1\0\1\0\0")),
+    "orientation in the thumbnail's directory alone": headed(
+        segment(0xE1, b"Exif\0\0" + exif_block("II", [[(0x0100, 3, [9])], [(0x0112, 3, [6])]]))
+    ),
+    "XMP's orientation beside EXIF's": headed(segment(0xE1, XMP), exif_of(1)),
+    "RGB by the components' names": patched_components(encode(PICTURE)),
+    "odd scan parameters": scan_parameters(encode(PICTURE), b"\0\0\0"),
+    "JFIF of a revision to come": encode(PICTURE).replace(b"JFIF\0\x01", b"JFIF\0\x03", 1),
+    "PNG animated": encode(PICTURE, "PNG", save_all=True, append_images=[OTHER]),
+    "PNG animated, default image hidden": encode(
+        PICTURE, "PNG", save_all=True, default_image=True, append_images=[OTHER, PICTURE]
+    ),
+    "PNG alpha that fades": encode(FADING, "PNG"),
+    "PNG a colour transparent": encode(PICTURE, "PNG", transparency=(1, 2, 3)),
+    "PNG a palette's colour transparent": encode(PICTURE.quantize(64), "PNG", transparency=3),
+    "PNG 4 bits": encode(PICTURE.quantize(10), "PNG", bits=4),
+    "PNG gray and alpha": encode(FADING.convert("LA"), "PNG"),
+    "PNG gamma": png_with(png_chunk(b"gAMA", struct.pack(">I", 100_000)), b"IDAT"),
+    "PNG orientation behind the pixels": png_with(png_chunk(b"eXIf", exif_block("MM", [[(0x0112, 3, [6])]])), b"IEND"),
+    "PNG orientation in a raw profile": png_with(raw_profile(6), b"IDAT"),
+    "PNG orientation in XMP alone": png_with(png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP), b"IDAT"),
+    "WebP lossy": encode(PICTURE, "WEBP", quality=90),
+    "WebP alpha that fades": encode(FADING, "WEBP", lossless=True),
+    "WebP animated": encode(PICTURE, "WEBP", save_all=True, append_images=[OTHER], lossless=True),
+    "WebP animated and turned": encode(
+        PICTURE, "WEBP", save_all=True, append_images=[OTHER], exif=exif_of(6)[4:], lossless=True
+    ),
+    "BMP from above": top_down(encode(PICTURE, "BMP")),
+    "BMP palette": encode(PICTURE.quantize(64), "BMP"),
+    "TIFF 32-bit integers": encode(Image.fromarray(GRAY.astype(np.int32)), "TIFF"),
+    "TIFF floats": encode(Image.fromarray(GRAY.astype(np.float32)), "TIFF"),
+    "TIFF of two pages": encode(PICTURE, "TIFF", save_all=True, append_images=[OTHER]),
+    "PGM 16 bits": b"P5 %d %d 65535\n" % (WIDTH, HEIGHT) + (GRAY.astype(">u2") * 256 + 9).tobytes(),
     "1x1": encode(draw(1, 1)),
     "1x5000": encode(draw(5000, 1)),
     "5000x1": encode(draw(1, 5000)),
@@ -113,6 +230,14 @@ def header_of(side: int) -> bytes:
     return patched(png, 16, struct.pack(">II", side, side))
 
 
+def thumbnailed_and_cut() -> bytes:
+    """A thumbnail's end marker stands in the last KiB, the image's own is gone."""
+    whole = headed(segment(0xE1, b"Exif\0\0" + exif_block("II", [[]]) + encode(draw(9, 9))))
+    cut_at = whole.rindex(b"\xff\xda") + 60
+    assert b"\xff\xd9" in whole[cut_at - 1024 : cut_at]
+    return whole[:cut_at]
+
+
 BASE = encode(PICTURE)
 FRAME = frame_at(BASE)
 BROKEN = {
@@ -121,6 +246,8 @@ BROKEN = {
     "truncated at 99%": cut(BASE, 0.99),
     "EOI missing": BASE[:-2],
     "progressive, truncated at 60%": cut(encode(PICTURE, progressive=True), 0.6),
+    "cut behind a thumbnail's end": thumbnailed_and_cut(),
+    "PNG, end chunk missing": encode(PICTURE, "PNG")[:-12],
     "zero length": b"",
     "garbage": bytes(np.random.default_rng(0).integers(0, 256, 4000, np.uint8)),
     "header only": BASE[: BASE.index(b"\xff\xda") + 2],

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from fastrot import config as configs
 from fastrot.errors import UserError
@@ -115,7 +117,7 @@ def test_the_last_override_wins_and_sources_are_told(tmp_path):
         ("optim.lr", "expected section.key=value"),
         ("optim.lr=[", "not YAML"),
         ("optim.epochs=.inf", "finite number"),
-        ("run.out=2024-99-01", "quote it"),
+        ("data.crop=2024-99-01", "quote it"),
         ("run.seed=-1", "greater than or equal to 0"),
         ("engine.images_per_micro_step=1", "greater than or equal to 2"),
     ],
@@ -146,6 +148,7 @@ def test_all_that_is_wrong_is_told_at_once():
         ["data.resize=20", "data.crop=32"],
         ["data.window=random", "data.crop_by_epoch={0: 96}"],
         ["optim.milestones=[5,3]"],
+        ["optim.milestones=[3,3]"],
         ["optim.nesterov=true", "optim.name=lars"],
         ["optim.nesterov=true", "optim.momentum=0"],
         ["engine.zero=1", "engine.kind=plain"],
@@ -202,3 +205,70 @@ def test_every_field_is_documented_where_it_stands():
 def test_yaml_written_is_plain_yaml():
     config, _ = configs.load(None, ["data.train=/x"])
     assert yaml.safe_load(configs.to_yaml(config))["data"]["train"] == "/x"
+
+
+TEXT = ["data.train", "data.val", "run.out", "finetune.names"]
+
+
+@pytest.mark.parametrize("key", TEXT)
+@settings(deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_text_arrives_letter_by_letter(key, text):
+    """A folder called `x #2`, `010`, `*.tar` or `a: b`."""
+    assume(text != "null" and not (len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"))
+    assert configs.flat(configs.load(None, [f"{key}={text}"])[0])[key] == text
+
+
+@pytest.mark.parametrize(
+    "text", ["/data/set #2", "a\nb", "x ", " x", "2012", "010", "*.tar", "{000..003}.tar", "/d/a: b", "~", "true", "[a"]
+)
+def test_text_that_yaml_would_change_arrives_unchanged(text):
+    assert configs.load(None, [f"data.train={text}"])[0].data.train == text
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [('"/x y"', "/x y"), ("'/x #y'", "/x #y"), ('"null"', "null"), ("null", None), ("", None), ("'", "'")],
+)
+def test_quotes_around_text_are_taken_off_and_nothing_unsets_it(text, value):
+    assert configs.load(None, [f"data.train={text}"])[0].data.train == value
+
+
+def test_text_keys_are_those_that_are_text():
+    assert [key for key in configs.known_keys() if configs.is_text(key)] == [
+        "data.train",
+        "data.val",
+        "finetune.names",
+        "run.out",
+    ]
+
+
+ODD = [
+    "!!bool x",
+    "!!int",
+    "!!timestamp x",
+    "0001-01-01T00:00:00+23:59",
+    "[" * 500,
+    "a\nb: [",
+    "{[]: 1}",
+    "\0",
+    "9" * 5000,
+]
+
+
+@pytest.mark.parametrize("key", [key for key in configs.known_keys() if key not in TEXT])
+@given(text=st.one_of(st.sampled_from(ODD), st.text(), st.integers().map(str), st.floats().map(repr)))
+@settings(max_examples=15, deadline=None)
+def test_any_text_for_any_other_key_is_read_or_refused_in_a_line(key, text):
+    try:
+        configs.load(None, [f"{key}={text}"])
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_an_override_of_any_text_is_read_or_refused_in_a_line(text):
+    with pytest.raises(UserError) as error:
+        configs.load(None, [text])
+    assert len(str(error.value).splitlines()) == 1

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from fastrot import distributed
 from fastrot.distributed import Peer, Ranks, lost_peer_is_a_fault
 from fastrot.errors import Fault, LostPeer
-from fastrot.runs.log import write_status
-from fastrot.runs.run import _has_failed
+from fastrot.runs.log import RunLog, read_status, write_status
+from fastrot.runs.run import _record_failure
 from fastrot.watch import Process
 
 # as torch 2.11 words them
@@ -114,8 +114,11 @@ def test_training_limits_the_wait_and_starting_does_not(monkeypatch):
 
 
 def test_who_failed_by_itself_has_the_last_word(tmp_path):
-    assert not _has_failed(tmp_path)
-    write_status(tmp_path, "running")
-    assert not _has_failed(tmp_path)
+    ranks, log = Ranks(0, 2, 0, 2, torch.device("cpu")), RunLog(tmp_path)
+    _record_failure(LostPeer("rank 1 is gone"), tmp_path, ranks, True, log)
+    assert read_status(tmp_path)["reason"] == "LostPeer: rank 1 is gone"
     write_status(tmp_path, "failed", rank=1, reason="Fault: no batch")
-    assert _has_failed(tmp_path)
+    _record_failure(LostPeer("rank 1 is gone"), tmp_path, ranks, True, log)
+    assert read_status(tmp_path)["reason"] == "Fault: no batch"
+    _record_failure(Fault("rank 0 too"), tmp_path, ranks, True, log)
+    assert read_status(tmp_path)["reason"] == "Fault: rank 0 too"

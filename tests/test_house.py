@@ -35,4 +35,4 @@ def test_the_gpus_tests_are_found_where_other_packages_are_missing():
     code += "sys.exit(pytest.main(['-m', 'gpu', '--collect-only', 'tests']))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "tests/test_no_sync.py" in done.stdout
+    assert "tests/engine/test_no_sync.py" in done.stdout

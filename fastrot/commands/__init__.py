@@ -1,0 +1,19 @@
+"""The commands, a file each, in the order of a user's day. One file and one name here adds another."""
+
+from importlib import import_module
+
+from fastrot.commands.base import Command
+
+GROUPS = {
+    "data": ("index", "pack", "tune"),
+    "training": ("train", "linear", "finetune"),
+    "judging a backbone": ("features", "svm", "lowshot", "knn", "page"),
+    "handing it on": ("export",),
+    "looking behind": ("stream", "config", "demo-data", "warmup"),
+}
+
+
+def find(name: str) -> Command:
+    """The command of a name in GROUPS; imports its file and no other's."""
+    command: Command = import_module(f"fastrot.commands.{name.replace('-', '_')}").COMMAND
+    return command

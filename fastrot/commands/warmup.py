@@ -1,19 +1,26 @@
-"""python -m fastrot.commands.warmup: compile once, at set-up, what the first run would wait for."""
+"""`fastrot warmup`: compile once, at set-up, what the first run would wait for."""
 
+import argparse
 import sys
 import warnings
 
-import torch
-
-from fastrot import machine
-from fastrot.engine.host_collectives import load_host_collectives
-from fastrot.errors import UserError
-from fastrot_kernels.build import BuildError
-from fastrot_kernels.turbo import Turbo
+from fastrot.commands.base import Command
 
 
-def main() -> None:
+def _options(parser: argparse.ArgumentParser) -> None:
+    """None of its own."""
+
+
+def _run(args: argparse.Namespace) -> None:
     """The turbo decoder (2 s); and, without a GPU, DeepSpeed's host collectives (30 s)."""
+    import torch
+
+    from fastrot import machine
+    from fastrot.engine.host_collectives import load_host_collectives
+    from fastrot.errors import UserError
+    from fastrot_kernels.build import BuildError
+    from fastrot_kernels.turbo import Turbo
+
     try:
         Turbo(1).close()
     except BuildError as error:
@@ -28,5 +35,4 @@ def main() -> None:
             print(f"setup: {error}", file=sys.stderr)
 
 
-if __name__ == "__main__":
-    main()
+COMMAND = Command("warmup", "compile at set-up what the first run would wait for", "fastrot warmup", _options, _run)

@@ -64,9 +64,8 @@ def open_manifest(source: str | None, config: Config, ranks: Ranks, key: str) ->
     return Manifest.load(manifest_folder(source, config, ranks, key))
 
 
-def admit_changed_files(manifest: Manifest, home: Path, allowed: bool, say: Callable[[str], None]) -> Manifest:
-    """A frozen manifest whose files are as they were when it was made; where they are not and that is `allowed`, one of
-    the files as they are now, which it replaces in its folder `home`.
+def admit_changed_files(manifest: Manifest, allowed: bool, say: Callable[[str], None]) -> bool:
+    """Whether files of a frozen manifest are not as they were when it was made, and that is `allowed`.
 
     Raises UserError with the first that differ where it is not.
     """
@@ -75,16 +74,14 @@ def admit_changed_files(manifest: Manifest, home: Path, allowed: bool, say: Call
     if looked < files:
         say(f"{manifest.source}: {looked:,} of its {files:,} files, evenly spread, were compared with what was indexed")
     if not changed:
-        return manifest
+        return False
     line = f"{manifest.source}: {len(changed):,} of {looked:,} files are not as the run saw them"
     if not allowed:
         named = [f"{path}: {what}" for path, what in changed[:_CHANGED_SHOWN]]
         todo = f"restore them, choose another run.out, or --resume-anyway {FILES} (what no longer fits is replaced)"
         raise UserError("\n".join([f"{line}; {todo}", *named]))
     say(f"{line}, the first: {': '.join(changed[0])}; goes on with them as they are, by --resume-anyway {FILES}")
-    manifest = manifest.with_files_as_they_are()
-    manifest.save(home)
-    return manifest
+    return True
 
 
 def describe(manifest: Manifest, say: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastrot.data import beton
-from fastrot.data.images import KINDS, decode_upright, kind_of, open_image, orientation_of
+from fastrot.data.images import KINDS, decode_upright, kind_of, known
 from fastrot.data.jpeg import frame_of
 from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
@@ -86,14 +86,18 @@ class Encoding:
         kept = manifest.length[manifest.kind == _JPEG] if self.mode in ("keep", "mix") else manifest.length[:0]
         return max(pixels, int(kept.max(initial=0)))
 
-    def encode(self, buffer: NDArray[np.uint8], row: int) -> Sample:
-        """One row's sample from its bytes [length] or pixels [H, W, 3]. Raises BadImage."""
+    def encode(self, buffer: NDArray[np.uint8], row: int, orientation: int) -> Sample:
+        """One row's sample from its bytes [length] or pixels [H, W, 3], which lie as the manifest says.
+
+        Raises BadImage.
+        """
         raw = self.raw(row)
-        if self.mode in ("keep", "mix") and not raw and buffer.ndim == 1:
+        orientation = known(orientation, buffer)
+        if self.mode in ("keep", "mix") and not raw and buffer.ndim == 1 and orientation == 1:
             kept = self._kept(buffer)
             if kept:
                 return kept
-        image = Image.fromarray(buffer) if buffer.ndim == 3 else decode_upright(buffer)
+        image = Image.fromarray(buffer) if buffer.ndim == 3 else decode_upright(buffer, orientation)
         height, width = self.size(image.height, image.width)
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BOX)
@@ -107,8 +111,6 @@ class Encoding:
         """The bytes as they are, where every reader of a .beton shows them as they should be."""
         frame = frame_of(buffer) if kind_of(buffer) == "JPEG" else None
         if frame is None or not frame.usual or self.size(frame.height, frame.width) != frame[:2]:
-            return None
-        if frame.exif and orientation_of(open_image(io.BytesIO(buffer))) != 1:
             return None
         return Sample(buffer.tobytes(), beton.JPEG, frame.height, frame.width, True)
 
@@ -134,7 +136,7 @@ def encode_rows(rows: range) -> list[Sample | str]:
         if isinstance(buffer, BadImage):
             raise Unreadable(f"{manifest.name(row)}: {buffer}")
         try:
-            samples.append(encoding.encode(buffer, row))
+            samples.append(encoding.encode(buffer, row, int(manifest.orientation[row])))
         except BadImage as error:
             samples.append(str(error))
     return samples

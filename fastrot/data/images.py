@@ -1,7 +1,8 @@
-"""What an image is, judged by Pillow; and the list of those that are not."""
+"""What an image is, judged by Pillow."""
 
 import io
 import warnings
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ Image.MAX_IMAGE_PIXELS = None
 
 # RAW: pixels, uint8 [height, width, 3], that need no decoding; their source says which rows are so
 KINDS = ("other", "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "RAW")
+UNKNOWN = 0  # an orientation that manifests of older formats do not hold
 _ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,22 +47,30 @@ def kind_of(data: bytes | NDArray[np.uint8]) -> str:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation 1..8; 1 where there is none or the block is broken. XMP is ignored."""
+    """EXIF orientation 1..8 of the pixels that `image` holds, by the rule of Pillow's `exif_transpose` with XMP ignored.
+
+    1 where there is none, or the block is broken; for a TIFF, which Pillow turns as it loads it.
+    """
+    if image.format == "TIFF":
+        return 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if image.format == "TIFF":
-                found = image.tag_v2.get(_ORIENTATION, 1)
-            else:
-                exif = Image.Exif()
-                exif.load(image.info.get("exif") or b"")
-                found = exif.get(_ORIENTATION, 1)
-    except (ValueError, TypeError, SyntaxError, OSError, KeyError, IndexError, AttributeError):
+            if image.format == "PNG":  # what describes it may stand behind its pixels
+                image.load()
+            _forget_xmp(image)
+            found = image.getexif().get(_ORIENTATION, 1)
+            return int(found) if found in range(1, 9) else 1
+    except Exception:  # Pillow raises any type on broken blocks
         return 1
-    return found if found in range(1, 9) else 1
 
 
-def open_image(source) -> Image.Image:
+def _forget_xmp(image: Image.Image) -> None:
+    for key in ("xmp", "XML:com.adobe.xmp"):
+        image.info.pop(key, None)
+
+
+def open_image(source: BinaryIO) -> Image.Image:
     """Pillow's image of a file object, header read, pixels not.
 
     Raises BadImage with the reason; OSError where the file cannot be read.
@@ -68,7 +78,7 @@ def open_image(source) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Image.open(source)
+            image = Image.open(source)
     except Image.UnidentifiedImageError:
         raise BadImage("not an image that Pillow knows") from None
     except OSError as error:
@@ -77,20 +87,41 @@ def open_image(source) -> Image.Image:
         raise BadImage(f"broken header ({type(error).__name__}: {error})") from None
     except Exception as error:  # Pillow's plugins raise any type on broken headers
         raise BadImage(f"broken header ({type(error).__name__}: {error})") from None
+    _forget_xmp(image)  # before a TIFF is loaded
+    return image
 
 
-def decode_upright(data: NDArray[np.uint8] | bytes) -> Image.Image:
+def known(orientation: int, buffer: NDArray[np.uint8]) -> int:
+    """A manifest's orientation of a file [length] or of pixels [H, W, 3]; where it is UNKNOWN, what the bytes say now:
+    1 where they are no image, as decoding will tell."""
+    if orientation != UNKNOWN:
+        return orientation
+    try:
+        return 1 if buffer.ndim == 3 else orientation_of(open_image(io.BytesIO(buffer)))
+    except BadImage:
+        return 1
+
+
+def decode_upright(data: NDArray[np.uint8] | bytes, orientation: int = UNKNOWN) -> Image.Image:
     """The upright RGB image of a buffer, fully decoded: the oracle for what an image is.
 
+    orientation  of the stored pixels, as a manifest holds it; UNKNOWN: as `orientation_of` reads it.
     Raises BadImage with the reason.
     """
     image = open_image(io.BytesIO(bytes(data)))
-    orientation = orientation_of(image)
+    return upright(image, orientation or orientation_of(image))
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """An opened image decoded, as RGB, and turned. Raises BadImage with the reason.
+
+    Of 16 bits a sample the high byte is shown; 32-bit integers and floats as Pillow shows them, clipped to 0..255.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if image.mode.startswith("I"):  # 16 bits: the high byte; convert("RGB") would clip to white
-                high = np.asarray(image.convert("I"), np.int32) >> 8
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+                high = np.asarray(image.convert("I"), np.int32) >> 8  # convert("RGB") would clip to white
                 image = Image.fromarray(high.clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
     except Exception as error:  # as above: any type

@@ -1,9 +1,6 @@
 """plan -> bytes -> pixels, batches ahead of the step."""
 
-import queue
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -11,17 +8,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastrot.data.ahead import begun, by_a_thread
 from fastrot.data.bad_images import BadImages
 from fastrot.data.decode import Decoder
+from fastrot.data.decode.batch import Batch
+from fastrot.data.images import known
 from fastrot.data.manifest import Manifest
 from fastrot.data.plan import Plan, Sample, slice_of
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage, Fault
 
 DECODES_IN_FLIGHT = 2  # one that decodes, one that waits for it: a decoder's threads never idle
-_PRODUCER_ENDS_S = 1.0  # a producer stuck in a read is a daemon; the exit does not wait for it
 _PLANNED_TOGETHER = 1024  # images, about: numpy's calls cost more than their work on a batch alone
 _READ_AHEAD = 4  # batches whose bytes are being read before the decoder wants them
+
+# (rows int64 [n], epochs int64 [n]) -> what a plan shows of them
+Remake = Callable[[NDArray[np.int64], NDArray[np.int64]], Sample]
 
 
 @dataclass(frozen=True)
@@ -95,39 +97,36 @@ class Loader:
         rank: int,
         micro_steps: int,
         size_at: Callable[[float], int],
-    ) -> Iterator[StepBatch]:
+    ) -> Generator[StepBatch, None, None]:
         """This rank's share of steps `steps`, the first of which begins at stream position `position`.
 
         images   a step, over all ranks; size_at(epoch) -> side of the crops.
         """
         n = len(self.manifest)
         starts = range(position, position + len(steps) * images, images)
-
         shares = [slice_of(images, ranks, micro_steps, micro_step, rank) for micro_step in range(micro_steps)]
+        flow = self._flow(self._planned(starts, shares, size_at), self.plan.of)
+        for step, start in zip(steps, starts, strict=True):
+            micro = (
+                self._batch(request, pixels, images, last=number == micro_steps)
+                for number, (request, pixels) in enumerate(islice(flow, micro_steps), 1)
+            )
+            yield StepBatch(step, start, start / n, micro)
+
+    def _planned(
+        self, starts: range, shares: list[tuple[int, int]], size_at: Callable[[float], int]
+    ) -> Iterator[_Request]:
+        """A request for each share of each step; steps begin at the stream positions `starts`."""
         of_step = np.concatenate([np.arange(first, last) for first, last in shares])
         ends = np.cumsum([last - first for first, last in shares]).tolist()
-
-        def requests():
-            together = max(1, _PLANNED_TOGETHER // len(of_step))
-            for at in range(0, len(starts), together):
-                some = starts[at : at + together]
-                planned = self.plan.at_all((np.array(some)[:, None] + of_step).ravel())
-                for nth, start in enumerate(some):
-                    step = planned.part(nth * len(of_step), (nth + 1) * len(of_step))
-                    for first, last in zip([0, *ends], ends, strict=False):
-                        yield _Request(step.part(first, last), size_at(start / n))
-
-        flow = self._flow(requests(), self.plan.of)
-        for step, start in zip(steps, starts, strict=True):
-            yield StepBatch(
-                step,
-                start,
-                start / n,
-                (
-                    self._batch(request, pixels, images, last=number == micro_steps)
-                    for number, (request, pixels) in enumerate(islice(flow, micro_steps), 1)
-                ),
-            )
+        together = max(1, _PLANNED_TOGETHER // len(of_step))
+        for at in range(0, len(starts), together):
+            some = starts[at : at + together]
+            planned = self.plan.at_all((np.array(some)[:, None] + of_step).ravel())
+            for nth, start in enumerate(some):
+                step = planned.part(nth * len(of_step), (nth + 1) * len(of_step))
+                for first, last in zip([0, *ends], ends, strict=False):
+                    yield _Request(step.part(first, last), size_at(start / len(self.manifest)))
 
     def held_out(self, ranks: int, rank: int, images: int, short: int, crop: int) -> Iterator[MicroBatch]:
         """This rank's contiguous share of all rows, in order, at most `images` a batch."""
@@ -138,10 +137,10 @@ class Loader:
     def shown(self, parts: Iterable[NDArray[np.int64]], short: int, crop: int) -> Iterator[MicroBatch]:
         """Given rows as evaluation shows them, a batch for each of `parts`, in order."""
 
-        def show(rows, _epochs=None):
+        def show(rows: NDArray[np.int64], _epochs: NDArray[np.int64]) -> Sample:
             return self.plan.held_out(rows, short, crop)
 
-        requests = (_Request(show(rows), crop) for rows in parts)
+        requests = (_Request(self.plan.held_out(rows, short, crop), crop) for rows in parts)
         for request, pixels in self._flow(requests, show):
             yield self._batch(request, pixels, len(self.manifest))
 
@@ -175,87 +174,64 @@ class Loader:
             last,
         )
 
-    def _flow(self, requests: Iterable[_Request], remake: Callable) -> Iterator[tuple[_Request, torch.Tensor]]:
-        """Requests with their pixels, in order, produced by a thread that runs ahead."""
-        ready: queue.Queue = queue.Queue(self._depth)
-        stop = threading.Event()
+    def _flow(self, requests: Iterable[_Request], remake: Remake) -> Iterator[tuple[_Request, torch.Tensor]]:
+        """Requests with their pixels, in order, by a thread that runs ahead."""
+        reading = begun(((request, self._storage.start(request.sample.rows)) for request in requests), _READ_AHEAD)
+        decoding = begun((self._submitted(request, finish) for request, finish in reading), DECODES_IN_FLIGHT - 1)
+        decoded = (self._decoded(request, unread) for request, unread in decoding)
+        sound = (self._mended(request, pixels, bad, remake) for request, pixels, bad in decoded)
+        return by_a_thread(sound, self._depth, self._timeout, lambda: self._stage, self._choose_device)
 
-        def put(item) -> None:
-            while not stop.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
+    def _choose_device(self) -> None:
+        """A new thread starts on device 0."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
-        def produce() -> None:
-            try:
-                if self._device.type == "cuda":  # a new thread starts on device 0
-                    torch.cuda.set_device(self._device)
-                for item in self._decoded(requests, remake):
-                    put(item)
-                    if stop.is_set():
-                        return
-                put(None)
-            except BaseException as error:  # carried to the consumer, which raises it
-                put(error)
-
-        producer = threading.Thread(target=produce, name="loader", daemon=True)
-        producer.start()
-        try:
-            while True:
-                try:
-                    item = ready.get(timeout=self._timeout)
-                except queue.Empty:
-                    raise Fault(
-                        f"no batch for data.timeout {self._timeout:g} s: the loader was {self._stage}"
-                    ) from None
-                if item is None:
-                    return
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            producer.join(timeout=_PRODUCER_ENDS_S)
-
-    def _decoded(self, requests, remake) -> Iterator[tuple[_Request, torch.Tensor]]:
-        ahead: deque[tuple[_Request, Callable]] = deque()
-        flying: deque[tuple[_Request, dict[int, str]]] = deque()
-        for request in requests:
-            ahead.append((request, self._storage.start(request.sample.rows)))
-            if len(ahead) > _READ_AHEAD:
-                yield from self._submit(*ahead.popleft(), flying, remake)
-        while ahead:
-            yield from self._submit(*ahead.popleft(), flying, remake)
-        while flying:
-            yield self._collect(flying, remake)
-
-    def _submit(self, request, finish_reading, flying, remake):
+    def _submitted(
+        self, request: _Request, finish_reading: Callable[[], list[NDArray[np.uint8] | BadImage]]
+    ) -> tuple[_Request, dict[int, str]]:
+        """The request, whose images the decoder has; and those that could not be read."""
         self._stage = f"reading rows {request.sample.rows[:3].tolist()}... of {self.manifest.source}"
         read = finish_reading()
-        unread = {at: str(b) for at, b in enumerate(read) if isinstance(b, BadImage)}
-        good = [at for at in range(len(read)) if at not in unread]
-        self._decoder.submit([read[at] for at in good], request.sample.windows[good], request.size)
-        flying.append((request, unread))
-        if len(flying) >= DECODES_IN_FLIGHT:
-            yield self._collect(flying, remake)
+        unread = {at: str(buffer) for at, buffer in enumerate(read) if isinstance(buffer, BadImage)}
+        good = [at for at, buffer in enumerate(read) if not isinstance(buffer, BadImage)]
+        buffers = [buffer for buffer in read if not isinstance(buffer, BadImage)]
+        rows, windows = request.sample.rows[good], request.sample.windows[good]
+        self._decoder.submit(self._to_decode(buffers, rows, windows, request.size))
+        return request, unread
 
-    def _collect(self, flying, remake):
-        request, bad = flying.popleft()
+    def _to_decode(
+        self,
+        buffers: list[NDArray[np.uint8]],
+        rows: NDArray[np.int64],
+        windows: NDArray[np.int32] | NDArray[np.float64],
+        size: int,
+    ) -> Batch:
+        orientations = self.manifest.orientation[rows]
+        if not orientations.all():  # a manifest of an older format
+            orientations = np.array([known(int(o), b) for o, b in zip(orientations, buffers, strict=True)], np.uint8)
+        return Batch(buffers, orientations, windows, size)
+
+    def _decoded(self, request: _Request, unread: dict[int, str]) -> tuple[_Request, torch.Tensor, dict[int, str]]:
+        """The request, pixels uint8 [n, size, size, 3], and the positions whose pixels are undefined, with the reason."""
         self._stage = f"decoding rows {request.sample.rows[:3].tolist()}... of {self.manifest.source}"
         decoded, failed = self._decoder.result()
-        if not bad and not failed:
-            return request, self._staged(decoded)
-        n = len(request.sample)
-        good = [at for at in range(n) if at not in bad]
-        pixels = decoded.new_empty(n, *decoded.shape[1:])
+        if not unread:
+            return request, decoded, failed
+        good = [at for at in range(len(request.sample)) if at not in unread]
+        pixels = decoded.new_empty(len(request.sample), *decoded.shape[1:])
         pixels[good] = decoded
-        bad |= {good[at]: reason for at, reason in failed.items()}
+        return request, pixels, unread | {good[at]: reason for at, reason in failed.items()}
+
+    def _mended(
+        self, request: _Request, pixels: torch.Tensor, bad: dict[int, str], remake: Remake
+    ) -> tuple[_Request, torch.Tensor]:
+        """Bad images replaced; pixels pinned where a GPU will copy them, so that the copy runs beside the step."""
         for at, reason in sorted(bad.items()):
             request = self._replaced(request, at, reason, pixels, remake)
-        return request, self._staged(pixels)
+        return request, pixels.pin_memory() if self._device.type == "cuda" and not pixels.is_cuda else pixels
 
-    def _replaced(self, request: _Request, at: int, reason: str, pixels: torch.Tensor, remake) -> _Request:
+    def _replaced(self, request: _Request, at: int, reason: str, pixels: torch.Tensor, remake: Remake) -> _Request:
         """The request with image `at` replaced by the next sound row in manifest order, with that
         row's own window, flip, turn and label of the epoch; its pixels written into `pixels`."""
         row, epoch = int(request.sample.rows[at]), request.sample.epochs[at : at + 1]
@@ -267,13 +243,9 @@ class Loader:
             try:
                 if isinstance(buffer, BadImage):
                     raise buffer
-                pixels[at] = self._decoder.one(buffer, other.windows, request.size)
+                pixels[at] = self._decoder.one(self._to_decode([buffer], other.rows, other.windows, request.size))
             except BadImage as error:
                 reason = str(error)
                 continue
             return _Request(request.sample.replaced(at, other), request.size)
         raise Fault(f"{self.manifest.source}: no row can be read any more; the last: {reason}")
-
-    def _staged(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Host pixels pinned where a GPU will copy them, so that the copy runs beside the step."""
-        return pixels.pin_memory() if self._device.type == "cuda" and not pixels.is_cuda else pixels

@@ -14,7 +14,7 @@ import torch
 from fastrot.config import Data
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
-from fastrot.files import write_text
+from fastrot.files import read_json, write_text
 from fastrot.machine import cache_folder, cores
 
 PREFETCH = 3  # micro-batches ahead where neither config nor tune says
@@ -47,13 +47,12 @@ def place(data: Data, ranks: Ranks) -> Path:
 def read(path: Path) -> Tuned | None:
     """What was found, or None where nothing was. Raises UserError where the file is damaged."""
     try:
-        kept = json.loads(path.read_text())
-        tuned = Tuned(*(kept[name] for name in ("threads", "prefetch", "hw_decoder_load", "found")))
+        tuned = read_json(path, Tuned)
         if min(tuned.threads, tuned.prefetch) < 1 or not 0 <= (tuned.hw_decoder_load or 0) <= 1:
             raise ValueError("its numbers make no sense")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: not what fastrot tune wrote ({error}); remove it, or run fastrot tune again"
         ) from None

@@ -16,24 +16,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrot.data import scan
-from fastrot.data.images import KINDS, decode_upright, kind_of, open_image, orientation_of
+from fastrot.data import jpeg, png, scan
+from fastrot.data.images import KINDS, UNKNOWN, kind_of, open_image, orientation_of, upright
 from fastrot.data.reading import GONE, states
 from fastrot.data.scan import Track
 from fastrot.data.sources import open_source, rules_of, shards_of
 from fastrot.data.sources.listing import Listing
 from fastrot.errors import BadImage, UserError
+from fastrot.files import read_json, replacing
 
-_FORMAT = 3
+_FORMAT = 4  # 3 held no orientation
 HEAD = 4096  # bytes of an image that enter the content hash
-_TAIL = 1024  # a JPEG's end marker is looked for in its last bytes
 _HASHED = 4096  # files that enter the storage hash at once
-COLUMNS = ("file", "offset", "length", "height", "width", "label", "kind")
+COLUMNS = ("file", "offset", "length", "height", "width", "label", "kind", "orientation")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Manifest:
 
     file int32 [N] into `paths`; offset, length int64 [N], bytes; height, width int32 [N], upright
     (after EXIF); label int64 [N], or int8 [N, 20] where an image has many: 1 present, 0 absent, -1
-    ignored; kind uint8 [N] into faults.KINDS.
+    ignored; kind uint8 [N] into images.KINDS; orientation uint8 [N], EXIF's 1..8 of the stored pixels, which
+    decoders apply and do not read (images.UNKNOWN in manifests that were made before it was kept).
     file_state   int64 [F, 2], size in bytes and modification time in ns of each file as indexed; None in manifests that
                  were made before this was kept: then a file's size is known where it is one image.
     content      hash of what the images are: what a resume checks.
@@ -57,6 +58,7 @@ class Manifest:
     width: NDArray[np.int32]
     label: NDArray[np.int64] | NDArray[np.int8]
     kind: NDArray[np.uint8]
+    orientation: NDArray[np.uint8]
     names: NDArray[np.uint8]
     name_ends: NDArray[np.int64]
     source: str
@@ -104,28 +106,29 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write the manifest; the folder appears whole or not at all."""
-        scratch = folder.with_name(f".{folder.name}-{os.getpid()}")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        for name in (*COLUMNS, "names", "name_ends"):
-            np.save(scratch / f"{name}.npy", getattr(self, name), allow_pickle=False)
-        if self.file_state is not None:
-            np.save(scratch / "file_state.npy", self.file_state, allow_pickle=False)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         meta = {name: getattr(self, name) for name in _META} | {"format": _FORMAT}
-        (scratch / "meta.json").write_text(json.dumps(meta, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
+        with replacing(folder, folder=True) as scratch:
+            for name in (*COLUMNS, "names", "name_ends"):
+                np.save(scratch / f"{name}.npy", getattr(self, name), allow_pickle=False)
+            if self.file_state is not None:
+                np.save(scratch / "file_state.npy", self.file_state, allow_pickle=False)
+            (scratch / "meta.json").write_text(json.dumps(meta, indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
         """Map a saved manifest. Raises UserError where it is missing or damaged."""
         try:
-            meta = json.loads((folder / "meta.json").read_text())
-            state = folder / "file_state.npy"
-            kept: dict[str, Any] = {name: meta[name] for name in _META}
-            kept |= {name: _mapped(folder / f"{name}.npy") for name in (*COLUMNS, "names", "name_ends")}
-            return cls(**kept, file_state=_mapped(state) if state.exists() else None)
-        except (OSError, ValueError, KeyError) as error:
+            meta = vars(read_json(folder / "meta.json", _Meta))
+            names = [name for name in (*COLUMNS, "names", "name_ends") if name != "orientation"]
+            kept: dict[str, Any] = {name: _mapped(folder / f"{name}.npy") for name in names}
+            for late in ("orientation", "file_state"):  # not in manifests of formats that held none
+                path = folder / f"{late}.npy"
+                kept[late] = _mapped(path) if path.exists() else None
+            if kept["orientation"] is None:
+                kept["orientation"] = np.full(len(kept["file"]), UNKNOWN, np.uint8)
+            return cls(**kept, **meta)
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{folder}: not a manifest that can be read ({error}); remove it") from None
 
 
@@ -145,7 +148,19 @@ def place(path: bytes, offset: int) -> str:
     return f"{name} at byte {offset}" if offset else name
 
 
-_META = ("source", "classes", "content", "storage", "skipped", "quarantined")
+@dataclass(frozen=True)
+class _Meta:
+    """meta.json. source: any text, since a path may not be UTF-8."""
+
+    source: Any
+    classes: list[Any]
+    content: str
+    storage: str
+    skipped: dict[str, int]
+    quarantined: list[list[Any]]
+
+
+_META = tuple(_Meta.__annotations__)
 
 
 def index(source: str, cache: Path, max_pixels: int, track: Track) -> Path:
@@ -189,9 +204,8 @@ def _with_states(cached: Path, state: NDArray[np.int64]) -> Path:
     kept = cached / "file_state.npy"
     if not kept.exists():
         try:
-            scratch = cached / f".{os.getpid()}.npy"
-            np.save(scratch, state, allow_pickle=False)
-            scratch.replace(kept)
+            with replacing(kept) as scratch, scratch.open("wb") as file:
+                np.save(file, state, allow_pickle=False)
         except OSError as error:
             raise _unwritable(cached, error) from None
     return cached
@@ -289,8 +303,8 @@ def content_hash(
 
 def scan_file(
     path: bytes, offset: int, length: int, raw_shape: tuple[int, int], max_pixels: int
-) -> tuple[int, int, int, bytes] | str:
-    """(upright height, width, kind, sha256 of the first 4 KiB), or why it is no sound image.
+) -> tuple[int, int, int, int, bytes] | str:
+    """(upright height, width, kind, orientation, sha256 of the first 4 KiB), or why it is no sound image.
 
     offset, length  where the image lies in the file; length -1 = the whole file.
     raw_shape       height and width where these bytes are pixels, else (0, 0).
@@ -298,35 +312,50 @@ def scan_file(
     """
     try:
         with open(path, "rb") as shard:
-            file = shard
+            file: BinaryIO = shard
             if length >= 0:
                 shard.seek(offset)
-                file = io.BytesIO(shard.read(length))
-                if len(file.getvalue()) < length:
+                part = shard.read(length)
+                if len(part) < length:
                     return "its shard ends before it does"
+                file = io.BytesIO(part)
             head = file.read(HEAD)
             if not head:
                 return "empty file"
-            file.seek(0)
-            image = None if any(raw_shape) else open_image(file)
-            width, height = image.size if image else raw_shape[::-1]
-            if width * height > max_pixels:
-                return f"{width}x{height} is above data.max_pixels {max_pixels}"
-            if image is None:
-                return height, width, KINDS.index("RAW"), hashlib.sha256(head).digest()
-            if orientation_of(image) >= 5:
-                width, height = height, width
-            kind = kind_of(head)
-            if kind == "JPEG":
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - _TAIL))
-                ends = b"\xff\xd9" in file.read()
-            if kind != "JPEG" or not ends:  # without an end marker only decoding tells
-                file.seek(0)
-                decode_upright(file.read())
+            kind = "RAW" if any(raw_shape) else kind_of(head)
+            if kind == "RAW":
+                height, width, orientation = *raw_shape, 1
+                _check_size(height, width, max_pixels)
+            else:
+                height, width, orientation = _judged(file, kind, max_pixels)
     except BadImage as error:
         return str(error)
-    return height, width, KINDS.index(kind), hashlib.sha256(head).digest()
+    return height, width, KINDS.index(kind), orientation, hashlib.sha256(head).digest()
+
+
+def _check_size(height: int, width: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImage(f"{width}x{height} is above data.max_pixels {max_pixels}")
+
+
+def _judged(file: BinaryIO, kind: str, max_pixels: int) -> tuple[int, int, int]:
+    """Upright height, width, and the orientation of a sound image. Raises BadImage, before a pixel is allocated where
+    there are too many. A JPEG with its end is not decoded: its header tells, and no decoder ends before the window."""
+    file.seek(0)
+    image = open_image(file)
+    width, height = image.size
+    _check_size(height, width, max_pixels)
+    if kind == "JPEG" and jpeg.ends(file):
+        orientation = orientation_of(image)
+        return (width, height, orientation) if orientation >= 5 else (height, width, orientation)
+    file.seek(0)
+    data = file.read()
+    if kind == "PNG" and not png.ends(data):  # Pillow shows one that has all its pixels, others refuse it
+        raise BadImage("is truncated (its end chunk is missing)")
+    image = open_image(io.BytesIO(data))
+    orientation = orientation_of(image)
+    width, height = upright(image, orientation).size
+    return height, width, orientation
 
 
 def _scan_all(
@@ -365,6 +394,7 @@ def _scan_all(
         width=width,
         label=label,
         kind=found.kind[good],
+        orientation=found.orientation[good],
         names=np.frombuffer(b"".join(listing.files), np.uint8),
         name_ends=np.cumsum([len(name) for name in listing.files]),
         source=source,

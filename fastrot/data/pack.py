@@ -17,7 +17,7 @@ from fastrot.data.bad_images import BadImages
 from fastrot.data.encode import Encoding, Sample, encode_rows, start_worker
 from fastrot.data.manifest import Manifest, index
 from fastrot.errors import Fault, Unreadable, UserError
-from fastrot.files import fsync
+from fastrot.files import replacing
 
 _BLOCK = 32  # rows a task
 _AHEAD = 4  # tasks a worker: what waits in memory to be written
@@ -44,22 +44,18 @@ def pack(source: str, out: str, encoding: Encoding, workers: int | None, data: D
         raise UserError(f"{source}: has several labels an image; a .beton holds one int")
     page = beton.page_for(encoding.largest(manifest))
     most = data.max_bad if data.max_bad is not None else max(10, len(manifest) // 1000)
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with scratch.open("wb") as file:
-            result = _write(file, manifest, folder, encoding, workers or machine.cores(), page, most, data.timeout)
-            file.flush()
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back from the disk, not from memory
-        _read_back(scratch)
-        scratch.rename(path)
-        fsync(path.parent)
+        with replacing(path) as scratch:
+            with scratch.open("wb") as file:
+                result = _write(file, manifest, folder, encoding, workers or machine.cores(), page, most, data.timeout)
+                file.flush()
+                os.fsync(file.fileno())  # read back from the disk, not from memory
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            _read_back(scratch)
     except PermissionError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); name a folder of yours") from None
     except OSError as error:
         raise Fault(f"{out}: cannot be written ({error.strerror})") from None
-    finally:
-        scratch.unlink(missing_ok=True)
     result = {"out": out, **result, "source": source, "content": manifest.content}
     _show(result)
     return result

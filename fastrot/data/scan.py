@@ -18,22 +18,23 @@ from numpy.typing import NDArray
 
 from fastrot.data.reading import again, refusal
 from fastrot.errors import Fault, Unreadable, UserError
+from fastrot.files import as_json, replacing
 
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 """track(items, total, title) -> the items: shows progress."""
-Look = Callable[..., tuple[int, int, int, bytes] | str]
+Look = Callable[..., tuple[int, int, int, int, bytes] | str]
 _Missing = dict[int, OSError | Unreadable]  # by row of a part: why nothing could be said of it
 _Part = tuple[int, Path, _Missing]
 ROWS = 2048  # a part: what a kill may cost a worker
 _MANY = 4096  # rows above which processes beat threads
-_FOUND = np.dtype([("height", "<i4"), ("width", "<i4"), ("kind", "u1"), ("head", "u1", 32)])
+_FOUND = np.dtype([("height", "<i4"), ("width", "<i4"), ("kind", "u1"), ("orientation", "u1"), ("head", "u1", 32)])
 
 
 @dataclass(frozen=True)
 class Found:
     """What looking at n rows gave.
 
-    height, width int32 [n]; kind uint8 [n]; head uint8 [n, 32], sha256 of the image's first bytes.
+    height, width int32 [n]; kind, orientation uint8 [n]; head uint8 [n, 32], sha256 of the image's first bytes.
     sound   bool [n]; the other columns are 0 where it is False.
     reason  by row: why it is no sound image.
     """
@@ -41,6 +42,7 @@ class Found:
     height: NDArray[np.int32]
     width: NDArray[np.int32]
     kind: NDArray[np.uint8]
+    orientation: NDArray[np.uint8]
     head: NDArray[np.uint8]
     sound: NDArray[np.bool_]
     reason: dict[int, str]
@@ -58,8 +60,8 @@ def look_at(
     """`look` at rows 0 .. n - 1.
 
     words_of(first, last)  the arguments of `look` for these rows, an iterable of tuples.
-    look(*arguments)       (height, width, kind, sha256) of a row, or the reason why it is unsound; picklable. It raises
-                           OSError or Unreadable where nothing can be said of the row now: it is tried again.
+    look(*arguments)       (height, width, kind, orientation, sha256) of a row, or the reason why it is unsound; picklable.
+                           It raises OSError or Unreadable where nothing can be said of the row now: it is tried again.
     folder                 keeps the parts that are done; the caller removes it. A part found there is not redone.
     name_of(row)           a row's place, for a person.
     Raises UserError or Fault, after all other rows, where some could not be read; Fault where a worker dies.
@@ -87,7 +89,8 @@ def look_at(
         raise _unread(title, unread, name_of)
     sound = np.ones(n, bool)
     sound[list(reason)] = False
-    return Found(table["height"], table["width"], table["kind"], table["head"], sound, reason)
+    columns = (table[name] for name in ("height", "width", "kind", "orientation", "head"))
+    return Found(*columns, sound, reason)
 
 
 def _unread(title: str, unread: dict[int, OSError | Unreadable], name_of: Callable[[int], str]) -> UserError | Fault:
@@ -145,7 +148,7 @@ def _parts(
 def _read(part: Path) -> tuple[NDArray[Any], dict[str, str]]:
     try:
         with part.open("rb") as file, np.load(file) as saved:
-            return saved["found"], json.loads(saved["reasons"].tobytes())
+            return saved["found"], as_json(saved["reasons"].tobytes(), dict[str, str])
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{part}: damaged ({error}); remove {part.parent} and start again") from None
 
@@ -171,9 +174,8 @@ def _look(words: list[tuple[Any, ...]], look: Look, part: Path) -> _Missing:
         if isinstance(found, str):
             reasons[row] = found
         else:
-            table[row] = (*found[:3], np.frombuffer(found[3], np.uint8))
+            table[row] = (*found[:4], np.frombuffer(found[4], np.uint8))
     if not missing:
-        scratch = part.with_name(f".{part.stem}-{os.getpid()}.npz")
-        np.savez(scratch, found=table, reasons=np.frombuffer(json.dumps(reasons).encode(), np.uint8))
-        scratch.replace(part)
+        with replacing(part) as scratch, scratch.open("wb") as file:
+            np.savez(file, found=table, reasons=np.frombuffer(json.dumps(reasons).encode(), np.uint8))
     return missing

@@ -71,11 +71,11 @@ def _opened(folder: Path, _content: str) -> tuple[Manifest, FileStorage]:
     return manifest, FileStorage(manifest)
 
 
-def _look(folder: Path, content: str, row: int) -> tuple[int, int, int, bytes] | str:
-    """Height, width, kind and the sha256 of the first bytes of a sound image of the size indexed, or why it is not."""
+def _look(folder: Path, content: str, row: int) -> tuple[int, int, int, int, bytes] | str:
+    """Height, width, kind, orientation and the sha256 of the first bytes of a sound image of the size indexed, or why it is not."""
     manifest, storage = _opened(folder, content)
     (buffer,) = storage.read(np.array([row]))
-    indexed = int(manifest.height[row]), int(manifest.width[row]), int(manifest.kind[row])
+    indexed = tuple(int(getattr(manifest, name)[row]) for name in ("height", "width", "kind", "orientation"))
     if isinstance(buffer, Unreadable):
         raise buffer
     try:
@@ -85,7 +85,7 @@ def _look(folder: Path, content: str, row: int) -> tuple[int, int, int, bytes] |
             raise BadImage("its bytes are not those that were packed (CRC-32)")
         if buffer.ndim == 3:  # pixels
             return *indexed, hashlib.sha256(buffer.reshape(-1)[:HEAD]).digest()
-        width, height = decode_upright(buffer).size
+        width, height = decode_upright(buffer, indexed[3]).size
     except BadImage as error:
         return str(error)
     if (height, width) != indexed[:2]:

@@ -5,18 +5,15 @@ scenes are made so that "up" has to be learnt from many cues (roofs, shadows, gr
 clouds with a flat base, shading) and never from one: skies may be dark, red or green, grounds
 bright, cameras tilted, colours missing.
 
-    python -m fastrot.demo.scenes --out data/scenes --train 4000 --val 400 --seed 0
+    fastrot demo-data --out data/scenes --train 4000 --val 400 --seed 0
 """
 
-import argparse
 import json
 import math
 import multiprocessing
 import os
 import shutil
-import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -163,28 +160,3 @@ def write(root: str | Path, train: int, val: int, seed: int) -> None:
         soft_wrap=True,
         highlight=False,
     )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastrot.demo.scenes",
-        description="Draw a data set of small upright scenes, one folder a class.",
-        epilog="example: python -m fastrot.demo.scenes --out data/scenes --train 4000 --val 400 --seed 0",
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder to write: train/ and val/ with one folder a class"
-    )
-    parser.add_argument("--train", type=int, default=4000, help="images to train on (default: %(default)s)")
-    parser.add_argument("--val", type=int, default=400, help="images held out (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other scenes (default: %(default)s)")
-    given = parser.parse_args(arguments)
-    try:
-        write(given.out, given.train, given.val, given.seed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

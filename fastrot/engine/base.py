@@ -76,10 +76,10 @@ class Engine:
         """Train mode, or (False) evaluation with running statistics."""
         self.model.train(on)
 
-    def reduce(self, sums: Tensor) -> Tensor:
-        """Sum over all ranks, in place."""
-        dist.all_reduce(sums)
-        return sums
+    def reduce(self, values: Tensor, greatest: bool = False) -> Tensor:
+        """Sum over all ranks, or the greatest of theirs, in place."""
+        dist.all_reduce(values, dist.ReduceOp.MAX if greatest else dist.ReduceOp.SUM)
+        return values
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         """(model, optimiser, scalars), whole tensors by name: free of the number of ranks.

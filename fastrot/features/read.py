@@ -6,8 +6,7 @@ labels.npy                               int64 [N], or int8 [N, classes] of 1, 0
 manifest.json                            {"classes": [names], ...}
 """
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ml_dtypes
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrot.errors import UserError
+from fastrot.files import read_json
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {dtype.name: dtype for dtype in (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)}
@@ -29,6 +29,11 @@ class FeatureStore:
     features: dict[str, NDArray]
     labels: NDArray
     classes: list[str]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    classes: list[str] = field(default_factory=list)
 
 
 def open_store(folder: str | Path) -> FeatureStore:
@@ -49,10 +54,10 @@ def open_store(folder: str | Path) -> FeatureStore:
             )
     manifest = folder / "manifest.json"
     try:
-        classes = json.loads(manifest.read_text()).get("classes", []) if manifest.exists() else []
+        facts = read_json(manifest, _Facts) if manifest.exists() else _Facts()
     except ValueError as error:
-        raise UserError(f"{manifest}: not JSON ({error})") from None
-    return FeatureStore(folder, features, labels, classes)
+        raise UserError(f"{manifest}: cannot be read ({error}); make the features again") from None
+    return FeatureStore(folder, features, labels, facts.classes)
 
 
 def mapped(path: Path) -> NDArray:

@@ -1,4 +1,4 @@
-"""Writing a feature store (featurestore.py reads it): whole, or resumable.
+"""Writing a feature store (read.py reads it): whole, or resumable.
 
 DIR/feature1.npy ..  [N, D] of the dtype asked for, C order, to be memory-mapped; N = passes * images,
                      row p * images + r is image r in pass p
@@ -8,7 +8,6 @@ DIR/manifest.json    what was computed from what, and sha256 and bytes of every 
 While it is made: plan.json in place of manifest.json, and progress-<rank>.txt with a line a finished block.
 """
 
-import hashlib
 import json
 import os
 import queue
@@ -17,7 +16,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from fastrot.data.manifest import Manifest
 from fastrot.errors import Fault, UserError
 from fastrot.features.read import BFLOAT16, DTYPES, mapped
-from fastrot.files import write_text
+from fastrot.files import read_json, sha256_of, write_text
 
 _DONE = re.compile(r"block (\d+) of (\d+) rows is on disk")
 _COMMIT_S = 1.0  # between two fsyncs: what a kill may cost
@@ -33,10 +34,16 @@ _AHEAD = 3  # blocks that wait to be written
 
 
 def differences(folder: Path, facts: dict) -> list[str]:
-    """What a store in `folder`, finished or not, was made from that is not in `facts`: names of the facts."""
+    """What a store in `folder`, finished or not, was made from that is not in `facts`: names of the facts.
+
+    Raises UserError where what it says of itself is damaged.
+    """
     for name in ("manifest.json", "plan.json"):
         if (folder / name).exists():
-            there = json.loads((folder / name).read_text())
+            try:
+                there = read_json(folder / name, dict[str, Any])
+            except ValueError as error:
+                raise _damaged(folder, f"{name} cannot be read ({error})") from None
             return [key for key in facts if there.get(key) != facts[key]]
     return []
 
@@ -55,6 +62,7 @@ def prepare(folder: Path, facts: dict, manifest: Manifest) -> bool:
         if other:
             raise UserError(f"--out {folder}: holds features of another {', '.join(other)}; name another folder")
         if (folder / "manifest.json").exists():
+            _refuse_damage(folder)
             _clear(folder)
             return True
         if not (folder / "plan.json").exists():
@@ -66,10 +74,57 @@ def prepare(folder: Path, facts: dict, manifest: Manifest) -> bool:
                 _allocate(folder / f"{name}.npy", (passes * len(manifest), tap["width"]), DTYPES[facts["dtype"]])
             manifest.save(folder / "rows")
             write_text(folder / "plan.json", json.dumps(facts, indent=1) + "\n")
+        else:
+            for name, tap in facts["taps"].items():
+                _refuse_other_array(folder, name, (passes * len(manifest), tap["width"]), DTYPES[facts["dtype"]])
         np.save(folder / "labels.npy", np.concatenate([manifest.label] * passes), allow_pickle=False)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
     return False
+
+
+def _damaged(folder: Path, what: str) -> UserError:
+    return UserError(f"--out {folder}: a damaged store: {what}; remove it, or name another folder")
+
+
+@dataclass(frozen=True)
+class _File:
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """Of manifest.json, what a finished store is checked by."""
+
+    taps: dict[str, Any]
+    files: dict[str, _File]
+
+
+def _refuse_damage(folder: Path) -> None:
+    """Raises UserError where a finished store's arrays are not all there with the bytes its manifest counts."""
+    try:
+        manifest = read_json(folder / "manifest.json", _Finished)
+    except ValueError as error:
+        raise _damaged(folder, f"manifest.json cannot be read ({error})") from None
+    for name in (*(f"{tap}.npy" for tap in manifest.taps), "labels.npy"):
+        entry, path = manifest.files.get(name), folder / name
+        if entry is None:
+            raise _damaged(folder, f"manifest.json lacks {name}")
+        if not path.is_file():
+            raise _damaged(folder, f"{name} is gone")
+        if path.stat().st_size != entry.bytes:
+            raise _damaged(folder, f"{name} has {path.stat().st_size:,} bytes, not {entry.bytes:,}")
+
+
+def _refuse_other_array(folder: Path, tap: str, shape: tuple[int, int], dtype: np.dtype) -> None:
+    """Raises UserError where a begun store's array is not as it was laid out."""
+    path = folder / f"{tap}.npy"
+    if not path.is_file():
+        raise _damaged(folder, f"{path.name} is gone")
+    array = mapped(path)
+    if array.shape != shape or array.dtype != dtype:
+        raise _damaged(folder, f"{path.name} is {array.dtype} {list(array.shape)}, not {dtype} {list(shape)}")
 
 
 def _allocate(path: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
@@ -175,7 +230,7 @@ def finish(folder: Path, facts: dict) -> None:
     """Hash what was written and turn the plan into the manifest."""
     paths = sorted(folder.glob("*.npy"))
     with ThreadPoolExecutor(4) as pool:
-        hashes = list(pool.map(_sha256, paths))
+        hashes = list(pool.map(sha256_of, paths))
     files = {path.name: {"sha256": sha, "bytes": path.stat().st_size} for path, sha in zip(paths, hashes, strict=True)}
     write_text(folder / "manifest.json", json.dumps(facts | {"files": files}, indent=1) + "\n")
     _clear(folder)
@@ -184,8 +239,3 @@ def finish(folder: Path, facts: dict) -> None:
 def _clear(folder: Path) -> None:
     for left in (*folder.glob("progress-*.txt"), folder / "plan.json"):
         left.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

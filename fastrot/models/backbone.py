@@ -1,7 +1,5 @@
 """A frozen backbone from any checkpoint: ours, or another library's; whole, or refused."""
 
-import hashlib
-import json
 import pickle
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet
 
 from fastrot.errors import UserError
+from fastrot.files import read_json, sha256_of
 from fastrot.models.key_names import to_torchvision
 from fastrot.models.resnet import build_model
 
@@ -100,9 +99,7 @@ def load_backbone(path: str) -> tuple[ResNet, Origin]:
         for key, value in state.items()
     }
     model.load_state_dict(counters | state, assign=True)
-    with file.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return _frozen(model), Origin(arch, str(file), digest, names, tuple(skipped), str(run) if run else None)
+    return _frozen(model), Origin(arch, str(file), sha256_of(file), names, tuple(skipped), str(run) if run else None)
 
 
 def find_file(path: str) -> tuple[Path, Path | None]:
@@ -194,5 +191,8 @@ def pretraining(origin: Origin) -> dict[str, Any]:
     out: dict[str, Any] = {"config": (run / "config.yaml").read_text()}
     for name, file in (("environment", run / "environment.json"), ("state", step / "state.json")):
         if file.is_file():
-            out[name] = json.loads(file.read_text())
+            try:
+                out[name] = read_json(file, dict[str, Any])
+            except (OSError, ValueError) as error:
+                raise UserError(f"{file}: cannot be read ({error}); name another checkpoint") from None
     return out

@@ -1,6 +1,5 @@
 """`fastrot export`: a backbone under another library's names, and a model card beside it."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 
 from fastrot import terminal
 from fastrot.errors import UserError
-from fastrot.files import write_text
+from fastrot.files import replacing, sha256_of, write_text
 from fastrot.models.backbone import Origin, load_backbone, pretraining
 from fastrot.models.key_names import to_library
 from fastrot.models.resnet import backbone_state
@@ -50,14 +49,13 @@ def export(checkpoint: str, to: str, out: str) -> dict:
         raise UserError(f"--out {out}: expected a name ending in {' or '.join(_SUFFIXES)}")
     model, origin = load_backbone(checkpoint)
     state = {name: value.contiguous() for name, value in to_library(backbone_state(model), to).items()}
-    scratch = path.with_name(f".{path.name}.tmp")
     try:
-        if path.suffix == ".safetensors":
-            save_file(state, scratch, metadata={"format": "pt", "names": to, "arch": origin.arch})
-        else:
-            torch.save(_PTH.get(to, lambda state: state)(state), scratch)
-        scratch.replace(path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        with replacing(path) as scratch:
+            if path.suffix == ".safetensors":
+                save_file(state, scratch, metadata={"format": "pt", "names": to, "arch": origin.arch})
+            else:
+                torch.save(_PTH.get(to, lambda state: state)(state), scratch)
+        digest = sha256_of(path)
         write_text(path.with_suffix(".md"), card(origin, to, path.name, digest))
     except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where the folder is missing
         raise UserError(f"--out {out}: cannot be written ({getattr(error, 'strerror', None) or error})") from None

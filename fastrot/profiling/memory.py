@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 class _Held(TorchDispatchMode):
     """Follows the memory of what operations make: `peak`, the most bytes held at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, doubled_below: int) -> None:
         super().__init__()
+        self._doubled_below = doubled_below
         self.peak = self._now = 0
         self._alive: dict[int, weakref.ref] = {}
 
@@ -32,6 +33,7 @@ class _Held(TorchDispatchMode):
         """Count a tensor's storage, once, until nothing refers to it; or note that it is not to be counted."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes() if counted else 0
+        size *= 2 if size < self._doubled_below else 1
         if key in self._alive:
             return
 
@@ -44,18 +46,21 @@ class _Held(TorchDispatchMode):
         self.peak = max(self.peak, self._now)
 
 
-def peak_of_step(model: nn.Module, views: int, channels: int, side: int, dtype: torch.dtype) -> int:
+def peak_of_step(
+    model: nn.Module, views: int, channels: int, side: int, dtype: torch.dtype, doubled_below: int = 0
+) -> int:
     """Bytes that a forward and backward pass on `views` views [channels, side, side] hold at their height.
 
     The views, the maps kept for the backward pass, the gradients as they come; not the weights. Traced on a copy of the
     model on the meta device, whose weights and maps are taken to be dtype: nothing is computed, and the kernels' own
-    workspaces are not counted. model: returns logits [n, classes], or a list of them.
+    workspaces are not counted. doubled_below: smaller blocks count twice, for an allocator that leaves gaps between
+    them. model: returns logits [n, classes], or a list of them.
     """
     model = copy.deepcopy(model).to("meta", dtype).train()
     with torch.device("meta"):
         x = torch.empty(views, channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
         target = torch.zeros(views, dtype=torch.long)
-    held = _Held()
+    held = _Held(doubled_below)
     for tensor in (*model.parameters(), *model.buffers()):
         held.add(tensor, counted=False)
     held.add(x)

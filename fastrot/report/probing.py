@@ -168,10 +168,12 @@ def linear_grid(train: FeatureStore, test: FeatureStore, layers: list[str], devi
     return result | {"epochs": epochs, "rates": RATES, "decays": DECAYS, "protocol": False, "note": note}
 
 
-PROBES = {"svm": svm, "lowshot": low_shot, "knn": nearest, "linear": linear_grid}
+PROBES: dict[str, Callable[..., dict]] = {"svm": svm, "lowshot": low_shot, "knn": nearest, "linear": linear_grid}
 
 
-def run(probe: Callable[..., dict], train: str, test: str, layers: str | None, out: str | None, device: str, **options):
+def run(
+    probe: Callable[..., dict], train: str, test: str, layers: str | None, out: str | None, device: str, **options
+) -> dict:
     """Open the stores, run a probe on the layers asked for (all of them by default), write `out`; the result."""
     if out and not Path(out).absolute().parent.is_dir():
         raise UserError(f"--out {out}: the folder {Path(out).parent} is not there; create it first")

@@ -218,6 +218,7 @@ class Job:
             run_.evaluate_every,
             run_.seed,
             self.ranks.rank,
+            self.config.engine.max_bad_steps,
         )
 
     def evaluate(self) -> dict[str, float]:

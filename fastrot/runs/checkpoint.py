@@ -6,49 +6,89 @@ each file, written last). `latest` and `best` are text files beside the folders.
 """
 
 import difflib
+import itertools
 import json
 import re
-import shutil
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastrot.errors import Fault, UserError
-from fastrot.files import fsync, sha256_of, write_text
+from fastrot.errors import Diverged, Fault, UserError
+from fastrot.files import clear_scratch, read_json, remove, replacing, sha256_of, write_text
 
 _NAME = re.compile(r"step-(\d{8,})")
 _FAILURES = 3  # checkpoints in a row that may fail before the run ends
 
 
+_TENSORS = ("model.safetensors", "optimizer.safetensors", "backbone.safetensors")
+_FILES = {*_TENSORS, "state.json"}
+Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class State:
+    """state.json: steps completed, next stream position, the engine's scalars, and what defines the run (flat keys)."""
+
+    step: Count
+    position: Count
+    scalars: dict[str, Any]
+    defining: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run continues from. state: stream position, step, scalars, config and content hash."""
+    """What a run continues from."""
 
     path: Path
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    state: dict
+    state: State
+
+
+@dataclass(frozen=True)
+class _File:
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    files: dict[str, _File]
+
+
+@dataclass(frozen=True)
+class _Best:
+    name: str
+    accuracy: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 def verify(folder: Path) -> str:
-    """What is wrong with a checkpoint; empty where every file is as its manifest says."""
+    """What is wrong with a checkpoint; empty where every file is there and as its manifest says."""
+    name = "manifest.json"
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
+        files = read_json(folder / name, _Manifest).files
+        if missing := sorted(_FILES - files.keys()):
+            return f"manifest.json lacks {', '.join(missing)}"
         for name, entry in files.items():
             path = folder / name
-            if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
-            if sha256_of(path) != entry["sha256"]:
+            if path.stat().st_size != entry.bytes:
+                return f"{name} has {path.stat().st_size} bytes, not {entry.bytes}"
+            if sha256_of(path) != entry.sha256:
                 return f"{name} does not match its sha256"
+        name = "state.json"
+        read_json(folder / name, State)
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError) as error:
-        return f"manifest.json cannot be read ({error})"
+    except ValueError as error:
+        return f"{name!r} cannot be read ({error})"
     return ""
 
 
@@ -59,15 +99,15 @@ def load(folder: Path) -> Checkpoint:
             folder,
             load_file(folder / "model.safetensors"),
             load_file(folder / "optimizer.safetensors"),
-            json.loads((folder / "state.json").read_text()),
+            read_json(folder / "state.json", State),
         )
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{folder}: cannot be read ({error}); name another checkpoint") from None
 
 
 def _folders(root: Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
-    return sorted((p for p in root.glob("step-*") if _step(p) >= 0 and p.is_dir()), key=_step)
+    """What has a checkpoint's name, oldest first."""
+    return sorted((p for p in root.glob("step-*") if _step(p) >= 0), key=_step)
 
 
 def _step(folder: Path) -> int:
@@ -76,8 +116,8 @@ def _step(folder: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def find(resume: str, run: Path, say) -> Path | None:
-    """The folder of the checkpoint to continue from.
+def find(resume: str, run: Path, say: Callable[[str], None]) -> Path | None:
+    """The folder of the checkpoint to continue from; changes nothing.
 
     resume  auto: the newest sound one of this run, or None; never: None, refused where there is
             one; or the path of a checkpoint or of a run folder.
@@ -104,8 +144,6 @@ def find(resume: str, run: Path, say) -> Path | None:
                 raise UserError(
                     f"--resume {resume}: {run} holds {newer[-1].name}, which is newer; choose another run.out"
                 )
-            for damaged in newer:  # out of the way of what will be written under that name
-                damaged.replace(damaged.with_name(f"damaged-{damaged.name}"))
             return folder
         if resume not in ("auto", "never") and len(candidates) == 1:
             raise UserError(f"--resume {resume}: not a sound checkpoint: {wrong}")
@@ -118,39 +156,73 @@ def find(resume: str, run: Path, say) -> Path | None:
     return None
 
 
+def standing(run: Path) -> str:
+    """In a few words, what a run could go on from."""
+    sound = next((one for one in reversed(_folders(run / "checkpoints")) if not verify(one)), None)
+    return f"{sound.name} stands, and --resume auto goes on from it" if sound else "there is no checkpoint yet"
+
+
+def make_way(run: Path, step: int) -> None:
+    """Before a run goes on from `step`: later checkpoints, damaged all, lose the names that will be written again,
+    and what a kill left half written goes. Raises OSError."""
+    root = run / "checkpoints"
+    root.mkdir(exist_ok=True)
+    clear_scratch(root)
+    for damaged in _folders(root):
+        if _step(damaged) > step:
+            names = (
+                f"damaged-{damaged.name}{more}" for more in itertools.chain([""], (f".{n}" for n in itertools.count(2)))
+            )
+            damaged.rename(next(aside for name in names if not (aside := root / name).exists()))
+
+
+def refuse_poisoned(model: dict[str, Tensor], optimizer: dict[str, Tensor], step: int) -> None:
+    """One reduction over what would be saved. Raises Diverged where a weight, statistic or momentum is not finite."""
+    tensors = [t for t in (*model.values(), *optimizer.values()) if t.is_floating_point() and t.numel()]
+    largest = torch.stack(torch._foreach_norm(tensors, float("inf")))
+    if not bool(largest.isfinite().all()):
+        raise Diverged(f"the weights or their momentum are not finite after {step:,} steps and are not saved")
+
+
 class Saver:
     """Writes checkpoints beside the training: tensors are copied at once, files by a thread.
 
     best  held-out accuracy of the checkpoint kept as best, None before there is one.
     """
 
-    def __init__(self, run: Path, keep_last: int, say):
+    def __init__(self, run: Path, keep_last: int, say: Callable[[str], None]):
         self._root, self._keep, self._say = run / "checkpoints", keep_last, say
         self._thread: threading.Thread | None = None
         self._failures = 0
-        self.best: float | None = None
-        try:
-            best = json.loads((self._root / "best").read_text())
-            self.best = best["accuracy"]
-        except (OSError, ValueError, KeyError):
-            pass  # no best yet
+        self._error: Exception | None = None
+        best = self._read_best()
+        self.best: float | None = best.accuracy if best else None
 
-    def save(self, step: int, model, optimizer, state: dict, accuracy: float | None) -> None:
-        """Begin to write step-<step>; waits for the one before. accuracy: held out, decides `best`.
+    def _read_best(self) -> _Best | None:
+        try:
+            return read_json(self._root / "best", _Best)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            self._say(f"{self._root / 'best'} is damaged ({error}); the next evaluation writes it anew")
+            return None
+
+    def save(
+        self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: State, accuracy: float | None
+    ) -> None:
+        """Begin to write step-<state.step>; waits for the one before. accuracy: held out, decides `best`.
 
         Raises Fault after three failures in a row.
         """
         self.finish()
-        if self._failures >= _FAILURES:
+        if self._failures >= _FAILURES or self._error:
             self.check()
         tensors = {
             "model.safetensors": _copied(model),
             "optimizer.safetensors": _copied(optimizer),
             "backbone.safetensors": _copied({k: v for k, v in model.items() if not k.startswith("fc.")}),
         }
-        self._thread = threading.Thread(
-            target=self._write, args=(step, tensors, dict(state), accuracy), name="checkpoint"
-        )
+        self._thread = threading.Thread(target=self._write, args=(tensors, state, accuracy), name="checkpoint")
         self._thread.start()
 
     def finish(self) -> None:
@@ -161,30 +233,25 @@ class Saver:
 
     def check(self) -> None:
         """Raises Fault where the newest checkpoint could not be written."""
+        if self._error:
+            raise self._error
         if self._failures:
             raise Fault(
-                f"{self._root}: the last {self._failures} checkpoints could not be written; an earlier one stands"
+                f"{self._root}: the last {self._failures} checkpoints could not be written; {standing(self._root.parent)}"
             )
 
-    def _write(self, step: int, tensors: dict, state: dict, accuracy: float | None) -> None:
-        folder = self._root / f"step-{step:08d}"
-        scratch = self._root / f".tmp-{folder.name}"
+    def _write(self, tensors: dict[str, dict[str, Tensor]], state: State, accuracy: float | None) -> None:
+        folder = self._root / f"step-{state.step:08d}"
         try:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-            for name, content in tensors.items():
-                save_file(content, scratch / name)
-            (scratch / "state.json").write_text(json.dumps(state, indent=1))
-            files = {}
-            for name in sorted(p.name for p in scratch.iterdir()):
-                fsync(scratch / name)
-                files[name] = {"sha256": sha256_of(scratch / name), "bytes": (scratch / name).stat().st_size}
-            (scratch / "manifest.json").write_text(json.dumps({"files": files}, indent=1))
-            fsync(scratch / "manifest.json")
-            fsync(scratch)
-            shutil.rmtree(folder, ignore_errors=True)
-            scratch.rename(folder)
-            fsync(self._root)
+            with replacing(folder, folder=True) as scratch:
+                for name, content in tensors.items():
+                    save_file(content, scratch / name)
+                (scratch / "state.json").write_text(json.dumps(asdict(state), indent=1))
+                files = {
+                    path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+                    for path in sorted(scratch.iterdir())
+                }
+                (scratch / "manifest.json").write_text(json.dumps({"files": files}, indent=1))
             write_text(self._root / "latest", folder.name + "\n")
             if accuracy is not None and (self.best is None or accuracy > self.best):
                 self.best = accuracy
@@ -197,15 +264,14 @@ class Saver:
                 f"checkpoint {folder.name} could not be written ({error}); "
                 "training goes on, the next interval tries again"
             )
+        except Exception as error:  # carried to the thread that trains, which raises it
+            self._error = error
 
     def _thin_out(self) -> None:
-        try:
-            best = json.loads((self._root / "best").read_text())["name"]
-        except (OSError, ValueError, KeyError):
-            best = None
+        best = self._read_best()
         for folder in _folders(self._root)[: -self._keep]:
-            if folder.name != best:
-                shutil.rmtree(folder, ignore_errors=True)
+            if best is None or folder.name != best.name:
+                remove(folder)
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """`fastrot finetune`: a whole network, from a pretrained backbone, learns classes from all or few of the images."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -44,14 +45,20 @@ class FinetuneJob(TransferJob):
         )
 
 
-def fine_tune(checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks, resume: str) -> dict:
-    """Train, or go on training, in run.out. Returns what --json prints. Raises UserError.
+def prepared(
+    checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks
+) -> tuple[Start, Callable[..., FinetuneJob], Callable[[Manifest], Manifest]]:
+    """What the run begins from, what makes its job, and what chooses its images. Raises UserError.
 
     checkpoint  of the backbone, or None for the control drawn from `seed`.
     """
     begin = transfer.start("finetune", checkpoint, seed, config, ranks)
-    job = partial(FinetuneJob, begin)
-    choose = partial(subset, config=config)
+    return begin, partial(FinetuneJob, begin), partial(subset, config=config)
+
+
+def fine_tune(checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks, resume: str) -> dict:
+    """Train, or go on training, in run.out. Returns what --json prints. Raises UserError. Arguments as in `prepared`."""
+    begin, job, choose = prepared(checkpoint, seed, config, ranks)
     return train(begin.config, ranks, resume, [], None, job, begin.defining("finetune"), choose)
 
 

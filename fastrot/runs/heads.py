@@ -1,5 +1,6 @@
 """`fastrot linear --checkpoint`: the protocol's heads on a frozen backbone, trained in a run folder like any other."""
 
+from collections.abc import Callable
 from functools import partial
 
 from fastrot.config import Config
@@ -7,7 +8,7 @@ from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.runs import transfer
 from fastrot.runs.run import train
-from fastrot.runs.transfer import TransferJob
+from fastrot.runs.transfer import Start, TransferJob
 from fastrot.tasks.linear import LinearTask
 
 
@@ -32,8 +33,10 @@ class LinearJob(TransferJob):
         )
 
 
-def train_heads(checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks, resume: str) -> dict:
-    """Train, or go on training, in run.out. Returns what --json prints. Raises UserError.
+def prepared(
+    checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks
+) -> tuple[Start, Callable[..., LinearJob]]:
+    """What the run begins from, and what makes its job. Raises UserError.
 
     checkpoint  of the backbone, or None for the control drawn from `seed`.
     """
@@ -43,5 +46,10 @@ def train_heads(checkpoint: str | None, seed: int | None, config: Config, ranks:
             "configs/linear_in1k.yaml has it"
         )
     begin = transfer.start("linear", checkpoint, seed, config, ranks)
-    job = partial(LinearJob, begin)
+    return begin, partial(LinearJob, begin)
+
+
+def train_heads(checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks, resume: str) -> dict:
+    """Train, or go on training, in run.out. Returns what --json prints. Raises UserError. Arguments as in `prepared`."""
+    begin, job = prepared(checkpoint, seed, config, ranks)
     return train(begin.config, ranks, resume, [], None, job, begin.defining("linear"))

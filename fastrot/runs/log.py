@@ -1,14 +1,23 @@
 """What a person reads and what a program reads: progress, metrics, status, environment."""
 
+import errno
 import json
+import math
 import os
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastrot import terminal
-from fastrot.files import write_text
+from fastrot.files import Damaged, as_json, read_json, write_text
+
+
+@dataclass(frozen=True)
+class _Line:
+    step: int
 
 
 def cut_back(path: Path, steps: int) -> None:
@@ -16,45 +25,75 @@ def cut_back(path: Path, steps: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] < steps:
+            if as_json(line.encode(), _Line).step < steps:
                 kept.append(line)
-        except (ValueError, KeyError):
+        except Damaged:
             break  # the half line that a kill left
     write_text(path, "".join(line + "\n" for line in kept))
 
 
-def write_status(folder: Path, state: str, **facts) -> None:
-    """Replace STATUS.json: state is running, done or failed. The authority on how a run ended."""
-    content = {
-        "state": state,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        **facts,
-    }
-    write_text(folder / "STATUS.json", json.dumps(content, indent=1) + "\n")
+def write_status(folder: Path, state: str, **facts: Any) -> None:
+    """Replace STATUS.json: state is running, done or failed. The authority on how a run ended. Raises OSError."""
+    _put_status(folder, {"state": state, **_here(), **facts})
+
+
+def write_refusal(folder: Path, **facts: Any) -> None:
+    """A start was refused: how the run stood stays, `refused` says the rest. Raises OSError."""
+    refused = {"refused": {**_here(), **facts}}
+    _put_status(folder, (read_status(folder) or {"state": "failed", **_here(), **facts}) | refused)
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """STATUS.json; empty where there is none, or a damaged one, which says nothing."""
+    try:
+        return read_json(folder / "STATUS.json", dict[str, Any])
+    except (OSError, ValueError):
+        return {}
+
+
+def _here() -> dict[str, Any]:
+    return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), "host": socket.gethostname()}
+
+
+def _put_status(folder: Path, content: dict[str, Any]) -> None:
+    path, text = folder / "STATUS.json", json.dumps(content, indent=1) + "\n"
+    try:
+        write_text(path, text)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        with path.open("r+", encoding="utf-8") as file:  # a full disk has no room for a second file beside it
+            file.write(text)
+            file.truncate()
 
 
 class RunLog:
-    """One run's metrics.jsonl, TensorBoard, STATUS.json and progress; silent on ranks above 0."""
+    """One run's metrics.jsonl, TensorBoard, STATUS.json and progress; silent on ranks above 0.
 
-    def __init__(self, folder: Path | None, total_steps: int, first_step: int, tensorboard: bool):
-        self._folder, self._total = folder, total_steps
+    A step's number counts from 0 in metrics.jsonl and in TensorBoard; a person reads how many steps are done.
+    Before `begin` it can only speak.
+    """
+
+    def __init__(self, folder: Path | None):
+        self._folder, self._total = folder, 0
         self._out = terminal.console()
         self._bar = self._task = self._board = None
-        self._metrics = None
         self._warned = False
         self._bad = 0
-        if folder is None:
+
+    def begin(self, total_steps: int, first_step: int, tensorboard: bool) -> None:
+        """Take up the files from `first_step` on, and show progress. Raises OSError."""
+        self._total = total_steps
+        if self._folder is None:
             return
-        cut_back(folder / "metrics.jsonl", first_step)
-        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        cut_back(self._folder / "metrics.jsonl", first_step)
+        (self._folder / "metrics.jsonl").touch()
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=first_step)
         if self._out.is_terminal:
             self._bar = terminal.progress_bar(self._out)
             self._task = self._bar.add_task("training", total=total_steps, completed=first_step, note="")
@@ -72,7 +111,7 @@ class RunLog:
 
     def write(self, values: dict[str, float]) -> None:
         """One line of metrics.jsonl (floats that read back exactly), TensorBoard, and a person's line."""
-        if self._metrics is None:
+        if self._folder is None:
             return
         self._try(lambda: self._record(values))
         if (bad := values.get("bad_images", 0)) > self._bad:
@@ -88,17 +127,22 @@ class RunLog:
             self.say(line)
 
     def _record(self, values: dict[str, float]) -> None:
-        self._metrics.write(json.dumps(values) + "\n")
-        self._metrics.flush()
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        line = json.dumps(finite).encode() + b"\n"
+        with (self._folder / "metrics.jsonl").open("r+b", buffering=0) as file:  # not made anew where it is gone
+            end = file.seek(0, os.SEEK_END)
+            if file.write(line) < len(line):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._board is not None:
             for name, value in values.items():
                 if name not in ("step", "epoch") and isinstance(value, int | float):
-                    self._board.add_scalar(name, value, values["step"] + 1)
+                    self._board.add_scalar(name, value, values["step"])
 
-    def status(self, state: str, **facts) -> None:
+    def status(self, state: str, **facts: Any) -> None:
         """Replace STATUS.json where this rank keeps it."""
-        if self._folder is not None:
-            self._try(lambda: write_status(self._folder, state, **facts))
+        if (folder := self._folder) is not None:
+            self._try(lambda: write_status(folder, state, **facts))
 
     def _try(self, write: Callable[[], None]) -> None:
         """A disk that is full or away does not end the training: it is said once."""
@@ -110,13 +154,11 @@ class RunLog:
                 self.say(f"{self._folder}: cannot be written ({error.strerror}); training goes on")
 
     def close(self) -> None:
-        """End the bar and the files; a second call does nothing."""
+        """End the bar and TensorBoard's file; a second call does nothing."""
         if self._bar is not None:
             self._bar.stop()
-        if self._metrics is not None:
-            self._metrics.close()
         if self._board is not None:
-            self._board.close()
+            self._try(self._board.close)
 
 
 def _line(values: dict, total: int) -> str:

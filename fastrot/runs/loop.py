@@ -11,7 +11,7 @@ from fastrot.data.loader import MicroBatch, StepBatch
 from fastrot.engine.base import Engine
 from fastrot.engine.graphs import Graphed
 from fastrot.engine.optimizers import set_lr
-from fastrot.errors import Fault
+from fastrot.errors import Diverged
 from fastrot.profiling.clock import STAGES, Clock
 from fastrot.profiling.roofline import Work
 
@@ -32,6 +32,7 @@ class Course:
     evaluate_every: int
     seed: int
     rank: int
+    max_bad_steps: int
 
     def epoch_ends(self, position: int) -> bool:
         """Whether the step that ends at stream position `position` completes an epoch to evaluate."""
@@ -57,20 +58,11 @@ def run(
     lr_of(epoch) -> rate.  work_of(epoch) -> what a step asks of this rank's device.
     evaluate() -> held-out metrics, or None.  bad_images() -> how many were replaced so far.
     save(steps completed, next stream position, held-out accuracy or None, whether one is due).
-    Raises Fault when the loss or (but for fp16, which skips such steps) its gradient is not finite.
+    Raises Diverged where the loss was not finite for engine.max_bad_steps in a row, seen at the next line; what fp16
+    skips has a finite loss.
     """
-    device = task.device
-
-    def learn(views: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
-        loss, metrics = task.loss(engine.module, views, micro)
-        engine.backward(loss, micro.views_of_step, micro.last)
-        return metrics
-
-    if engine.cuda_graphs:
-        learn = Graphed(learn, device)
-    sums = torch.zeros(len(task.metrics), dtype=torch.float64, device=device)
-    steps, spent, latest = 0, dict.fromkeys((*STAGES, "total"), 0.0), {}
-    since, asked, asked_in_all = 0, Work(), Work()
+    learn = _learner(task, engine)
+    tally = _Tally(course, task, engine, clock)
     for batch in batches:
         rate = lr_of(batch.epoch)
         set_lr(engine.optimizer, rate)
@@ -78,58 +70,112 @@ def run(
             # whatever draws by itself draws the same after a resume; a tuple of ints hashes alike everywhere
             torch.manual_seed(hash((course.seed, batch.step, number, course.rank)) % 2**63)
             with clock.stage("copy"):
-                micro = host.to(device)
+                micro = host.to(task.device)
             with clock.stage("rotate"):
                 views = task.views(micro)
             with clock.stage("compute"):
-                metrics = learn(views, micro)
-            sums += metrics
-        asked += work_of(batch.epoch)
+                tally.add(learn(views, micro))
         done, position = batch.step + 1, batch.position + course.images_per_step
-        steps, since, last = steps + 1, since + 1, done == course.last_step
+        last = done == course.last_step
         saving = last or done % course.checkpoint_every == 0
         evaluating = evaluate is not None and (last or course.epoch_ends(position))
         due = saving or evaluating or done % course.log_every == 0
         with clock.stage("update"):
             engine.step(measure=due)
+        tally.end_step(work_of(batch.epoch))
         log.tick()
-        if due:
-            times = clock.read()
-            spent = {name: spent[name] + times[name] for name in spent}
-            latest = {
-                "step": batch.step,
-                "epoch": position / course.rows,
-                **task.summary(engine.reduce(sums)),
-                "lr": rate,
-                **_norm(engine),
-                **_rates(course, times, since),
-                **asked.reached(times["total"]),
-                **_memory(device),
-                "bad_images": bad_images(),
-            }
-            latest["eta_s"] = times["total"] / since * (course.last_step - done)
-            diverged = latest["grad_norm"] is None and not engine.scales_loss
-            if diverged or not math.isfinite(latest["loss"]):
-                raise Fault(
-                    f"the loss is {latest['loss']}, its gradient's norm {float(engine.grad_norm)} at step {batch.step}; "
-                    "the last checkpoint stands: "
-                    "lower optim.lr or set optim.clip"
-                )
-            log.write(latest)
-            sums.zero_()
-            since, asked, asked_in_all = 0, Work(), asked_in_all + asked
-            accuracy = None
-            if evaluating:
-                held_out = evaluate()
-                accuracy = held_out["held_out_accuracy"]
-                log.write({"step": batch.step, "epoch": position / course.rows, **held_out})
-                latest |= held_out
-            if saving or evaluating:
-                save(done, position, accuracy, saving)
-            clock.skip()
-    if not steps:
-        return {}
-    return {**latest, **_rates(course, spent, steps), **asked_in_all.reached(spent["total"])}
+        if not due:
+            continue
+        place = {"step": batch.step, "epoch": position / course.rows}
+        log.write(tally.line(place, rate, bad_images()))
+        bad = tally.bad_in_a_row(batch.step, last)
+        accuracy = None
+        if evaluating:
+            held_out = evaluate()
+            accuracy = held_out["held_out_accuracy"]
+            log.write(place | held_out)
+            tally.latest |= held_out
+        if (saving or evaluating) and not bad:  # the checkpoint before the first bad step stays
+            save(done, position, accuracy, saving)
+        clock.skip()
+    return tally.whole()
+
+
+def _learner(task, engine: Engine) -> Callable[[torch.Tensor, MicroBatch], torch.Tensor]:
+    """Forward and backward of a micro-step -> its summed metrics."""
+
+    def learn(views: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
+        loss, metrics = task.loss(engine.module, views, micro)
+        engine.backward(loss, micro.views_of_step, micro.last)
+        return metrics
+
+    return Graphed(learn, task.device) if engine.cuda_graphs else learn
+
+
+class _Tally:
+    """What is summed on the device from line to line, and read where one is due.
+
+    latest  the newest line's values and, beside them, the newest held-out ones.
+    """
+
+    def __init__(self, course: Course, task, engine: Engine, clock: Clock):
+        self._course, self._task, self._engine, self._clock = course, task, engine, clock
+        self._sums = torch.zeros(len(task.metrics), dtype=torch.float64, device=task.device)
+        self._loss = task.metrics.index("loss")
+        self._bad = torch.zeros((), dtype=torch.bool, device=task.device)  # whether this step's loss is not finite
+        self._rows = torch.zeros(2, dtype=torch.int64, device=task.device)  # bad steps in a row: now, at most
+        self._since, self._asked = 0, Work()
+        self._steps, self._asked_in_all = 0, Work()
+        self._spent = dict.fromkeys((*STAGES, "total"), 0.0)
+        self.latest: dict[str, float] = {}
+
+    def add(self, metrics: torch.Tensor) -> None:
+        """A micro-step's sums."""
+        self._sums += metrics
+        self._bad |= ~metrics[self._loss].isfinite()
+
+    def end_step(self, work: Work) -> None:
+        row = (self._rows[0] + 1) * self._bad
+        self._rows = torch.stack((row, torch.maximum(self._rows[1], row)))
+        self._bad.zero_()
+        self._since, self._asked = self._since + 1, self._asked + work
+
+    def line(self, place: dict[str, float], rate: float, bad_images: int) -> dict[str, float]:
+        """The values of the steps since the last line; what comes is summed anew."""
+        times, since, course = self._clock.read(), self._since, self._course
+        self._spent = {name: self._spent[name] + times[name] for name in self._spent}
+        self.latest = {
+            **place,
+            **self._task.summary(self._engine.reduce(self._sums)),
+            "lr": rate,
+            **_norm(self._engine),
+            **_rates(course, times, since),
+            **self._asked.reached(times["total"]),
+            **_memory(self._task.device),
+            "bad_images": bad_images,
+            "eta_s": times["total"] / since * (course.last_step - place["step"] - 1),
+        }
+        self._sums.zero_()
+        self._steps, self._asked_in_all = self._steps + since, self._asked_in_all + self._asked
+        self._since, self._asked = 0, Work()
+        return self.latest
+
+    def bad_in_a_row(self, step: int, last: bool) -> int:
+        """Steps up to this one whose loss was not finite on some rank.
+
+        Raises Diverged, on all ranks, where there were max_bad_steps in a row, or one at the end.
+        """
+        row, longest = self._engine.reduce(self._rows.clone(), greatest=True).tolist()
+        if longest >= self._course.max_bad_steps or (row and last):
+            raise Diverged(f"the loss was not finite in {longest:,} steps in a row, up to step {step}")
+        return row
+
+    def whole(self) -> dict[str, float]:
+        """The latest values, with the rates of all steps."""
+        if not self._steps:
+            return {}
+        rates = _rates(self._course, self._spent, self._steps)
+        return {**self.latest, **rates, **self._asked_in_all.reached(self._spent["total"])}
 
 
 def _norm(engine: Engine) -> dict[str, float | None]:

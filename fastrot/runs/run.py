@@ -9,19 +9,20 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fastrot import distributed, machine, terminal
 from fastrot.config import Config, flat, to_yaml
 from fastrot.data.build import FILES, admit_changed_files, describe, open_manifest
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
-from fastrot.errors import Fault, LostPeer, UserError
-from fastrot.files import write_text
+from fastrot.errors import Diverged, Fault, LostPeer, UserError
+from fastrot.files import clear_scratch, replacing, write_text
 from fastrot.runs import checkpoint
 from fastrot.runs.build import Job, set_torch_flags
-from fastrot.runs.log import RunLog, write_status
+from fastrot.runs.log import RunLog, read_status, write_refusal, write_status
 from fastrot.runs.loop import run
 from fastrot.runs.memory import admit, running_out_is_a_fault
 
@@ -75,8 +76,11 @@ def _folder(out: str, ranks: Ranks):
         except BlockingIOError:
             holder = os.read(handle, 200).decode(errors="replace")
             raise UserError(f"run.out {out}: another run works there ({holder}); name another folder") from None
-        os.truncate(handle, 0)
-        os.pwrite(handle, f"host {socket.gethostname()}, process {os.getpid()}".encode(), 0)
+        try:
+            os.truncate(handle, 0)
+            os.pwrite(handle, f"host {socket.gethostname()}, process {os.getpid()}".encode(), 0)
+        except OSError as error:
+            raise UserError(f"run.out {out}: cannot be written ({error.strerror})") from None
         return handle
 
     handle = distributed.on_first(ranks, hold)
@@ -87,30 +91,39 @@ def _folder(out: str, ranks: Ranks):
             os.close(handle)
 
 
-def _frozen(
-    folder: Path, name: str, source: str, resumed: bool, config: Config, ranks: Ranks, choose: Chooser | None = None
-) -> Manifest:
-    """The run's own copy of a manifest: kept when the run goes on over the same source, else made anew."""
-    home = folder / "manifest" / name
+@dataclass(frozen=True)
+class _Start:
+    """A start that is admitted: nothing in the run's folder has changed for it.
+
+    found   the checkpoint it goes on from, or None; steps to train, from stream position `position`.
+    now     what defines the run; unkept: manifests, by name, that its folder does not hold.
+    """
+
+    job: Job
+    found: checkpoint.Checkpoint | None
+    steps: range
+    position: int
+    now: dict[str, Any]
+    unkept: dict[str, Manifest]
+
+
+def _manifest(folder: Path, name: str, resumed: bool, config: Config, ranks: Ranks) -> tuple[Manifest, bool]:
+    """The manifest of a run's images, and whether it is the run's own copy: that of a run that goes on over the same
+    source."""
+    home, source = folder / "manifest" / name, getattr(config.data, name)
 
     def kept() -> bool:
         return resumed and (home / "meta.json").exists() and Manifest.load(home).source == source
 
-    if not distributed.on_first(ranks, kept):
-        manifest = open_manifest(source, config, ranks, f"data.{name}")
-        manifest = choose(manifest) if choose else manifest
-        distributed.on_first(ranks, lambda: manifest.save(home))
-    return Manifest.load(home)
+    if distributed.on_first(ranks, kept):
+        return Manifest.load(home), True
+    return open_manifest(source, config, ranks, f"data.{name}"), False
 
 
-def _admitted(manifest: Manifest, home: Path, allowed: bool, ranks: Ranks) -> Manifest:
-    """A resumed run's manifest, frozen in `home`, once rank 0 has looked at its files."""
-
-    def admit() -> None:
-        admit_changed_files(manifest, home, allowed, _say)
-
-    distributed.on_first(ranks, admit)
-    return Manifest.load(home)
+def _with_files_as_they_are(manifest: Manifest, allowed: bool, ranks: Ranks) -> tuple[Manifest, bool]:
+    """A run's own manifest once rank 0 has looked at its files; and whether they changed, as is allowed."""
+    renewed = distributed.on_first(ranks, lambda: admit_changed_files(manifest, allowed, _say))
+    return (manifest.with_files_as_they_are(), True) if renewed else (manifest, False)
 
 
 def _say(line: str) -> None:
@@ -125,9 +138,9 @@ def train(
     resume_anyway: list[str],
     deepspeed_config: str | None,
     make_job: Callable[..., Job] = Job,
-    more: dict | None = None,
+    more: dict[str, Any] | None = None,
     choose: Chooser | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Train, or go on training, in run.out. Returns what --json prints.
 
     make_job  Job, or one that learns another thing; more: what else a resume must find unchanged.
@@ -135,58 +148,126 @@ def train(
     """
     set_torch_flags(config)
     with _folder(config.run.out, ranks) as folder:
-        path = distributed.on_first(ranks, lambda: _find(resume, folder))
-        found = checkpoint.load(Path(path)) if path else None
-        manifest = _frozen(folder, "train", config.data.train, bool(found), config, ranks, choose)
-        val = _frozen(folder, "val", config.data.val, bool(found), config, ranks) if config.data.val else None
-        now = defining(config, manifest.content) | (more or {})
-        saved_state = found.state if found else {"step": 0, "position": 0, "defining": now}
-        where = found.path if found else folder
-        saved = defining(Config(), "") | saved_state["defining"]  # a knob that it does not know was at its default
-        files = {FILES: ""}  # they differ or not by what lies on the disk, below
-        checkpoint.refuse_differences(saved | files, now | files, resume_anyway, _FIXED, where)
-        if found:
-            manifest = _admitted(manifest, folder / "manifest" / "train", FILES in resume_anyway, ranks)
-            val = val and _admitted(val, folder / "manifest" / "val", FILES in resume_anyway, ranks)
-        step, position = saved_state["step"], saved_state["position"]
-        left = max(0, math.ceil((config.optim.epochs * len(manifest) - position) / config.optim.images_per_step))
-        last = max(step, min(step + left, config.run.max_steps or step + left))
-        log = RunLog(folder if ranks.first else None, last, step, config.run.tensorboard)
+        log, begun = RunLog(folder if ranks.first else None), False
         try:
-            for one in filter(None, (manifest, val)):
-                describe(one, log.say)
-            job = make_job(config, ranks, manifest, val, folder, deepspeed_config, log.say)
-            admit(job.memory, log.say)
-            job.build()
-            if found:
-                job.engine.load_state(found.model, found.optimizer, found.state["scalars"])
-                log.say(f"resumed from {where.name}: step {step:,} of {last:,}, stream position {position:,}")
-            _write_facts(folder, job, manifest)
+            start = _admit(config, ranks, folder, resume, resume_anyway, deepspeed_config, make_job, more, choose, log)
+            distributed.on_first(ranks, lambda: _begin(folder, start, log))
+            begun = True
             distributed.limit_waits(config.run.timeout)
-            with distributed.lost_peer_is_a_fault(ranks), running_out_is_a_fault(job.memory):
-                result = _run(job, folder, now, range(step, last), position, log)
-            if ranks.first:
-                newest = folder / "checkpoints" / f"step-{last:08d}" if last > step else where
-                shutil.copyfile(newest / "backbone.safetensors", folder / "backbone.safetensors")
+            with distributed.lost_peer_is_a_fault(ranks), running_out_is_a_fault(start.job.memory):
+                result = _run(start, folder, log)
+            distributed.on_first(ranks, lambda: _keep_backbone(folder, start))
             log.status("done", **result)
         except BaseException as error:
-            # the rank that failed knows why, better than those who lost it
-            if (ranks.first or isinstance(error, Fault)) and not (isinstance(error, LostPeer) and _has_failed(folder)):
-                write_status(folder, "failed", rank=ranks.rank, reason=f"{type(error).__name__}: {error}")
-            raise
+            said = _with_what_stands(error, folder)
+            _record_failure(said, folder, ranks, begun, log)
+            if said is error:
+                raise
+            raise said from None
         finally:
             log.close()
     if ranks.first:
-        _show(result, job.task)
+        _show(result, start.job.task)
     return result
 
 
-def _has_failed(folder: Path) -> bool:
-    """Whether another rank has written that it failed."""
+def _admit(
+    config: Config,
+    ranks: Ranks,
+    folder: Path,
+    resume: str,
+    resume_anyway: list[str],
+    deepspeed_config: str | None,
+    make_job: Callable[..., Job],
+    more: dict[str, Any] | None,
+    choose: Chooser | None,
+    log: RunLog,
+) -> _Start:
+    """All that may refuse a start, and the job built. Raises UserError."""
+    path = distributed.on_first(ranks, lambda: _find(resume, folder))
+    found = checkpoint.load(Path(path)) if path else None
+    manifests, unkept = {}, {}
+    for name in ("train", "val") if config.data.val else ("train",):
+        manifest, kept = _manifest(folder, name, bool(found), config, ranks)
+        if not kept:
+            manifest = unkept[name] = choose(manifest) if choose and name == "train" else manifest
+        manifests[name] = manifest
+    manifest, val = manifests["train"], manifests.get("val")
+    now = defining(config, manifest.content) | (more or {})
+    files = {FILES: ""}  # they differ or not by what lies on the disk, below
+    if found:
+        saved = defining(Config(), "") | found.state.defining  # a knob that it does not know was at its default
+        checkpoint.refuse_differences(saved | files, now | files, resume_anyway, _FIXED, found.path)
+        for name in [one for one in manifests if one not in unkept]:
+            manifests[name], renewed = _with_files_as_they_are(manifests[name], FILES in resume_anyway, ranks)
+            if renewed:
+                unkept[name] = manifests[name]
+        manifest, val = manifests["train"], manifests.get("val")
+    else:
+        checkpoint.refuse_differences(now | files, now | files, resume_anyway, _FIXED, folder)
+    step, position = (found.state.step, found.state.position) if found else (0, 0)
+    left = max(0, math.ceil((config.optim.epochs * len(manifest) - position) / config.optim.images_per_step))
+    last = max(step, min(step + left, config.run.max_steps or step + left))
+    for one in manifests.values():
+        describe(one, log.say)
+    job = make_job(config, ranks, manifest, val, folder, deepspeed_config, log.say)
+    admit(job.memory, log.say)
+    job.build()
+    if found:
+        job.engine.load_state(found.model, found.optimizer, found.state.scalars)
+        log.say(f"resumed from {found.path.name}: step {step:,} of {last:,}, stream position {position:,}")
+    return _Start(job, found, range(step, last), position, now, unkept)
+
+
+def _begin(folder: Path, start: _Start, log: RunLog) -> None:
+    """Make the folder this run's. Raises UserError where it cannot be written."""
+    job, config = start.job, start.job.config
     try:
-        return json.loads((folder / "STATUS.json").read_text())["state"] == "failed"
-    except (OSError, ValueError, KeyError):
-        return False
+        clear_scratch(folder)
+        checkpoint.make_way(folder, start.steps.start)
+        for name, manifest in start.unkept.items():
+            manifest.save(folder / "manifest" / name)
+        log.begin(start.steps.stop, start.steps.start, config.run.tensorboard)
+        _write_facts(folder, job, job.train)
+        write_status(folder, "running", step=start.steps.start, of=start.steps.stop)
+    except OSError as error:
+        raise UserError(f"run.out {folder}: cannot be written ({error.strerror}); make room, or name another") from None
+
+
+def _keep_backbone(folder: Path, start: _Start) -> None:
+    """The newest checkpoint's backbone, beside the run's other results. Raises Fault."""
+    newest = folder / "checkpoints" / f"step-{start.steps.stop:08d}"
+    if not start.steps and start.found:
+        newest = start.found.path
+    try:
+        with replacing(folder / "backbone.safetensors") as scratch:
+            shutil.copyfile(newest / "backbone.safetensors", scratch)
+    except OSError as error:
+        raise Fault(f"{folder / 'backbone.safetensors'}: cannot be written ({error.strerror})") from None
+
+
+def _with_what_stands(error: BaseException, folder: Path) -> BaseException:
+    """The same error; where a user may go on, with what from."""
+    if isinstance(error, KeyboardInterrupt):
+        return KeyboardInterrupt(checkpoint.standing(folder))
+    if isinstance(error, Diverged):
+        return Diverged(f"{error}; {checkpoint.standing(folder)}: lower optim.lr or set optim.clip")
+    return error
+
+
+def _record_failure(error: BaseException, folder: Path, ranks: Ranks, begun: bool, log: RunLog) -> None:
+    """STATUS.json by who knows why: rank 0, or the rank that failed, better than those who lost it."""
+    lost = isinstance(error, LostPeer) and read_status(folder).get("state") == "failed"
+    if lost or not (ranks.first or isinstance(error, Fault)):
+        return
+    facts = {"rank": ranks.rank, "reason": f"{type(error).__name__}: {error}"}
+    try:
+        if begun:
+            write_status(folder, "failed", **facts)
+        else:
+            write_refusal(folder, **facts)
+    except OSError as unwritten:
+        log.say(f"{folder / 'STATUS.json'}: cannot be written ({unwritten.strerror})")
 
 
 def _find(resume: str, folder: Path) -> str | None:
@@ -194,7 +275,8 @@ def _find(resume: str, folder: Path) -> str | None:
     return str(path) if path else None
 
 
-def _run(job: Job, folder: Path, now: dict, steps: range, position: int, log) -> dict:
+def _run(start: _Start, folder: Path, log: RunLog) -> dict[str, Any]:
+    job, steps = start.job, start.steps
     saver = checkpoint.Saver(folder, job.config.run.keep_last, log.say)
     course, first = job.course(steps.stop), job.ranks.first
 
@@ -207,17 +289,16 @@ def _run(job: Job, folder: Path, now: dict, steps: range, position: int, log) ->
             return
         best = accuracy if better else best
         model, momenta, scalars = job.engine.state()
+        checkpoint.refuse_poisoned(model, momenta, done)
         if first:
-            state = {"step": done, "position": next_position, "scalars": scalars, "defining": now}
-            saver.save(done, model, momenta, state, accuracy)
+            saver.save(model, momenta, checkpoint.State(done, next_position, scalars, start.now), accuracy)
             bad = job.bad_images()
             log.status("running", step=done, of=course.last_step, held_out_accuracy=accuracy, bad_images=bad)
 
-    log.status("running", step=steps.start, of=steps.stop)
     began = time.monotonic()
     evaluate = job.evaluate if job.val_loader else None
     job.clock.skip()
-    batches = job.batches(steps, position)
+    batches = job.batches(steps, start.position)
     try:
         parts = (course, batches, job.task, job.engine, job.lr_of, job.work_of, evaluate, save, log, job.clock)
         result = run(*parts, job.bad_images)
@@ -231,6 +312,7 @@ def _run(job: Job, folder: Path, now: dict, steps: range, position: int, log) ->
     return result | {
         "bad_images": job.bad_images(),
         "steps": steps.stop,
+        "steps_now": len(steps),
         "seconds": time.monotonic() - began,
         "out": str(folder),
     }
@@ -238,7 +320,7 @@ def _run(job: Job, folder: Path, now: dict, steps: range, position: int, log) ->
 
 def _show(result: dict, task) -> None:
     """The short table a run ends with."""
-    rows = [("steps", f"{result['steps']:,} in {terminal.duration(result['seconds'])}")]
+    rows = [("steps", f"{result['steps_now']:,} in {terminal.duration(result['seconds'])}; {result['steps']:,} in all")]
     if "held_out_accuracy" in result:
         rows.append((task.says, f"{result['held_out_accuracy']:.1%}"))
     if "held_out_top5" in result:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from conftest import draw, write_folder
 from fastrot.data import beton
 from fastrot.data.decode import make_decoder
+from fastrot.data.decode.batch import Batch
 from fastrot.data.images import KINDS
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.storage import FileStorage
@@ -257,15 +258,16 @@ def test_raw_rows_show_the_oracles_pixels_among_others(tmp_path):
     for crops in (windows, boxes):
         results = []
         for manifest in (mixed, folder):
-            decoder.submit(FileStorage(manifest).read(np.arange(9)), crops, 32)
+            decoder.submit(Batch(FileStorage(manifest).read(np.arange(9)), np.ones(9, np.uint8), crops, 32))
             got, bad = decoder.result()
             assert not bad
             results.append(got)
         assert torch.equal(*results)
     (raw,) = FileStorage(mixed).read(np.array([1]))
-    assert torch.equal(decoder.one(raw, boxes[1:2], 32), results[0][1])
+    assert torch.equal(decoder.one(Batch([raw], np.ones(1, np.uint8), boxes[1:2], 32)), results[0][1])
     with pytest.raises(BadImage, match="not as indexed"):
-        decoder.one(raw, np.array([[0, 0, 200, 10]], np.int32), 32)
-    decoder.submit([raw, raw], np.array([[0, 0, 9, 9], [0, 0, 200, 10]], np.int32), 32)
+        decoder.one(Batch([raw], np.ones(1, np.uint8), np.array([[0, 0, 200, 10]], np.int32), 32))
+    windows = np.array([[0, 0, 9, 9], [0, 0, 200, 10]], np.int32)
+    decoder.submit(Batch([raw, raw], np.ones(2, np.uint8), windows, 32))
     assert list(decoder.result()[1]) == [1]
     decoder.close()

@@ -6,6 +6,9 @@ import os
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 from conftest import write_folder
 from fastrot.data.bad_images import BadImages
@@ -121,6 +124,103 @@ def test_a_bad_image_is_replaced_by_the_next_row_and_listed(source, decode, tmp_
     lines = [json.loads(line) for line in listing.read_text().splitlines()]
     assert sorted(line["row"] for line in lines) == [gone, broken]
     assert any("cannot be opened" in line["reason"] for line in lines)
+
+
+class Answers:
+    """Storage whose bytes are the row's number; and a decoder that shows the row, and its window's place."""
+
+    name = "answers"
+
+    def __init__(self, unread: set[int], undecoded: set[int]):
+        self._unread, self._undecoded, self._flying = unread, undecoded, []
+
+    def start(self, rows):
+        return lambda: self.read(rows)
+
+    def read(self, rows):
+        return [BadImage("unread") if row in self._unread else np.array([row], np.uint8) for row in rows.tolist()]
+
+    def submit(self, batch):
+        self._flying.append(batch)
+
+    def result(self):
+        batch = self._flying.pop(0)
+        bad = {at: "undecoded" for at, (row,) in enumerate(batch.buffers) if int(row) in self._undecoded}
+        return self._pixels(batch), bad
+
+    def one(self, batch):
+        if int(batch.buffers[0][0]) in self._undecoded:
+            raise BadImage("undecoded")
+        return self._pixels(batch)[0]
+
+    def close(self):
+        pass
+
+    @staticmethod
+    def _pixels(batch):
+        shown = [
+            (int(buffer[0]), *window[:2].tolist()) for buffer, window in zip(batch.buffers, batch.windows, strict=True)
+        ]
+        return torch.tensor(shown, dtype=torch.uint8).reshape(-1, 1, 1, 3)
+
+
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory):
+    root = tmp_path_factory.mktemp("twelve")
+    return Manifest.load(index(str(write_folder(root / "d")), root / "cache", 10**8, lambda i, n, t: i))
+
+
+@given(
+    bad=st.dictionaries(st.integers(0, 11), st.booleans(), max_size=11),
+    epoch=st.integers(0, 3),
+    images=st.integers(1, 14),
+    views=st.sampled_from(["one", "all"]),
+)
+@example(bad={11: True}, epoch=1, images=12, views="one")  # the last row: the first comes after it
+@example(bad=dict.fromkeys([3, 4, 5, 6], False), epoch=0, images=12, views="one")
+@settings(max_examples=80, deadline=None)
+def test_a_bad_row_shows_the_next_sound_one_of_its_epoch(twelve, bad, epoch, images, views):
+    """Its own window, flip, turns and label; every other row as planned; the bad ones met are listed, no others."""
+    answers = Answers({row for row in bad if bad[row]}, {row for row in bad if not bad[row]})
+    listed = BadImages(None, "d", 12)
+    made = loader(twelve, views=views, bad=listed, storage=answers)
+    made._decoder = answers
+    (step,) = made.train(range(1), 12 * epoch + 5, images, 1, 0, 1, lambda epoch: 1)
+    (micro,) = step.micro_steps
+    met = set()
+    planned = made.plan.at(step.position, step.position + images)
+    for at, (row, of) in enumerate(zip(planned.rows.tolist(), planned.epochs.tolist(), strict=True)):
+        while row in bad:
+            met.add(twelve.name(row))
+            row = (row + 1) % 12
+        want = made.plan.of(np.array([row]), np.array([of]))
+        assert micro.sample.rows[at] == row and micro.labels[at] == twelve.label[row]
+        assert micro.pixels[at].flatten().tolist() == [row, *want.windows[0, :2].tolist()]
+        assert micro.flips[at] == want.flips[0]
+        np.testing.assert_array_equal(micro.turns[at], want.turns[0])
+    assert listed._known == met
+
+
+def test_a_frozen_manifest_without_orientations_shows_the_same(tmp_path):
+    """What runs froze before it was kept: Pillow's rule is asked as an image is decoded."""
+    root = write_folder(tmp_path / "d", classes=1)
+    for orientation, path in enumerate(sorted(root.rglob("*.jpg")), 5):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.open(path).save(path, exif=exif)
+    folder = index(str(root), tmp_path / "cache", 10**8, lambda i, n, t: i)
+    new = Manifest.load(folder)
+    assert new.orientation.tolist() == [5, 6, 7, 8]
+    (folder / "orientation.npy").unlink()
+    meta = folder / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 3}))
+    old = Manifest.load(folder)
+    old.save(tmp_path / "again")  # as a run freezes it
+    for manifest in (old, Manifest.load(tmp_path / "again")):
+        assert manifest.orientation.tolist() == [0] * 4 and manifest.content == new.content
+        ((pixels, *_),) = collect(lambda m=manifest: loader(m, "turbo"), range(1), images=4)
+        ((want, *_),) = collect(lambda: loader(new, "turbo"), range(1), images=4)
+        assert torch.equal(pixels, want)
 
 
 def test_each_source_has_its_own_limit_and_ranks_share_the_list(tmp_path):

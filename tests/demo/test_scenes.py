@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from fastrot.demo.scenes import CLASSES, draw, main, write
+from fastrot.demo.scenes import CLASSES, draw, write
 from fastrot.errors import UserError
 
 
@@ -82,7 +82,7 @@ def test_wrong_inputs_are_user_errors(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_the_command_reports_one_line_and_exits_with_2(tmp_path, capsys):
+def test_the_command_reports_one_line_and_exits_with_2(fastrot, tmp_path):
     (tmp_path / "file").write_text("x")
-    assert main(["--out", str(tmp_path / "file")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    done = fastrot("demo-data", "--out", tmp_path / "file")
+    assert done.code == 2 and done.err.count("\n") == 1 and len(done.errors) == 1

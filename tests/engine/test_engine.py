@@ -1,22 +1,19 @@
 """Engines on two uneven ranks against plain single-process torch on the whole batch."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from conftest import ROOT
 from fastrot.engine import StepSettings
 from fastrot.engine.buckets import Buckets
 from fastrot.engine.deepspeed import merged, settings_to_json
 from fastrot.errors import UserError
 from fastrot.models.recompute import recompute_blocks
 from fastrot.models.resnet import build_model
-from workers.steps import IMAGES, STEPS, batch, bottlenecks, network
+from workers.ranks import as_ranks
+from workers.steps import IMAGES, STEPS, batch, bottlenecks, network, work
 
 EXACT = [
     "plain-fp32-0-sgd",
@@ -58,21 +55,7 @@ LOW = ["plain-bf16-0-sgd", "deepspeed-bf16-0-sgd", "deepspeed-bf16-1-sgd", "plai
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("steps") / "results.pt"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    command = [
-        os.path.join(os.path.dirname(sys.executable), "torchrun"),
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "tests/workers/steps.py",
-        str(out),
-        *EXACT,
-        *BUCKETS,
-        *LARS,
-        *LOW,
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    as_ranks(2, work, out, [*EXACT, *BUCKETS, *LARS, *LOW])
     return torch.load(out, weights_only=True)
 
 

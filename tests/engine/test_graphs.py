@@ -155,7 +155,6 @@ def test_a_dry_run_on_graphs_times_replays_alone(fastrot, images, tmp_path, monk
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("norm, arch", [("torch", "resnet18"), ("fused", "resnet18"), ("fused_conv", "resnet50")])
 @pytest.mark.parametrize("more", [[], ["engine.images_per_micro_step=4"], ["data.crop_by_epoch={0: 32, 8: 48}"]])
 def test_a_run_on_graphs_is_the_run(fastrot, images, tmp_path, more, norm, arch):

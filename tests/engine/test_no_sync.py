@@ -154,7 +154,6 @@ def test_a_task_waits_for_no_copy_to_the_device(monkeypatch, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", ["plain", "deepspeed"])
 def test_no_step_waits_for_the_gpu_before_a_line_is_due(fastrot, images, tmp_path, monkeypatch, kind):
     """From the second step on: the first compiles, and measures backends."""

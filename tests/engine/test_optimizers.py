@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from fastrot.engine.optimizers import build_optimizer, clip_and_measure
@@ -36,6 +38,49 @@ def test_poly_is_the_protocols_poly():
     for t in (0, 100, 19_999, 20_000):
         want = (0.01 - 1e-4) * (1 - t / 20_000) ** 0.9 + 1e-4
         assert lr_at(t, epochs=20_000, peak=0.01, schedule="poly", power=0.9, final=1e-4) == pytest.approx(want)
+
+
+def closed_form(epoch, schedule, epochs, peak, milestones, gamma, power, final, warmup, ratio):
+    """The schedules as their papers and mmcv's hooks write them, from the start to the end."""
+    rate = {
+        "step": lambda: peak * math.prod(gamma for m in milestones if m <= epoch),
+        "cosine": lambda: (
+            final + (peak - final) * math.cos(math.pi / 2 * max(0, epoch - warmup) / (epochs - warmup)) ** 2
+        ),
+        "poly": lambda: final + (peak - final) * (1 - epoch / epochs) ** power,
+    }[schedule]()
+    return rate * (ratio + (1 - ratio) * epoch / warmup) if epoch < warmup else rate
+
+
+@given(
+    st.sampled_from(["step", "cosine", "poly"]),
+    st.floats(1, 200),
+    st.floats(0, 0.99),
+    st.floats(0, 1),
+    st.floats(0, 1.5),
+    st.lists(st.floats(0, 1.2), max_size=3),
+    st.floats(0, 1),
+    st.floats(0.5, 3),
+    st.floats(0, 1),
+)
+def test_every_schedule_after_every_warm_up_is_its_closed_form_and_stays_at_its_end(
+    schedule, epochs, warmup, ratio, at, milestones, gamma, power, final
+):
+    """Warm-up, milestones and `at` in parts of the run; milestones may lie past its end."""
+    milestones, words = tuple(m * epochs for m in milestones), (schedule, epochs, 0.3)
+    warmup = 0.0 if warmup * epochs < 1e-3 else warmup * epochs
+    rate = lr_at(
+        at * epochs, epochs=epochs, peak=0.3, schedule=schedule, warmup_epochs=warmup, warmup_ratio=ratio,
+        milestones=milestones, gamma=gamma, power=power, final=final,
+    )  # fmt: skip
+    want = closed_form(min(at, 1) * epochs, *words, milestones, gamma, power, final, warmup, ratio)
+    assert rate == pytest.approx(want, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule, end", [("step", 0.002), ("cosine", 0.01), ("poly", 0.01)])
+def test_the_rate_at_the_end_and_past_it(schedule, end):
+    for epoch in (70, 70.0001, 71, 1000):
+        assert lr_at(epoch, **RECIPE | {"schedule": schedule, "final": 0.01}) == pytest.approx(end, rel=1e-12)
 
 
 def test_a_rate_outside_the_run_is_refused():
@@ -117,6 +162,18 @@ def test_lars_leaves_a_layer_of_zeros_a_ratio_of_one():
     layer.weight.grad = torch.ones(2, 3)
     optimizer.step()
     assert torch.equal(layer.weight, -torch.ones(2, 3))
+
+
+def test_lars_leaves_a_layer_without_a_gradient_a_ratio_of_one():
+    """Its decay alone moves it, at the full rate."""
+    layer = nn.Linear(3, 2, bias=False)
+    nn.init.ones_(layer.weight)
+    optimizer = build_optimizer(
+        "lars", layer, lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.25, decay_norms=True, trust=0.001
+    )
+    layer.weight.grad = torch.zeros(2, 3)
+    optimizer.step()
+    assert torch.equal(layer.weight, torch.full((2, 3), 0.75))
 
 
 def test_clipping_measures_before_it_clips():

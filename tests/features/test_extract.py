@@ -74,7 +74,7 @@ def test_the_svms_pictures_are_torchvisions_to_the_bit(images):
     transform = T.Compose([T.Resize(256), T.Resize((224, 224))])
     for path in sorted(images.rglob("*.jpg")):
         want = np.asarray(transform(Image.open(path).convert("RGB")))
-        got = squashed_pixels(np.frombuffer(path.read_bytes(), np.uint8), None, 224, 256).numpy()
+        got = squashed_pixels(np.frombuffer(path.read_bytes(), np.uint8), 1, None, 224, 256).numpy()
         assert np.array_equal(got, want)
 
 
@@ -298,8 +298,35 @@ def test_an_image_that_broke_since_is_no_other_images_features(fastrot, checkpoi
     (tmp_path / "list").write_text("".join(f"{p}\t0\n" for p in sorted(images.rglob("*.jpg"))))
     broken = images / "class1" / "2.jpg"
     data = bytearray(broken.read_bytes())
-    data[200:-2] = bytes(len(data) - 202)
+    table = data.index(b"\xff\xc4") + 5
+    data[table : table + 16] = b"\xff" * 16  # a Huffman code that cannot be: its header is sound
     broken.write_bytes(data)
     done = fastrot(*words)
     distributed.end()
     assert done.code == 3 and "unreadable images, more than data.max_bad 0" in done.err
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda store, record: record.write_text("[]"),
+        lambda store, record: record.write_text("{"),
+        lambda store, record: (store / "avg.npy").unlink(),
+        lambda store, record: (store / "avg.npy").write_bytes(b"short"),
+    ],
+)
+def test_a_damaged_store_is_one_line_and_never_all_there(fastrot, images, checkpoint, tmp_path, damage, finished):
+    store = tmp_path / "f"
+    words = ["features", "--data", images, *SMALL, "--checkpoint", checkpoint, "--taps", "avg", "--out", store]
+    assert fastrot(*words).code == 0
+    record = store / "manifest.json"
+    if not finished:
+        facts = json.loads(record.read_text())
+        del facts["files"]
+        record.unlink()
+        record = store / "plan.json"
+        record.write_text(json.dumps(facts))
+    damage(store, record)
+    done = fastrot(*words)
+    assert done.code == 2 and len(done.errors) == 1, done.err

@@ -32,6 +32,7 @@ int main(int count, char **words) {
             struct request request = {.data = data, .length = kept, .size = 8 + draw(89), .out = out};
             request.top = draw(100), request.left = draw(100);
             request.height = 1 + draw(100), request.width = 1 + draw(120);
+            request.orientation = 1 + draw(8);
             request.boxed = draw(2), request.fast = draw(2);
             if (request.boxed) request.top += 0.3, request.width += 0.7;
             if (draw(8) == 0) request.raw_height = 1 + draw(60), request.raw_width = 1 + draw(60);

@@ -11,11 +11,10 @@ from fastrot_kernels.norm.interface import Norm
 # what Triton's interpreter does with a loop's end
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 EPS = 1e-5
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 KERNELS = [
     pytest.param(reference, "cpu", id="cpu-reference"),
     *([pytest.param(triton_norm, "cpu", id="cpu-triton")] if triton_norm.INTERPRETED else []),
-    pytest.param(triton_norm, "cuda", id="cuda-triton", marks=[pytest.mark.gpu, CUDA]),
+    pytest.param(triton_norm, "cuda", id="cuda-triton", marks=pytest.mark.gpu),
 ]
 SHAPES = [(2, 1), (33, 64), (700, 20), (40, 130)]
 # one rounding to the dtype, and sums in another order

@@ -2,6 +2,7 @@
 
 import io
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
+from torchvision.io import decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
-from fastrot.data.images import decode_upright
 from fastrot_kernels import build
+from fastrot_kernels import turbo as module
 from fastrot_kernels.turbo import BROKEN, NOT_OURS, Turbo
 
 SOURCES = Path(build.__file__).parent / "turbo"
@@ -26,8 +28,12 @@ def turbo():
     made.close()
 
 
-def one(turbo, buffer, window, size) -> np.ndarray:
-    turbo.submit([buffer], np.array([window]), size)
+def upright(n: int) -> np.ndarray:
+    return np.ones(n, np.uint8)
+
+
+def one(turbo, buffer, window, size, orientation=1) -> np.ndarray:
+    turbo.submit([buffer], np.array([orientation], np.uint8), np.array([window]), size)
     out, failed = turbo.result()
     assert not failed, failed
     return out[0]
@@ -105,49 +111,76 @@ def test_a_float_box_is_pillows_resize_of_a_box_within_two_levels(turbo, encoded
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("size", [16, 40])
-def test_windows_are_of_the_upright_image(turbo, orientation, size):
+@pytest.mark.parametrize("boxed", [False, True])
+def test_windows_are_of_the_upright_image(turbo, orientation, size, boxed):
+    """As the number says, not as the file does; a file or pixels alike."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    buffer = jpeg(grain(60, 90), exif=exif, subsampling=0)
-    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(buffer))).convert("RGB"))
-    window = (7, 11, 31, 42)
-    want = torch_resize(upright[7 : 7 + 31, 11 : 11 + 42], size).astype(int)
-    assert np.abs(one(turbo, buffer, window, size) - want).max() <= (1 if orientation >= 5 else 0)
+    turned = io.BytesIO(jpeg(grain(60, 90), exif=exif, subsampling=0))
+    buffer = jpeg(grain(60, 90), exif=Image.Exif(), subsampling=0)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(turned)).convert("RGB"))
+    window = (7, 11, 31, 42.0 if boxed else 42)
+    if boxed:
+        box = (11, 7, 11 + 42, 7 + 31)
+        want = np.asarray(Image.fromarray(upright).resize((size, size), Image.Resampling.BILINEAR, box), int)
+    else:
+        want = torch_resize(upright[7 : 7 + 31, 11 : 11 + 42], size).astype(int)
+    most = (1 if orientation >= 5 else 0) + boxed
+    got = one(turbo, buffer, window, size, orientation)
+    assert np.abs(got - want).max() <= most
+    stored = np.asarray(Image.open(io.BytesIO(buffer)).convert("RGB"))
+    assert np.array_equal(one(turbo, stored, window, size, orientation), got)
+    assert np.array_equal(one(turbo, np.frombuffer(turned.getvalue(), np.uint8), window, size, orientation), got)
 
 
-def exif_block(order: str, entries: list[tuple[int, int, int, int]], magic: int = 42) -> bytes:
-    sign = {"II": "little", "MM": "big"}[order]
-    number = lambda value, size: value.to_bytes(size, sign)  # noqa: E731
-    block = order.encode() + number(magic, 2) + number(8, 4) + number(len(entries), 2)
-    for tag, kind, count, value in entries:
-        field = number(value, 2) + b"\0\0" if kind == 3 and count < 3 else number(value, 4)
-        block += number(tag, 2) + number(kind, 2) + number(count, 4) + field
-    return b"Exif\0\0" + block + number(0, 4)
+@pytest.fixture(scope="module")
+def plain():
+    """Built without any code for one processor alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_library", partial(module._library, "-DPLAIN"))
+        made = Turbo(2)
+    yield made
+    made.close()
 
 
-EXIFS = {
-    "big endian": exif_block("MM", [(0x0112, 3, 1, 6)]),
-    "little endian": exif_block("II", [(0x0112, 3, 1, 6)]),
-    "as a long": exif_block("II", [(0x0112, 4, 1, 8)]),
-    "behind others": exif_block("II", [(0x0100, 3, 1, 7), (0x0112, 3, 1, 3)]),
-    "of two values": exif_block("II", [(0x0112, 3, 2, 6)]),
-    "of values elsewhere": exif_block("MM", [(0x0112, 3, 9, 26)]) + b"\0\x08" * 9,
-    "out of range": exif_block("MM", [(0x0112, 3, 1, 9)]),
-    "zero": exif_block("MM", [(0x0112, 3, 1, 0)]),
-    "wrong magic": exif_block("MM", [(0x0112, 3, 1, 6)], magic=44),
-    "cut in its entry": exif_block("MM", [(0x0112, 3, 1, 6)])[:22],
-    "cut in its header": exif_block("MM", [(0x0112, 3, 1, 6)])[:9],
-    "junk": b"Exif\0\0no tiff at all",
-}
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([1, 3, 8, 31, 64, 225]), st.booleans(), st.data())
+@settings(max_examples=80, deadline=None)
+def test_plain_c_is_the_simd_code_bit_for_bit(turbo, plain, encoded, height, width, size, boxed, data):
+    top, left = data.draw(st.integers(0, 147 - height)), data.draw(st.integers(0, 203 - width))
+    way = data.draw(st.sampled_from(sorted(WAYS)))
+    window = (top, left, height - 0.3 * boxed, width)
+    for buffer in encoded[way]:  # the file, and its pixels
+        assert np.array_equal(one(plain, buffer, window, size), one(turbo, buffer, window, size))
 
 
-@pytest.mark.parametrize("name", EXIFS)
-def test_orientation_is_read_as_pillow_reads_it(turbo, name):
-    buffer = jpeg(grain(30, 44), exif=EXIFS[name], subsampling=0)
-    upright = np.asarray(decode_upright(buffer))
-    height, width = upright.shape[:2]
-    got = one(turbo, buffer, (0, 0, height, width), 44).astype(int)
-    assert np.abs(got - torch_resize(upright, 44)).max() <= 1
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_without_its_last_bytes_is_judged_as_libjpeg_does(turbo, encoded, way):
+    """Our own Huffman decoder does not end where libjpeg would ask for more; nor ask where it would not."""
+    whole = encoded[way][0]
+    for missing in range(64):
+        buffer = whole[: len(whole) - missing].copy()
+        try:
+            decode_jpeg(torch.from_numpy(buffer))
+            sound = True
+        except RuntimeError:
+            sound = False
+        turbo.submit([buffer], upright(1), np.array([(0, 0, 147, 203)]), 8)
+        out, failed = turbo.result()
+        if missing in (1, 2) and not failed:  # the end marker alone: all that is coded may have been read before
+            assert np.array_equal(out[0], one(turbo, whole, (0, 0, 147, 203), 8))
+        else:
+            assert not failed if sound else failed[0][0] == BROKEN, missing
+
+
+@pytest.mark.parametrize("scans, refused", [(500, False), (501, True)])
+def test_a_file_of_more_than_500_scans_is_refused(turbo, scans, refused):
+    data = bytes(jpeg(grain(9, 9).convert("L"), progressive=True))
+    starts = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    first = data[starts[0] : data.index(b"\xff", starts[0] + 12)]  # the DC's first scan, up to a marker
+    many = data[: starts[0]] + first * scans + b"\xff\xd9"
+    turbo.submit([np.frombuffer(many, np.uint8)], upright(1), np.array([(0, 0, 9, 9)]), 8)
+    _, failed = turbo.result()
+    assert failed == ({0: (BROKEN, "has more than 500 scans")} if refused else {})
 
 
 def test_the_fast_mode_changes_large_windows_alone(turbo):
@@ -170,7 +203,7 @@ def test_what_is_not_ours_is_said(turbo):
         jpeg(grain(90, 90))[:700],
         jpeg(grain(9, 9)),
     ]
-    turbo.submit(buffers, np.array([(0, 0, 9, 9)] * 3 + [(0, 0, 90, 90), (0, 0, 10, 9)], np.int32), 8)
+    turbo.submit(buffers, upright(5), np.array([(0, 0, 9, 9)] * 3 + [(0, 0, 90, 90), (0, 0, 10, 9)], np.int32), 8)
     _, failed = turbo.result()
     assert [failed[at][0] for at in range(5)] == [NOT_OURS, NOT_OURS, NOT_OURS, BROKEN, BROKEN]
     assert "truncated" in failed[3][1] and "9x9, not as indexed" in failed[4][1]
@@ -180,7 +213,8 @@ def test_batches_come_back_in_order_whatever_their_sizes(turbo, encoded):
     buffer, _ = encoded["420"]
     sizes = [8, 64, 16]
     for n, size in enumerate(sizes):
-        turbo.submit([buffer] * (5 * n), np.array([(n, n, 90, 90)] * (5 * n), np.int32).reshape(-1, 4), size)
+        windows = np.array([(n, n, 90, 90)] * (5 * n), np.int32).reshape(-1, 4)
+        turbo.submit([buffer] * (5 * n), upright(5 * n), windows, size)
     results = [turbo.result() for _ in sizes]
     for n, (size, (out, failed)) in enumerate(zip(sizes, results, strict=True)):
         assert out.shape == (5 * n, size, size, 3) and not failed
@@ -198,7 +232,7 @@ def test_damaged_bytes_give_pixels_or_a_reason(turbo, encoded, way, changes, cut
     for where, value in changes:
         buffer[int(where * (len(buffer) - 1))] = value
     buffer = buffer[: max(1, int((1 - cut * cut) * len(buffer)))]
-    turbo.submit([buffer], np.array([(20, 30, 90, 100)], np.int32), 32)
+    turbo.submit([buffer], upright(1), np.array([(20, 30, 90, 100)], np.int32), 32)
     _, failed = turbo.result()
     assert not failed or failed[0][0] == NOT_OURS or failed[0][1]
 
@@ -265,7 +299,7 @@ def test_no_damage_reaches_memory_that_is_not_ours(tmp_path, encoded):
     for way, (buffer, _) in encoded.items():
         buffer.tofile(tmp_path / f"{way}.jpg")
     checks = ["-O1", "-g", "-std=c11", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = [str(SOURCES / f"{name}.c") for name in ("window", "entropy", "resample", "exif")]
+    sources = [str(SOURCES / f"{name}.c") for name in ("window", "entropy", "resample")]
     driver = str(Path(__file__).with_name("fuzz_turbo.c"))
     built = str(tmp_path / "fuzz")
     subprocess.run(["cc", *checks, f"-I{SOURCES}", driver, *sources, "-o", built, "-ljpeg", "-lm"], check=True)
@@ -278,6 +312,6 @@ def test_no_damage_reaches_memory_that_is_not_ours(tmp_path, encoded):
 def test_dropped_with_a_batch_in_flight_its_threads_end(encoded):
     threads = len(list(Path("/proc/self/task").iterdir()))
     turbo = Turbo(3)
-    turbo.submit([encoded["444"][0]] * 200, np.array([(0, 0, 8, 8)] * 200, np.int32), 224)
+    turbo.submit([encoded["444"][0]] * 200, upright(200), np.array([(0, 0, 8, 8)] * 200, np.int32), 224)
     del turbo
     assert len(list(Path("/proc/self/task").iterdir())) == threads

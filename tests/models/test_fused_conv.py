@@ -15,8 +15,7 @@ from fastrot_kernels.norm import triton_norm
 from fastrot_kernels.pointwise import triton_pointwise
 from workers.steps import bottlenecks
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Triton 3.6's interpreter cuts bfloat16 off where a GPU rounds it
 CASES = [
     *(pytest.param("cpu", dtype, id=f"cpu-{dtype}") for dtype in (None, torch.bfloat16)),
@@ -25,7 +24,7 @@ CASES = [
         for dtype in (None, torch.float16)
         if triton_pointwise.INTERPRETED
     ),
-    *(pytest.param("cuda", dtype, marks=[pytest.mark.gpu, CUDA]) for dtype in (None, torch.bfloat16)),
+    *(pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (None, torch.bfloat16)),
 ]
 # channels in, of 64 out; stride; whether the shortcut has a convolution
 BLOCKS = {"identity": (64, 1, False), "wider": (32, 1, True), "halved": (32, 2, True)}
@@ -78,7 +77,6 @@ def test_a_block_is_no_farther_from_float64_than_torchs_modules(monkeypatch, req
 
 
 @pytest.mark.gpu
-@CUDA
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_a_block_in_tf32_is_near_torchs_modules(monkeypatch, kind):
     """Four times their distance from float64: Triton's products cut float32 off at TF32's bits, cuDNN's may round, and

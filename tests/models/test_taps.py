@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from fastrot.errors import UserError
 from fastrot.models.resnet import build_model
-from fastrot.models.taps import AVERAGE, TAPS, flat_features, pooled_maps
+from fastrot.models.taps import ADAPTIVE, AVERAGE, SPECIFIED, TAPS, flat_features, pooled_maps
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,12 @@ def test_feature1_is_read_before_the_maxpool_and_counts_its_padding():
         stem = torch.relu(F.conv2d(images, model.conv1.weight, stride=2, padding=3) / (1 + 1e-5) ** 0.5)
     torch.testing.assert_close(got[:, :, 0, 0], stem[:, :, :6, :6].sum((2, 3)) / 100)
     torch.testing.assert_close(got[:, :, 3, 5], stem[:, :, 26:36, 46:56].mean((2, 3)))
+
+
+def test_the_specified_pools_numbers():
+    """Kernel, stride, padding of each tap in mmselfsup's configs; several paddings give the same size."""
+    assert SPECIFIED == ((10, 10, 4), (16, 8, 0), (13, 5, 0), (8, 3, 0), (6, 1, 0))
+    assert ADAPTIVE == (12, 6, 4, 3, 2)
 
 
 def test_features_are_flattened_channel_first():

@@ -1,5 +1,6 @@
 """Low-shot draws against golden vectors; the table against scikit-learn, fit by fit."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
 from conftest import ROOT
+from fastrot.data.randomness import philox
 from fastrot.errors import UserError
 from fastrot.probes import lowshot
 from fastrot.probes.lowshot import draw, drawn_targets, low_shot, published_targets
@@ -43,6 +45,42 @@ def test_targets_hold_k_positives_and_nineteen_times_as_many_negatives_and_no_di
     assert (y[targets == 1] == 1).all() and (y[targets == 0] == 0).all()
     assert not np.array_equal(targets, drawn_targets(y, 3, 4, seed=7))
     assert drawn_targets(y, 2, 96, seed=7) is None
+
+
+def test_drawn_targets_as_numbers():
+    """Rows of the smallest luck, positives of class c in group 2 c, negatives in 2 c + 1: by the golden generator."""
+    y = np.zeros((150, 2), np.int8)
+    y[::3, 0], y[1::4, 1], y[5::7] = 1, 1, -1
+    got = drawn_targets(y, 3, 2, seed=11)
+    for c in range(2):
+        for value, group, count in ((1, 2 * c, 2), (0, 2 * c + 1, 38)):
+            rows = np.flatnonzero(y[:, c] == value)
+            words = philox(11, rows, 3, 6, group).tolist()
+            lucky = sorted(zip(words, rows.tolist(), strict=True), key=lambda row: row[0][:2])[:count]
+            assert np.flatnonzero(got[:, c] == value).tolist() == sorted(row for _, row in lucky)
+    assert [np.flatnonzero(column == 1).tolist() for column in got.T] == [[42, 81], [53, 101]]
+    assert hashlib.sha256(got.tobytes()).hexdigest()[:16] == "c5738e579fa90961"
+
+
+def test_the_oracles_cost_is_the_best_mean_over_draws(data, monkeypatch):
+    """By hand: the first cost wins one draw by far, the last all in all."""
+    monkeypatch.setattr(
+        lowshot,
+        "_one_draw",
+        lambda whole, cross, targets, *_: (
+            np.full((3, 4), [[0.9, 0.5, 0.4, 0.6], [0.1, 0.5, 0.4, 0.6]][targets]),
+            np.zeros(3, int),
+            0.0,
+        ),
+    )
+    (found,), _ = low_shot(*data, lambda sample, k: sample, ks=(2,), samples=2, costs=COSTS)
+    np.testing.assert_allclose(found.test, [[90, 50, 40, 60], [10, 50, 40, 60]])
+    assert found.oracle_cost == COSTS[3]
+    np.testing.assert_allclose(found.cross_validated, [90, 10])
+
+
+def test_the_protocols_numbers():
+    assert lowshot.KS == (1, 2, 4, 8, 16, 32, 64, 96) and lowshot.SAMPLES == 5
 
 
 def test_the_table_is_that_of_linear_svc_fitted_one_by_one(data):

@@ -12,7 +12,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.svm import LinearSVC
 
 from fastrot.errors import Fault
-from fastrot.probes import factors, solver
+from fastrot.probes import factors, solver, svm
 from fastrot.probes.factors import Factors
 from fastrot.probes.kernel import Features, Gram, gram, kernel_of
 from fastrot.probes.precision import area_ap
@@ -368,3 +368,34 @@ def test_equal_costs_in_cross_validation_give_the_first_listed():
     x, y = x.numpy(), np.where(y == 1, 1, 0)
     assert voc_svm(x, y, x, y, (0.5**19, 0.5**18)).costs == 0.5**19
     assert voc_svm(x, y, x, y, (0.5**18, 0.5**19)).costs == 0.5**18
+
+
+def test_the_protocols_numbers():
+    """MMSelfSup 0.11's lists to the letter: their order decides ties, and a default that moved would move every table."""
+    assert COSTS == (
+        1.0, 10.0, 100.0, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625, 0.001953125, 0.0009765625, 0.00048828125,
+        0.000244140625, 0.0001220703125, 6.103515625e-05, 3.0517578125e-05, 1.52587890625e-05, 7.62939453125e-06,
+        3.814697265625e-06, 1.9073486328125e-06,
+    )  # fmt: skip
+    x, y = problem(30, 8, classes=2)
+    x = x.numpy()
+    found = voc_svm(x, np.where(y == 1, 1, 0), x, np.where(y == 1, 1, 0))
+    assert found.cross_validation.shape == (2, 19) and found.fits == 2 * (19 * 3 + 1)
+
+
+def test_a_row_is_divided_by_its_norm_and_a_hundred_thousandth():
+    got = normalised([[3e-5, 4e-5], [0.0, 0.0], [3.0, 4.0]]).tolist()
+    assert got[0] == pytest.approx([0.5, 2 / 3], rel=1e-12)
+    assert got[1] == [0, 0]
+    assert got[2] == pytest.approx([0.6 * 5 / 5.00001, 0.8 * 5 / 5.00001], rel=1e-12)
+
+
+def test_the_cost_is_the_one_of_the_best_mean_over_folds(monkeypatch):
+    """By hand: of three folds the first cost has the best one, the second the best median, the third the best mean."""
+    table = iter([0.9, 0.1, 0.1, 0.4, 0.4, 0.3, 0.3, 0.3, 0.6])  # cost by cost, its three folds
+    monkeypatch.setattr(svm, "step_ap", lambda positive, scores: next(table))
+    x, y = problem(30, 8, classes=1)
+    x, y = x.numpy(), np.where(y == 1, 1, 0)
+    found = voc_svm(x, y, x, y, (1.0, 0.5**4, 0.5**8))
+    assert found.costs == 0.5**8
+    np.testing.assert_allclose(found.cross_validation, [[1.1 / 3, 1.1 / 3, 0.4]])

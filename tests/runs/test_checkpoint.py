@@ -1,12 +1,18 @@
 """Checkpoints: whole or not there, verified, thinned out; the newest sound one is found."""
 
+import errno
 import json
+import os
+import stat
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from fastrot.errors import Fault, UserError
+from fastrot.errors import Diverged, Fault, UserError
+from fastrot.files import remove
 from fastrot.runs import checkpoint
 
 SAID: list[str] = []
@@ -18,6 +24,7 @@ def said():
 
 
 def saver(run, keep=2):
+    (run / "checkpoints").mkdir(exist_ok=True)
     return checkpoint.Saver(run, keep, SAID.append)
 
 
@@ -26,13 +33,8 @@ def save(made, step, value=0.0, accuracy=None):
         "conv1.weight": torch.full((2, 3, 3, 3), value).to(memory_format=torch.channels_last),
         "fc.weight": torch.ones(4, 2),
     }
-    made.save(
-        step,
-        model,
-        {"momentum_buffer/fc.weight": torch.zeros(4, 2)},
-        {"step": step, "position": step * 8, "scalars": {}, "defining": {}},
-        accuracy,
-    )
+    state = checkpoint.State(step, step * 8, {}, {})
+    made.save(model, {"momentum_buffer/fc.weight": torch.zeros(4, 2)}, state, accuracy)
     made.finish()
 
 
@@ -46,7 +48,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     found = checkpoint.load(folder)
     assert folder.name == "step-00000003" == (tmp_path / "checkpoints/latest").read_text().strip()
     assert torch.equal(found.model["conv1.weight"], torch.full((2, 3, 3, 3), 0.5))
-    assert found.state["position"] == 24
+    assert found.state.position == 24
     assert set(load_file(folder / "backbone.safetensors")) == {"conv1.weight"}
 
 
@@ -58,6 +60,14 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     again = saver(tmp_path, keep=2)  # a resumed run knows the best
     save(again, 6, accuracy=0.7)
     assert json.loads((tmp_path / "checkpoints/best").read_text()) == {"name": "step-00000002", "accuracy": 0.9}
+
+
+def test_of_equally_good_checkpoints_the_first_stays_the_best(tmp_path):
+    made = saver(tmp_path, keep=1)
+    for step in (1, 2, 3):
+        save(made, step, accuracy=0.5)
+    assert json.loads((tmp_path / "checkpoints/best").read_text()) == {"name": "step-00000001", "accuracy": 0.5}
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
 
 
 @pytest.mark.parametrize(
@@ -84,10 +94,14 @@ def test_a_damaged_newest_makes_way_for_the_one_written_anew(tmp_path):
     made = saver(tmp_path)
     for step in (1, 2):
         save(made, step)
-    (tmp_path / "checkpoints/step-00000002/state.json").write_text("{}")
-    checkpoint.find("auto", tmp_path, SAID.append)
-    assert names(tmp_path) == ["step-00000001"]
-    assert (tmp_path / "checkpoints/damaged-step-00000002").exists()
+    for time in (1, 2, 3):
+        (tmp_path / "checkpoints/step-00000002/state.json").write_text("{}")
+        assert checkpoint.find("auto", tmp_path, SAID.append).name == "step-00000001"
+        assert "step-00000002" in names(tmp_path), "nothing moves before a start is admitted"
+        checkpoint.make_way(tmp_path, 1)
+        assert names(tmp_path) == ["step-00000001"]
+        assert len(list((tmp_path / "checkpoints").glob("damaged-step-00000002*"))) == time
+        save(made, 2)
 
 
 def test_a_half_written_checkpoint_is_never_taken(tmp_path):
@@ -141,3 +155,98 @@ def test_differences_are_told_old_to_new_and_allowed_by_name(tmp_path):
     assert len(lines) == 2 and "model.arch was 'resnet18', is 'resnet50'" in lines[0]
     assert "--resume-anyway" not in lines[0] and "--resume-anyway optim.lr" in lines[1]
     checkpoint.refuse_differences(saved, now, ["model.arch", "optim.lr"], (), tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"files": []}', '{"files": {}}', '{"files": {"state.json": 1}}', "[" * 100_000])
+def test_a_manifest_that_names_no_sound_files_is_damage(tmp_path, content):
+    save(saver(tmp_path), 1)
+    save(saver(tmp_path), 2)
+    (tmp_path / "checkpoints/step-00000002/manifest.json").write_text(content)
+    assert checkpoint.find("auto", tmp_path, SAID.append).name == "step-00000001"
+    assert "step-00000002 is damaged" in SAID[0]
+
+
+def test_a_manifest_without_the_model_is_damage(tmp_path):
+    save(saver(tmp_path), 1)
+    path = tmp_path / "checkpoints/step-00000001/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["model.safetensors"]
+    path.write_text(json.dumps(manifest))
+    assert checkpoint.verify(path.parent) == "manifest.json lacks model.safetensors"
+
+
+def test_a_file_with_a_checkpoints_name_is_damage_and_makes_way(tmp_path):
+    made = saver(tmp_path)
+    save(made, 1)
+    (tmp_path / "checkpoints/step-00000009").write_text("x")
+    assert checkpoint.find("auto", tmp_path, SAID.append).name == "step-00000001"
+    assert "step-00000009 is damaged" in SAID[0]
+    checkpoint.make_way(tmp_path, 1)
+    save(made, 9)
+    assert checkpoint.find("auto", tmp_path, SAID.append).name == "step-00000009"
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["files", "accuracy", "name", "step", "state.json", "sha256", "bytes"]), inner
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(content=anything, where=st.sampled_from(["best", "step-00000001/manifest.json", "step-00000001/state.json"]))
+def test_any_json_where_state_is_read_is_damage_at_most(tmp_path, content, where):
+    remove(tmp_path / "checkpoints")
+    save(saver(tmp_path), 1, accuracy=0.5)
+    (tmp_path / "checkpoints" / where).write_text(json.dumps(content))
+    saver(tmp_path)
+    if where != "best":
+        assert checkpoint.verify(tmp_path / "checkpoints/step-00000001")
+        with pytest.raises(UserError, match="none of 1 checkpoints is sound"):
+            checkpoint.find("auto", tmp_path, SAID.append)
+    save(saver(tmp_path), 2, accuracy=0.75)
+    assert json.loads((tmp_path / "checkpoints/best").read_text())["accuracy"] >= 0.5
+
+
+def test_the_umask_decides_the_modes(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save(saver(tmp_path), 1)
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "checkpoints/step-00000001").iterdir())
+    assert len(files) == 5 and {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o640}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_saved(which, value):
+    sound = {"w": torch.ones(3), "count": torch.tensor(3), "empty": torch.ones(0)}
+    checkpoint.refuse_poisoned(sound, {}, 4)
+    tensors = [sound, {"momentum_buffer/w": torch.ones(3)}]
+    tensors[which] = {**tensors[which], "bad": torch.tensor([0.0, value])}
+    with pytest.raises(Diverged, match="not finite after 4 steps"):
+        checkpoint.refuse_poisoned(*tensors, 4)
+
+
+def test_a_failed_write_leaves_nothing_behind_and_a_kills_leftovers_go_at_the_next_start(tmp_path, monkeypatch):
+    made = saver(tmp_path)
+    save(made, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full_disk)
+        save(made, 2)
+    assert "No space left" in SAID[0]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001"]
+    (tmp_path / "checkpoints/.tmp-step-00000002").mkdir()
+    checkpoint.make_way(tmp_path, 1)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001"]
+
+
+def full_disk(tensors, path):
+    path.write_bytes(b"half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -86,7 +86,7 @@ def job(images, tmp_path, monkeypatch):
     distributed.end()
 
 
-def test_what_is_proposed_fits_and_a_tenth_more_room_is_used(job):
+def test_what_is_proposed_fits_and_twice_as_much_would_not(job):
     words = ("data.crop=96", "optim.images_per_step=64")
     need = job(2**40, *words).memory
     assert need.enough and need.fits == 64
@@ -96,8 +96,8 @@ def test_what_is_proposed_fits_and_a_tenth_more_room_is_used(job):
         fewer = job(left, *words, f"engine.images_per_micro_step={short.fits}")
         assert fewer.memory.enough, fewer.memory.says()
         assert fewer.memory.norm == short.fits_norm == fewer.numbers.norm_views
-        more = job(left, *words, f"engine.images_per_micro_step={round(short.fits * 1.5)}").memory
-        assert more.needed > memory._ROOM * left
+        more = job(left, *words, f"engine.images_per_micro_step={2 * short.fits + 2}").memory
+        assert more.needed > memory._ROOM * left, "half of what would fit is too few"
     assert job(need.state, *words).memory.fits is None
 
 

@@ -14,6 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import launch, launched, metrics, write_folder
+from fastrot import config as configs
+from fastrot.cli import main
+from fastrot.data.build import plan_of
+from fastrot.data.manifest import Manifest
+from fastrot.tasks.rotation import RotationTask
+from workers.ranks import as_ranks
 
 SMALL = [
     "model.arch=resnet18", "data.crop=16", "optim.images_per_step=6", "optim.lr=0.05", "optim.epochs=3",
@@ -158,6 +164,33 @@ def test_a_longer_run_may_go_on_by_name(whole, images, tmp_path, fastrot):
     assert metrics(tmp_path / "r")[-1]["step"] == 7
 
 
+def test_with_another_batch_the_stream_goes_on_where_the_checkpoint_stopped(
+    whole, images, tmp_path, fastrot, monkeypatch
+):
+    """Position 24 of 36, not step 4 times the new batch: 12 images are left, three steps of 5, the last into epoch 3."""
+    out, _ = whole
+    rows, seeds, loss = [], [], RotationTask.loss
+
+    def seen(task, module, views, batch):
+        rows.append(batch.sample.rows.tolist())
+        seeds.append(torch.initial_seed())
+        return loss(task, module, views, batch)
+
+    monkeypatch.setattr(RotationTask, "loss", seen)
+    words = [*PLAIN, *over(images, tmp_path / "r"), "optim.images_per_step=5"]
+    words += ["--resume", out / "checkpoints/step-00000004", "--resume-anyway", "optim.images_per_step"]
+    assert fastrot("train", *words, "--json").json["steps"] == 7
+    plan = plan_of(configs.load(None, PLAIN)[0], Manifest.load(out / "manifest/train"))
+    assert rows == [plan.at(at, at + 5).rows.tolist() for at in (24, 29, 34)]
+    # what draws by itself draws by (seed, step, micro-step, rank), so as in a run that was not stopped
+    assert seeds == [hash((0, step, 0, 0)) % 2**63 for step in (4, 5, 6)]
+    lines = [line for line in metrics(tmp_path / "r") if "loss" in line]
+    assert [line["step"] for line in lines] == [4, 5, 6]
+    assert [line["epoch"] for line in lines] == pytest.approx([29 / 12, 34 / 12, 39 / 12])
+    state = json.loads((tmp_path / "r/checkpoints/step-00000007/state.json").read_text())
+    assert (state["step"], state["position"]) == (7, 39)
+
+
 def test_a_checkpoint_of_a_run_may_start_another_folder(whole, images, tmp_path, fastrot):
     out, _ = whole
     early = out / "checkpoints/step-00000004"
@@ -178,11 +211,11 @@ def test_images_added_after_a_failed_start_are_seen(tmp_path, fastrot):
     assert json.loads((tmp_path / "r/environment.json").read_text())["data"]["rows"] == 7
 
 
-def test_a_fault_ends_the_process_and_is_the_status(images, tmp_path):
+def test_a_fault_ends_the_process_and_is_the_status(images, tmp_path, fastrot):
     """Images that never answer (named pipes), met while a pool of readers is stuck in them."""
     source = write_folder(tmp_path / "d", classes=1, per_class=6)
     words = [*PLAIN, f"data.train={source}", f"run.out={tmp_path / 'r'}"]
-    assert launched("python", 1, *words, "run.max_steps=1")[0] == 0
+    assert fastrot("train", *words, "run.max_steps=1").code == 0
     for path in source.rglob("*.jpg"):
         path.unlink()
         os.mkfifo(path)
@@ -266,28 +299,6 @@ def test_a_second_run_in_the_same_folder_is_refused(images, tmp_path, fastrot):
     assert "another run works there (host there, process 7)" in done.err
 
 
-@pytest.mark.parametrize("window", ["random_resized", "random"])
-def test_the_stream_is_one_for_any_ranks_decoder_and_start(images, fastrot, window):
-    words = [
-        "stream",
-        "--json",
-        f"data.train={images}",
-        "optim.images_per_step=5",
-        "data.crop=16",
-        f"data.window={window}",
-        "rotation.views=one",
-    ]
-    want = fastrot(*words, "--steps", 8)
-    assert want.out.startswith("step 0  position 0  epoch 0.000  rows ")
-    assert want.json["sha256"] == fastrot(*words, "--steps", 8, "--ranks", 4).json["sha256"]
-    later = ["--steps", 3, "--first-step", 5]
-    torch_, dali = (fastrot(*words, *later, "--pixels", "--decode", name).json for name in ("torch", "dali"))
-    ranks = fastrot(*words, *later, "--pixels", "--decode", "dali", "--ranks", 3).json
-    assert torch_["sha256"] == dali["sha256"] == ranks["sha256"] != want.json["sha256"]
-    assert ranks["pixels_sha256"] == dali["pixels_sha256"]
-    assert fastrot(*words, "--steps", 0).code == 2
-
-
 def test_dry_run_tells_what_a_run_would_be_and_writes_nothing(images, tmp_path, fastrot):
     done = fastrot("train", *PLAIN, *over(images, tmp_path / "r"), "--dry-run", "--json")
     assert (done.json["steps"], done.json["views_per_step"], done.json["batch_norm_views"]) == (6, 24, 24)
@@ -330,9 +341,8 @@ def test_two_ranks_under_deepspeed_learn_what_one_does(whole, two):
 def test_another_number_of_ranks_and_zero_1_take_the_run_up_where_it_was(whole, images, tmp_path):
     """One plain rank's checkpoint goes on over two ranks under ZeRO 1: same stream, momentum included."""
     out, _ = whole
-    words = [*SMALL, *over(images, tmp_path / "r"), "engine.zero=1", "--resume", out / "checkpoints/step-00000004"]
-    code, output = launched("torchrun", 2, *words)
-    assert code == 0, output
+    words = [*SMALL, *over(images, tmp_path / "r"), "engine.zero=1", "--resume", f"{out}/checkpoints/step-00000004"]
+    as_ranks(2, main, ["train", *words])
     ours = [x for x in learnt(tmp_path / "r") if "loss" in x]
     theirs = [x for x in learnt(out) if "loss" in x][4:]
     assert [x["step"] for x in ours] == [4, 5]
@@ -364,9 +374,7 @@ def test_killed_in_mid_epoch_and_resumed_is_equal_in_every_logged_value(images, 
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     wait_for(lambda: not holders(tmp_path / "killed"), None)
-    code, output = launched("torchrun", 2, *words)
-    assert code == 0, output
-    assert "resumed from step-" in output
+    assert "resumed from step-" in as_ranks(2, main, ["train", *words])
     assert learnt(tmp_path / "killed") == learnt(two)
 
 

@@ -1,10 +1,5 @@
 """Fine-tuning: the protocol's groups and rates, plain torch's steps, the images it may see, and what is refused."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,7 +11,10 @@ from torch.nn import functional as F
 
 from conftest import ROOT, metrics, write_folder
 from fastrot import config as configs
+from fastrot.cli import main
 from fastrot.data.decode import make_decoder
+from fastrot.data.decode.batch import Batch
+from fastrot.data.loader import MicroBatch
 from fastrot.data.manifest import Manifest, index
 from fastrot.data.order import FullOrder
 from fastrot.data.plan import Plan
@@ -26,6 +24,8 @@ from fastrot.engine.schedules import lr_at
 from fastrot.errors import UserError
 from fastrot.models.resnet import backbone_state, build_model
 from fastrot.runs.finetune import drawn_rows, named_rows
+from fastrot.tasks.finetune import FinetuneTask
+from workers.ranks import as_ranks
 
 CONFIG = ROOT / "configs" / "semi_in1k_1.yaml"
 SMALL = (
@@ -114,7 +114,7 @@ def test_its_steps_are_plain_torchs(fastrot, images, checkpoint, manifest, tmp_p
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for step in range(3):
         sample = plan.at(5 * step, 5 * step + 5)
-        decoder.submit(FileStorage(manifest).read(sample.rows), sample.windows, 64)
+        decoder.submit(Batch(FileStorage(manifest).read(sample.rows), np.ones(5, np.uint8), sample.windows, 64))
         x = decoder.result()[0].permute(0, 3, 1, 2) / 255
         x = torch.stack([one.flip(2) if flip else one for one, flip in zip(x, sample.flips, strict=True)])
         loss = F.cross_entropy(model((x - mean) / std), torch.from_numpy(manifest.label[sample.rows]))
@@ -173,6 +173,18 @@ def test_a_share_is_of_every_class_and_lies_in_a_larger_one(labels, fraction, se
         assert int((labels[rows] == label).sum()) == max(1, int(fraction * have + 0.5))
     assert set(rows) <= set(drawn_rows(labels, min(1, 1.5 * fraction), seed))
     assert len(drawn_rows(labels, 1, seed)) == len(labels)
+
+
+def test_top_5_counts_the_five_likeliest_of_more_classes():
+    classes, cpu = 9, torch.device("cpu")
+    task = FinetuneTask(torch.nn.Identity(), classes, (0,) * 3, (1,) * 3, torch.float32, cpu)
+    logits = torch.arange(classes).float().repeat(classes, 1)  # row i is of class i: its rank is classes - i
+    none = torch.zeros(classes, dtype=torch.uint8)
+    batch = MicroBatch(torch.zeros(classes, 1, 1, 3, dtype=torch.uint8), none, none[:, None], None, np.arange(9), 9)
+    loss, sums = task.loss(lambda _: logits, None, batch)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, torch.arange(classes), reduction="sum"))
+    assert sums[1:].tolist() == [9, 1, 5]
+    assert task.summary(sums) == pytest.approx({"loss": float(loss) / 9, "accuracy": 1 / 9, "top5": 5 / 9})
 
 
 def test_other_seeds_draw_other_images():
@@ -257,19 +269,7 @@ def test_held_out_labels_must_mean_what_the_training_labels_mean(fastrot, images
 def test_two_uneven_ranks_learn_what_one_does(fastrot, images, checkpoint, tmp_path, command, more):
     call = [command, *words(checkpoint, images, "", *more, "optim.lr=0.001", "run.max_steps=4")[1:]]
     assert fastrot(*call, f"run.out={tmp_path / 'one'}").code == 0
-    launcher = [
-        Path(sys.executable).with_name("torchrun"),
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "fastrot.cli",
-    ]
-    done = subprocess.run(
-        list(map(str, [*launcher, *call, f"run.out={tmp_path / 'two'}"])), cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    as_ranks(2, main, [str(word) for word in (*call, f"run.out={tmp_path / 'two'}")])
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for key in {"loss", "accuracy", "held_out_loss", "held_out_accuracy"} & one.keys():
             assert one[key] == pytest.approx(two[key], rel=1e-3), key

@@ -14,14 +14,11 @@ from fastrot.models.resnet import backbone_state, build_model
 from fastrot.tasks import colour
 from fastrot.tasks.linear import Heads, LinearTask
 
-CUDA = torch.cuda.is_available()
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)  # by the plan's numbers
 TAPS = ("feature1", "feature3", "avg")
 
 
-@pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA")])]
-)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("strength", [0.4, 1.0])
 def test_jitter_is_pillows_on_bytes_bit_for_bit_in_each_images_own_order(device, strength):
     n = 64
@@ -83,6 +80,16 @@ def test_the_backbone_stays_in_eval_mode_and_only_heads_learn():
     }
     assert set(heads.norms["feature1"].state_dict()) >= {"running_mean"} and not heads.norms["avg"].state_dict()
     assert heads.norms["feature1"].running_mean.abs().sum() > 0, "a head's own norm follows the images"
+
+
+def test_heads_begin_near_nought():
+    """N(0, 0.01^2) and no bias, drawn from the seed: the protocol's."""
+    backbone = build_model("resnet18", 1, 0).eval()
+    backbone.fc = torch.nn.Identity()
+    one, same, other = (Heads(backbone, ("avg",), "adaptive", 32, 200, seed).heads["avg"] for seed in (0, 0, 1))
+    assert float(one.weight.detach().std()) == pytest.approx(0.01, rel=0.02)
+    assert abs(float(one.weight.detach().mean())) < 1e-4 and not one.bias.any()
+    assert torch.equal(one.weight, same.weight) and not torch.equal(one.weight, other.weight)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """One rank of the engine tests: trains a tiny network in one mode and writes what came out.
 
-torchrun ... steps.py OUT MODE ...   MODE is kind-precision-zero-optimizer, and any of -clip and
+A mode is kind-precision-zero-optimizer, and any of -clip and
 micro: two micro-steps a step, on a network without batch norm (which sees a micro-step's views).
 fused: batch norm and ReLU as one function.
 bottlenecks: another network, whose 1x1 convolutions take in batch norm.
@@ -9,7 +9,6 @@ small: gradients averaged in several buckets; whole: in one piece after the back
 """
 
 import copy
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -136,8 +135,8 @@ def train(mode: str, ranks, first: int = 0, state=None):
     }, middle
 
 
-def main() -> None:
-    out, *modes = sys.argv[1:]
+def work(out: Path, modes: list[str]) -> None:
+    """Every mode whole, and from the middle; rank 0 writes what came out."""
     ranks = distributed.start()
     results = {}
     for mode in modes:
@@ -145,9 +144,5 @@ def main() -> None:
         resumed, _ = train(mode, ranks, 2, middle)
         results[mode] = {"whole": whole, "resumed": resumed}
     if ranks.first:
-        torch.save(results, Path(out))
+        torch.save(results, out)
     distributed.end()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,11 @@
-"""Decoders: buffers + windows + size -> uint8 pixels. One file and one line here adds another."""
+"""Decoders: a batch of buffers, orientations and windows -> uint8 pixels. One file and one line here adds another."""
 
 import importlib
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from fastrot.data.decode.batch import Batch
 from fastrot.data.decode.raw import WithPixels
 from fastrot.errors import UserError
 
@@ -32,18 +31,15 @@ class Decoder(Protocol):
     name: str
     """What it is and where it decodes, for a person."""
 
-    def submit(self, buffers: list[NDArray[np.uint8]], windows: NDArray, size: int) -> None:
-        """Start on a batch of files, uint8 [length], and of pixels, uint8 [H, W, 3] (which some decoders
-        leave to the WithPixels around them). Windows int32 [n, 4] (top, left, height, width of the upright
-        image) are cropped, then resized; float64 boxes [n, 4] are resized with taps outside them (evaluation)."""
+    def submit(self, batch: Batch) -> None:
+        """Start on a batch; some decoders leave its pixels to the WithPixels around them."""
 
     def result(self) -> tuple[torch.Tensor, dict[int, str]]:
         """The oldest batch: uint8 [n, size, size, 3], RGB, where the decoder works; and the
         positions that could not be decoded with the reason (their pixels are undefined)."""
 
-    def one(self, buffer: NDArray[np.uint8], window: NDArray, size: int) -> torch.Tensor:
-        """A single image, now, whatever is in flight: window [1, 4] -> uint8 [size, size, 3].
-        Raises BadImage."""
+    def one(self, batch: Batch) -> torch.Tensor:
+        """The batch's single image, now, whatever is in flight: uint8 [size, size, 3]. Raises BadImage."""
 
     def close(self) -> None: ...
 

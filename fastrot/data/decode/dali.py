@@ -8,14 +8,21 @@ resizes (antialiased, as torchvision); none against torchvision where turbo does
 import io
 import logging
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
+from fastrot.data.decode.batch import Batch
+from fastrot.data.decode.orientation import stored_window, upright
+from fastrot.data.decode.plain import plain
 from fastrot.data.decode.torch import LeftToPillow, window_pixels
 from fastrot.data.images import kind_of
 from fastrot.data.jpeg import frame_of
@@ -51,11 +58,12 @@ def _resampler(threads: int) -> Turbo | None:
 
 
 @dataclass
-class _Batch:
-    buffers: list[NDArray[np.uint8]]
-    windows: NDArray
-    size: int
-    by_dali: list[int]  # positions; Pillow decodes the others
+class _Work:
+    """A batch; the positions that DALI decodes (Pillow the others); their windows in the stored images."""
+
+    batch: Batch
+    by_dali: list[int]
+    stored: NDArray[np.int32] | NDArray[np.float64]
 
 
 def _on_gpu(place: str, hw_decoder_load: float | None) -> dict[str, bool | float]:
@@ -65,12 +73,12 @@ def _on_gpu(place: str, hw_decoder_load: float | None) -> dict[str, bool | float
     return {"jpeg_fancy_upsampling": True} | ({} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load})
 
 
-def _source(name: str, kind=types.FLOAT):
+def _source(name: str, kind: types.DALIDataType = types.FLOAT) -> DataNode:
     return fn.external_source(name=name, dtype=kind, ndim=1, no_copy=name == "data")
 
 
 @pipeline_def
-def _windows(place: str, device: str, hw_decoder_load: float | None, resized: bool):
+def _windows(place: str, device: str, hw_decoder_load: float | None, resized: bool) -> DataNode:
     """Window first, then resize: taps stay inside the window."""
     pixels = fn.decoders.image_slice(
         _source("data", types.UINT8),
@@ -79,6 +87,7 @@ def _windows(place: str, device: str, hw_decoder_load: float | None, resized: bo
         axis_names="HW",
         device=place,
         output_type=types.RGB,
+        adjust_orientation=False,
         **_on_gpu(place, hw_decoder_load),
     )
     if not resized:
@@ -87,10 +96,14 @@ def _windows(place: str, device: str, hw_decoder_load: float | None, resized: bo
 
 
 @pipeline_def
-def _boxes(place: str, device: str, hw_decoder_load: float | None, resized: bool):
+def _boxes(place: str, device: str, hw_decoder_load: float | None, resized: bool) -> DataNode:
     """Whole image, then resize of a float box: taps reach outside it, as Pillow's do."""
     pixels = fn.decoders.image(
-        _source("data", types.UINT8), device=place, output_type=types.RGB, **_on_gpu(place, hw_decoder_load)
+        _source("data", types.UINT8),
+        device=place,
+        output_type=types.RGB,
+        adjust_orientation=False,
+        **_on_gpu(place, hw_decoder_load),
     )
     if not resized:
         return pixels
@@ -130,59 +143,61 @@ class DaliDecoder:
         self.name += ", resampled by turbo" if resampler else ""
         self._gpu, self._threads, self._batch, self._depth = gpu, threads, batch, depth
         self._hw_decoder_load, self._resampler = hw_decoder_load, resampler
-        self._pipes: dict = {}
+        self._pipes: dict[bool, Pipeline] = {}
         self._alone: DaliDecoder | None = None
-        self._flying: deque[_Batch] = deque()
+        self._flying: deque[_Work] = deque()
         self._broken = False
         self._left = LeftToPillow("dali")
         self._stream = None if gpu is None else torch.cuda.Stream(gpu)
 
-    def submit(self, buffers, windows, size) -> None:
-        by_dali = [at for at, buffer in enumerate(buffers) if _decodes(buffer)]
-        batch = _Batch(buffers, windows, size, by_dali)
-        self._flying.append(batch)
+    def submit(self, batch: Batch) -> None:
+        work = _work_of(batch)
+        self._flying.append(work)
         try:
-            self._feed(batch)
+            self._feed(work)
         except _DEVICES_OWN:
             raise
         except RuntimeError:
             self._pipes.clear()
             self._broken = True  # an earlier batch did it; its `result` submits this one again
 
-    def result(self):
-        batch = self._flying[0]
+    def result(self) -> tuple[torch.Tensor, dict[int, str]]:
+        work = self._flying[0]
+        bad: dict[int, str] = {}
         try:
             if self._broken:
                 raise RuntimeError("broken by a batch in flight")
-            pixels, bad = self._collect(batch), {}
+            pixels = self._collect(work)
         except _DEVICES_OWN:
             raise
         except RuntimeError:  # DALI names one culprit at most and its pipeline is lost: look at each
             self._pipes.clear()
             self._broken = False
-            pixels, bad = self._one_by_one(batch)
+            pixels, bad = self._one_by_one(work)
             for later in list(self._flying)[1:]:
                 self._feed(later)
         self._flying.popleft()
-        for at in sorted(set(range(len(batch.buffers))) - set(batch.by_dali)):
-            kind = kind_of(batch.buffers[at])
-            kind = "JPEG of four colours" if kind == "JPEG" else kind
-            self._left.say(kind)
+        self._by_pillow(work, pixels, bad)
+        return pixels, bad
+
+    def _by_pillow(self, work: _Work, pixels: torch.Tensor, bad: dict[int, str]) -> None:
+        """What DALI is not given, into its places; or why it is bad."""
+        for at in sorted(set(range(len(work.batch))) - set(work.by_dali)):
+            kind = kind_of(work.batch.buffers[at])
+            self._left.say(f"{kind} of an unusual coding" if kind in _DECODES else kind)
             try:
-                pixels[at] = window_pixels(batch.buffers[at], batch.windows[at], batch.size)
+                pixels[at] = window_pixels(*work.batch.image(at))
             except BadImage as error:
                 bad[at] = str(error)
-        return pixels, bad
 
     def close(self) -> None:
         self._pipes.clear()
         if self._resampler:
             self._resampler.close()
 
-    def _pipe(self, kind):
-        if kind not in self._pipes:
-            make_pipe = _boxes if kind == np.float64 else _windows
-            pipe = make_pipe(
+    def _pipe(self, boxes: bool) -> Pipeline:
+        if boxes not in self._pipes:
+            pipe = (_boxes if boxes else _windows)(
                 "cpu" if self._gpu is None else "mixed",
                 "cpu" if self._gpu is None else "gpu",
                 self._hw_decoder_load,
@@ -193,14 +208,15 @@ class DaliDecoder:
                 prefetch_queue_depth=self._depth + 1,
                 exec_dynamic=True,
             )
-            self._pipes[kind] = pipe
-            self._warm_up(pipe, kind)
-        return self._pipes[kind]
+            self._pipes[boxes] = pipe
+            self._warm_up(pipe, boxes)
+        return self._pipes[boxes]
 
-    def _warm_up(self, pipe, kind) -> None:
+    def _warm_up(self, pipe: Pipeline, boxes: bool) -> None:
         """DALI's first schedule_run runs as many batches as its queue is deep, and wants them fed
         first; so it gets dummies, and from then on one schedule_run is one batch."""
-        speck = _Batch([_SPECK], np.array([[0, 0, 8, 8]], kind), 8, [0])
+        window = np.array([[0, 0, 8, 8]], np.float64 if boxes else np.int32)
+        speck = _Work(Batch([_SPECK], np.ones(1, np.uint8), window, 8), [0], window)
         for _ in range(self._depth + 1):
             self._put(pipe, speck)
         pipe.schedule_run()
@@ -208,43 +224,48 @@ class DaliDecoder:
             pipe.share_outputs()
             pipe.release_outputs()
 
-    def _feed(self, batch: _Batch) -> None:
-        if batch.by_dali:
-            pipe = self._pipe(batch.windows.dtype)
-            self._put(pipe, batch)
+    def _feed(self, work: _Work) -> None:
+        if work.by_dali:
+            pipe = self._pipe(work.batch.boxes)
+            self._put(pipe, work)
             pipe.schedule_run()
 
-    def _put(self, pipe, batch: _Batch) -> None:
-        pipe.feed_input("data", [batch.buffers[at] for at in batch.by_dali])
-        arguments = _arguments(batch.windows[batch.by_dali], batch.size, self._resampler is None)
-        for name, array in arguments.items():
+    def _put(self, pipe: Pipeline, work: _Work) -> None:
+        pipe.feed_input("data", [work.batch.buffers[at] for at in work.by_dali])
+        for name, array in _arguments(work.stored, work.batch.size, self._resampler is None).items():
             pipe.feed_input(name, np.ascontiguousarray(array))
 
-    def _collect(self, batch: _Batch) -> torch.Tensor:
-        if not batch.by_dali:
-            return self._empty(batch)
-        pipe = self._pipe(batch.windows.dtype)
+    def _collect(self, work: _Work) -> torch.Tensor:
+        if not work.by_dali:
+            return self._empty(work)
+        pipe = self._pipe(work.batch.boxes)
         (out,) = pipe.share_outputs()
-        good = self._resampled(out, batch) if self._resampler else self._kept(out.as_tensor())
+        good = self._resampled(out, work) if self._resampler else self._kept(out.as_tensor())
         pipe.release_outputs()
-        if len(good) == len(batch.buffers):
+        if not self._resampler:
+            orientations = work.batch.orientations[work.by_dali]
+            for at in np.flatnonzero(orientations != 1).tolist():
+                good[at] = upright(good[at].clone(), int(orientations[at]), 0, 1)
+        if len(good) == len(work.batch):
             return good
-        pixels = self._empty(batch)
-        pixels[batch.by_dali] = good
+        pixels = self._empty(work)
+        pixels[work.by_dali] = good
         return pixels
 
-    def _resampled(self, out, batch: _Batch) -> torch.Tensor:
-        """The windows that DALI decoded, or boxes of whole images. Raises RuntimeError as DALI does."""
-        windows = batch.windows[batch.by_dali]
-        if windows.dtype != np.float64:
+    def _resampled(self, out: Iterable[Any], work: _Work) -> torch.Tensor:
+        """The stored windows that DALI decoded, or boxes of whole images, turned upright. Raises RuntimeError as DALI."""
+        batch, resampler = work.batch, self._resampler
+        assert resampler is not None
+        windows = batch.windows[work.by_dali]
+        if not batch.boxes:
             windows[:, :2] = 0
-        self._resampler.submit([np.asarray(pixels) for pixels in out], windows, batch.size)
-        resampled, failed = self._resampler.result()
+        resampler.submit([np.asarray(pixels) for pixels in out], batch.orientations[work.by_dali], windows, batch.size)
+        resampled, failed = resampler.result()
         if failed:
             raise RuntimeError(f"images {list(failed)} cannot be resampled")
         return torch.from_numpy(resampled)
 
-    def _kept(self, shared) -> torch.Tensor:
+    def _kept(self, shared: Any) -> torch.Tensor:
         """Pixels that DALI does not write over. On a CPU its dynamic executor takes new memory for each
         batch, and frees it with the tensor; on a GPU a copy, done before the buffer goes back, on a
         stream of its own, since torch's default one is busy with training."""
@@ -256,39 +277,49 @@ class DaliDecoder:
         copy.record_stream(torch.cuda.default_stream(self._gpu))
         return copy
 
-    def _one_by_one(self, batch: _Batch) -> tuple[torch.Tensor, dict[int, str]]:
+    def _one_by_one(self, work: _Work) -> tuple[torch.Tensor, dict[int, str]]:
         """A batch that broke the pipeline, an image at a time."""
-        pixels, bad = self._empty(batch), {}
-        for at in batch.by_dali:
+        pixels, bad = self._empty(work), {}
+        for at in work.by_dali:
             try:
-                pixels[at] = self.one(batch.buffers[at], batch.windows[at : at + 1], batch.size)
+                pixels[at] = self.one(work.batch.some([at]))
             except BadImage as error:
                 bad[at] = str(error)
         return pixels, bad
 
-    def one(self, buffer, window, size):
+    def one(self, batch: Batch) -> torch.Tensor:
         """By a pipeline of its own; what DALI refuses goes to Pillow, which has the last word."""
         if self._alone is None:
             self._alone = DaliDecoder(self._gpu, self._threads, 1, 1, self._hw_decoder_load, self._resampler)
-        by_dali = [0] if _decodes(buffer) else []
-        batch = _Batch([buffer], window, size, by_dali)
+        work = _work_of(batch)
         try:
-            if by_dali:
-                self._alone._feed(batch)
-                return self._alone._collect(batch)[0]
+            if work.by_dali:
+                self._alone._feed(work)
+                return self._alone._collect(work)[0]
         except _DEVICES_OWN:
             raise
         except RuntimeError:
             self._alone._pipes.clear()
-        return window_pixels(buffer, window[0], size)
+        return window_pixels(*batch.image(0))
 
-    def _empty(self, batch: _Batch) -> torch.Tensor:
+    def _empty(self, work: _Work) -> torch.Tensor:
         device = "cpu" if self._gpu is None else f"cuda:{self._gpu}"
-        return torch.zeros(len(batch.buffers), batch.size, batch.size, 3, dtype=torch.uint8, device=device)
+        shape = len(work.batch), work.batch.size, work.batch.size, 3
+        return torch.zeros(shape, dtype=torch.uint8, device=device)
 
 
-def _decodes(buffer: NDArray[np.uint8]) -> bool:
-    kind = kind_of(buffer)
-    if kind == "JPEG" and (frame := frame_of(buffer)):
-        return frame.components != 4  # DALI inverts them by Adobe's marker, Pillow always
-    return kind in _DECODES
+def _work_of(batch: Batch) -> _Work:
+    """DALI's share: JPEGs of the usual codings, turned or not, and plain upright files of other kinds."""
+    by_dali, stored = [], batch.windows.copy()
+    for at, (buffer, orientation) in enumerate(zip(batch.buffers, batch.orientations.tolist(), strict=True)):
+        kind = kind_of(buffer)
+        if kind == "JPEG":
+            frame = frame_of(buffer)
+            if frame is None or not frame.usual:
+                continue
+            if orientation != 1:
+                stored[at] = stored_window(batch.windows[at], orientation, frame.height, frame.width)
+        elif kind not in _DECODES or orientation != 1 or not plain(kind, buffer):
+            continue
+        by_dali.append(at)
+    return _Work(batch, by_dali, stored[by_dali])

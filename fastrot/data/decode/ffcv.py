@@ -9,7 +9,6 @@ levels (0.8 of it a darker image), 99.9% within 24, worst image 6.6 on average.
 import ctypes
 import importlib.machinery
 import importlib.util
-import io
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,8 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastrot.data.decode.batch import Batch
+from fastrot.data.decode.orientation import stored_window, upright
 from fastrot.data.decode.torch import LeftToPillow, window_pixels
-from fastrot.data.images import kind_of, open_image, orientation_of
+from fastrot.data.images import kind_of
 from fastrot.data.jpeg import Frame, frame_of
 from fastrot.errors import BadImage
 
@@ -43,6 +44,7 @@ def _library() -> ctypes.CDLL:
 
 
 _LIBRARY = _library()
+_SCRATCH = 3 << 23  # bytes a thread keeps, 8 megapixels; a larger image's pixels go with it
 _scratch = threading.local()
 
 
@@ -57,73 +59,74 @@ class FfcvDecoder:
         self.name = "ffcv on the CPU"
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._flying: deque[tuple[torch.Tensor, dict[int, str], list[Future]]] = deque()
+        self._flying: deque[tuple[torch.Tensor, dict[int, str], list[Future[None]]]] = deque()
         self._left = LeftToPillow("ffcv")
 
-    def submit(self, buffers, windows, size) -> None:
-        out = torch.empty(len(buffers), size, size, 3, dtype=torch.uint8)
-        places, bad = iter(range(len(buffers))), {}  # shared: the interpreter's lock makes each `next` whole
+    def submit(self, batch: Batch) -> None:
+        out = torch.empty(len(batch), batch.size, batch.size, 3, dtype=torch.uint8)
+        places = iter(range(len(batch)))  # shared: the interpreter's lock makes each `next` whole
+        bad: dict[int, str] = {}
 
         def work() -> None:
             for at in places:
                 try:
-                    self._into(buffers[at], windows[at], out[at])
+                    self._into(batch, at, out[at])
                 except BadImage as error:
                     bad[at] = str(error)
 
         self._flying.append((out, bad, [self._pool.submit(work) for _ in range(self._threads)]))
 
-    def result(self):
+    def result(self) -> tuple[torch.Tensor, dict[int, str]]:
         out, bad, tasks = self._flying.popleft()
         for task in tasks:
             task.result()
         return out, bad
 
-    def one(self, buffer, window, size):
-        out = torch.zeros(size, size, 3, dtype=torch.uint8)
-        self._into(buffer, window[0], out)
+    def one(self, batch: Batch) -> torch.Tensor:
+        out = torch.zeros(batch.size, batch.size, 3, dtype=torch.uint8)
+        self._into(batch, 0, out)
         return out
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _into(self, buffer: NDArray[np.uint8], window: NDArray, out: torch.Tensor) -> None:
+    def _into(self, batch: Batch, at: int, out: torch.Tensor) -> None:
         """One crop into out, uint8 [size, size, 3]. Raises BadImage."""
-        frame, kind = _frame(buffer)
-        if kind:
-            self._left.say(kind)
-        elif window.dtype != np.float64 and _decoded(buffer, frame, window, out):
+        kind = kind_of(batch.buffers[at])
+        frame = frame_of(batch.buffers[at]) if kind == "JPEG" else None
+        if frame is None or not frame.usual:
+            self._left.say("JPEG of an unusual coding" if kind == "JPEG" else kind)
+        elif not batch.boxes and _decoded(batch, at, frame, out):
             return
-        out.copy_(window_pixels(buffer, window, len(out)))  # which has the last word on what is sound
+        out.copy_(window_pixels(*batch.image(at)))  # which has the last word on what is sound
 
 
-def _frame(buffer: NDArray[np.uint8]) -> tuple[Frame | None, str]:
-    """A JPEG's frame; and, where it is not one that FFCV decodes as it should be, of what kind it is."""
-    if (kind := kind_of(buffer)) != "JPEG":
-        return None, kind
-    frame = frame_of(buffer)
-    if frame is None or not frame.usual:
-        return frame, "JPEG of an unusual coding"
-    if frame.exif and orientation_of(open_image(io.BytesIO(buffer))) != 1:
-        return frame, "JPEG turned by EXIF"
-    return frame, ""
+def _scratch_of(size: int) -> NDArray[np.uint8]:
+    """Memory for a decoded image: the thread's own, or new where it would keep too much."""
+    if size > _SCRATCH:
+        return np.empty(size, np.uint8)
+    kept: NDArray[np.uint8] | None = getattr(_scratch, "pixels", None)
+    if kept is None or len(kept) < size:
+        kept = _scratch.pixels = np.empty(size, np.uint8)
+    return kept
 
 
-def _decoded(buffer: NDArray[np.uint8], frame: Frame, window: NDArray, out: torch.Tensor) -> bool:
+def _decoded(batch: Batch, at: int, frame: Frame, out: torch.Tensor) -> bool:
     """Whether FFCV decoded the JPEG without a complaint of libjpeg. Raises BadImage where the window leaves it.
 
     The sizes are those of its header: the library writes nothing past them.
     """
+    buffer, orientation, window, size = batch.image(at)
     height, width = frame.height, frame.width
-    top, left, h, w = window.tolist()
-    if top + h > height or left + w > width:
-        raise BadImage(f"is {width}x{height}, not as indexed")
-    pixels = getattr(_scratch, "pixels", None)
-    if pixels is None or len(pixels) < height * width * 3:
-        pixels = _scratch.pixels = np.empty(height * width * 3, np.uint8)
-    at = pixels.ctypes.data
-    if _LIBRARY.imdecode(buffer.ctypes.data, len(buffer), height, width, at, height, width, 0, 0, 1, 1, False, False):
+    top, left, h, w = stored_window(window, orientation, height, width).tolist()
+    if top < 0 or left < 0 or top + h > height or left + w > width:
+        raise BadImage(f"is {width}x{height} as stored, not as indexed")
+    pixels = _scratch_of(height * width * 3)
+    start = pixels.ctypes.data
+    to = (start, height, width, 0, 0, 1, 1, False, False)
+    if _LIBRARY.imdecode(buffer.ctypes.data, len(buffer), height, width, *to):
         return False
-    size = len(out)
-    _LIBRARY.resize(0, at, height, width, top, top + h, left, left + w, out.data_ptr(), size, size)
+    _LIBRARY.resize(0, start, height, width, top, top + h, left, left + w, out.data_ptr(), size, size)
+    if orientation != 1:
+        out.copy_(upright(out.clone(), orientation, 0, 1))
     return True

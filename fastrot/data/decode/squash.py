@@ -16,12 +16,14 @@ def make(threads: int, short: int) -> TorchDecoder:
     return TorchDecoder(threads, partial(squashed_pixels, short=short), "Pillow on the CPU, resized twice")
 
 
-def squashed_pixels(buffer: NDArray[np.uint8], window, size: int, short: int) -> torch.Tensor:
+def squashed_pixels(
+    buffer: NDArray[np.uint8], orientation: int, _window: NDArray, size: int, short: int
+) -> torch.Tensor:
     """uint8 [size, size, 3]: Resize(short), long side truncated, then Resize((size, size)), PIL bilinear.
 
     Raises BadImage. Source: protocol "VOC07 SVM and low-shot", Features.
     """
-    image = decode_upright(buffer)
+    image = decode_upright(buffer, orientation)
     least = min(image.size)
     between = tuple(short * side // least for side in image.size)
     for target in (between, (size, size)):

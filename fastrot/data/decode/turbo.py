@@ -10,6 +10,7 @@ from collections import deque
 
 import torch
 
+from fastrot.data.decode.batch import Batch
 from fastrot.data.decode.torch import LeftToPillow, window_pixels
 from fastrot.data.images import kind_of
 from fastrot.errors import BadImage, UserError
@@ -34,31 +35,31 @@ class TurboDecoder:
             self._turbo, self._alone = Turbo(threads, fast), Turbo(1, fast)
         except BuildError as error:
             raise UserError(f"data.decode turbo: cannot be built ({error})") from None
-        self._flying: deque = deque()
+        self._flying: deque[Batch] = deque()
         self._left = LeftToPillow("turbo")
 
-    def submit(self, buffers, windows, size) -> None:
-        self._turbo.submit(buffers, windows, size)
-        self._flying.append((buffers, windows, size))
+    def submit(self, batch: Batch) -> None:
+        self._turbo.submit(batch.buffers, batch.orientations, batch.windows, batch.size)
+        self._flying.append(batch)
 
-    def result(self):
-        buffers, windows, size = self._flying.popleft()
+    def result(self) -> tuple[torch.Tensor, dict[int, str]]:
+        batch = self._flying.popleft()
         out, failed = self._turbo.result()
         pixels, bad = torch.from_numpy(out), {}
         for at, (outcome, _) in failed.items():
             if outcome == NOT_OURS:
-                kind = kind_of(buffers[at])
+                kind = kind_of(batch.buffers[at])
                 self._left.say("JPEG of four colours" if kind == "JPEG" else kind)
             try:
-                pixels[at] = window_pixels(buffers[at], windows[at], size)
+                pixels[at] = window_pixels(*batch.image(at))
             except BadImage as error:
                 bad[at] = str(error)
         return pixels, bad
 
-    def one(self, buffer, window, size):
-        self._alone.submit([buffer], window, size)
+    def one(self, batch: Batch) -> torch.Tensor:
+        self._alone.submit(batch.buffers, batch.orientations, batch.windows, batch.size)
         out, failed = self._alone.result()
-        return window_pixels(buffer, window[0], size) if failed else torch.from_numpy(out[0])
+        return window_pixels(*batch.image(0)) if failed else torch.from_numpy(out[0])
 
     def close(self) -> None:
         self._turbo.close()

@@ -1,14 +1,15 @@
 """turbo: windows of JPEGs, decoded and resampled on the CPU, a batch a call, without the GIL.
 
 Our own Huffman decoder passes over what lies outside the window, libjpeg-turbo makes pixels of the
-window's columns and rows alone, and a pass of SIMD code resamples the rows as they come. Pixels equal torchvision's decode, crop and antialiased bilinear resize bit for bit; with
-`fast`, large windows are first scaled in the DCT.
+window's columns and rows alone, and a pass of SIMD code resamples the rows as they come. Pixels equal torchvision's decode, crop and
+antialiased bilinear resize bit for bit; with `fast`, large windows are first scaled in the DCT.
 """
 
 import ctypes
 import functools
 from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ _REQUEST = np.dtype(
         ("boxed", np.int32),
         ("fast", np.int32),
         ("size", np.int32),
+        ("orientation", np.int32),
         ("out", np.uintp),
     ],
     align=True,
@@ -33,14 +35,25 @@ _REQUEST = np.dtype(
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    made = library(Path(__file__).parent, "turbo", links=("jpeg",))
+def _library(*flags: str) -> ctypes.CDLL:
+    made = library(Path(__file__).parent, "turbo", links=("jpeg",), flags=flags)
     made.turbo_open.restype = made.turbo_submit.restype = ctypes.c_void_p
     made.turbo_submit.argtypes = [ctypes.c_void_p, ctypes.c_int] + 3 * [ctypes.c_void_p]
     made.turbo_wait.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     made.turbo_close.argtypes = [ctypes.c_void_p]
     made.turbo_wait.restype = made.turbo_close.restype = None
     return made
+
+
+class _Flying(NamedTuple):
+    """A batch that the threads work on: its memory stays until they are done."""
+
+    ticket: int
+    buffers: list[NDArray[np.uint8]]
+    requests: NDArray[np.void]
+    out: NDArray[np.uint8]
+    outcomes: NDArray[np.uint8]
+    reasons: NDArray[np.uint8]
 
 
 class Turbo:
@@ -56,13 +69,20 @@ class Turbo:
         self._pool = self._library.turbo_open(threads)
         if not self._pool:
             raise MemoryError(f"{threads} decoding threads cannot be started")
-        self._flying: deque = deque()
+        self._flying: deque[_Flying] = deque()
 
-    def submit(self, buffers: list[NDArray[np.uint8]], windows: NDArray, size: int) -> None:
-        """Start on a batch, as `fastrot.data.decode.Decoder.submit`.
+    def submit(
+        self,
+        buffers: list[NDArray[np.uint8]],
+        orientations: NDArray[np.uint8],
+        windows: NDArray[np.int32] | NDArray[np.float64],
+        size: int,
+    ) -> None:
+        """Start on a batch.
 
         buffers  uint8 [length], a JPEG; or uint8 [height, width, 3], pixels.
-        windows  int32 [n, 4] (top, left, height, width), cropped then resized; float64: boxes whose taps
+        orientations  uint8 [n], EXIF's 1..8 of the stored pixels; what the files say of it is not read.
+        windows  of the upright image: int32 [n, 4] (top, left, height, width), cropped then resized; float64: boxes whose taps
                  may lie outside, as Pillow's `resize(box=)`.
         """
         n = len(buffers)
@@ -77,21 +97,22 @@ class Turbo:
         requests["boxed"] = windows.dtype == np.float64
         requests["fast"] = self._fast
         requests["size"] = size
+        requests["orientation"] = orientations
         requests["out"] = out.ctypes.data + np.arange(n) * (size * size * 3)
         pointers = (requests.ctypes.data, outcomes.ctypes.data, reasons.ctypes.data)
         ticket = self._library.turbo_submit(self._pool, n, *pointers)
         if not ticket:
             raise MemoryError("no memory for a batch")
-        self._flying.append((ticket, buffers, requests, out, outcomes, reasons))
+        self._flying.append(_Flying(ticket, buffers, requests, out, outcomes, reasons))
 
     def result(self) -> tuple[NDArray[np.uint8], dict[int, tuple[int, str]]]:
         """The oldest batch: uint8 [n, size, size, 3], and {position: (NOT_OURS or BROKEN, reason)} of
         images without pixels."""
-        ticket, _buffers, _requests, out, outcomes, reasons = self._flying.popleft()
-        self._library.turbo_wait(self._pool, ticket)
-        failed = np.flatnonzero(outcomes).tolist()
-        said = {at: bytes(reasons[at]).partition(b"\0")[0].decode("ascii", "replace") for at in failed}
-        return out, {at: (int(outcomes[at]), reason) for at, reason in said.items()}
+        batch = self._flying.popleft()
+        self._library.turbo_wait(self._pool, batch.ticket)
+        failed = np.flatnonzero(batch.outcomes).tolist()
+        said = {at: bytes(batch.reasons[at]).partition(b"\0")[0].decode("ascii", "replace") for at in failed}
+        return batch.out, {at: (int(batch.outcomes[at]), reason) for at, reason in said.items()}
 
     def close(self) -> None:
         """End the threads; what is in flight is lost."""
@@ -99,5 +120,5 @@ class Turbo:
             self._library.turbo_close(self._pool)
             self._pool = None
 
-    def __del__(self):
+    def __del__(self) -> None:
         self.close()  # before the memory that its threads write into goes

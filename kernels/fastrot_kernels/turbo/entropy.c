@@ -16,6 +16,7 @@ enum {
     LOOKS = 3,      /* that 56 bits are enough for, the last one at a coefficient of 31 */
     WHOLE = 0x40,   /* of an entry: the coefficient is in it; the six bits below count its bits */
     END = 128,      /* the stride of an end-of-block */
+    KEPT = 1 << 24, /* bytes of a scan, beyond which their memory goes with the image */
     PADDING = 4096, /* zero bytes behind a segment: more than a damaged MCU can eat */
 };
 
@@ -142,7 +143,7 @@ static bool begin_segment(struct entropy *e) {
     memset(out, 0, PADDING);
     e->source = from;
     /* libjpeg reads ahead, and says that a file without a marker at its end is truncated */
-    e->segment_end = e->end - from < 2 && out - e->segment > 8 ? out - 8 : out;
+    e->segment_end = e->end - from >= 2 ? out : out - e->segment > 8 ? out - 8 : e->segment;
     e->bits = (struct bits){.next = e->segment};
     memset(e->prediction, 0, sizeof e->prediction);
     return true;
@@ -231,7 +232,7 @@ static INLINE bool read_mcu(j_decompress_ptr info, struct entropy *e, JBLOCKROW 
 
 static bool mcu_plain(j_decompress_ptr info, struct entropy *e, JBLOCKROW *blocks) { return read_mcu(info, e, blocks); }
 
-#ifdef __x86_64__
+#if defined(__x86_64__) && !defined(PLAIN)
 __attribute__((target("bmi,bmi2"))) static bool mcu_bmi2(j_decompress_ptr info, struct entropy *e, JBLOCKROW *blocks) {
     return read_mcu(info, e, blocks);
 }
@@ -284,6 +285,13 @@ void entropy_begin(struct entropy *e, j_decompress_ptr info, int first, int last
     e->end = e->source + info->src->bytes_in_buffer;
     if (!begin_segment(e)) lost(info);
     info->entropy->decode_mcu = decode_mcu;
+}
+
+void entropy_rest(struct entropy *e) {
+    if (e->room <= KEPT) return;
+    free(e->segment);
+    e->segment = NULL;
+    e->room = 0;
 }
 
 struct entropy *entropy_new(void) { return calloc(1, sizeof(struct entropy)); }

@@ -17,6 +17,9 @@ struct entropy;
 struct entropy *entropy_new(void);
 void entropy_free(struct entropy *entropy);
 
+/* Between images: gives back the memory of a very long scan. */
+void entropy_rest(struct entropy *entropy);
+
 /* Whether a decompression, its header read, is one that entropy_begin takes. */
 bool entropy_takes(j_decompress_ptr info);
 

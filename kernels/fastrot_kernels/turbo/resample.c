@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PLAIN)
 #include <immintrin.h>
 #endif
 
@@ -114,7 +114,7 @@ static void down_plain(const struct axis *axis, int i, uint8_t *const *rows, int
     }
 }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PLAIN)
 
 /* Two taps of a pixel as words (a0 b0)(a1 b1)(a2 b2)(- -), for _mm_madd_epi16 with a pair of weights. */
 #define PAIRS 0, 3, 1, 4, 2, 5, -1, -1

@@ -11,7 +11,6 @@
 #include <jerror.h>
 
 #include "entropy.h"
-#include "exif.h"
 
 /* A JPEG of more pixels, or of more scans, is an attack: libjpeg holds a progressive one's coefficients. */
 enum { MOST_PIXELS = 1 << 30, MOST_SCANS = 500 };
@@ -23,7 +22,6 @@ enum { OFF_LINE = 16 };
 struct flow {
     const struct request *request;
     struct scratch *scratch;
-    int orientation;
     int low, high;   /* rows [low, high) and columns [left, right) hold all taps */
     int left, right;
     int ring;        /* rows kept between the passes */
@@ -35,7 +33,8 @@ struct flow {
 static int64_t whole_blocks(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 
 /* The upright window in the stored image's coordinates: undoes EXIF orientation 1..8. */
-static void stored_window(const struct request *r, int orientation, double height, double width, double at[4]) {
+static void stored_window(const struct request *r, double height, double width, double at[4]) {
+    int orientation = r->orientation;
     double top = r->top, left = r->left, h = r->height, w = r->width;
     if (orientation >= 5) { /* upright rows are stored columns */
         double t = top, u = h;
@@ -94,7 +93,7 @@ static bool begin(struct flow *flow, double height, double width, const double w
     for (int k = 0; k < flow->ring; k++) s->rows[k] = s->memory + k * line;
     flow->input = s->memory + flow->ring * line + OFF_LINE;
     /* the down pass writes blocks of 16 bytes */
-    bool straight = flow->orientation == 1 && size * 3 % 16 == 0;
+    bool straight = r->orientation == 1 && size * 3 % 16 == 0;
     flow->turned = straight ? r->out : s->memory + flow->ring * line + input;
     return true;
 }
@@ -112,7 +111,7 @@ static void feed(struct flow *flow, int y, const uint8_t *row) {
 
 /* The finished square, turned upright, into the caller's memory. */
 static void finish(const struct flow *flow) {
-    int size = flow->request->size, o = flow->orientation;
+    int size = flow->request->size, o = flow->request->orientation;
     uint8_t *out = flow->request->out;
     if (o == 1) {
         if (out != flow->turned) memcpy(out, flow->turned, (int64_t)size * size * 3);
@@ -170,13 +169,6 @@ static bool ours(j_decompress_ptr info) {
     return known && (info->num_components == 1 || info->num_components == 3) && !info->arith_code;
 }
 
-static int orientation_in(j_decompress_ptr info) {
-    for (jpeg_saved_marker_ptr marker = info->marker_list; marker; marker = marker->next)
-        if (marker->data_length >= 6 && !memcmp(marker->data, "Exif\0\0", 6))
-            return exif_orientation(marker->data + 6, marker->data_length - 6);
-    return 1;
-}
-
 /* Rows [low, high) of a started decompression, all taps' columns among them. */
 static void read_rows(j_decompress_ptr info, struct flow *flow, struct entropy *entropy) {
     /* libjpeg-turbo crops at whole blocks; two pixels more on a side give chroma's filter its neighbours. */
@@ -196,8 +188,10 @@ static void read_rows(j_decompress_ptr info, struct flow *flow, struct entropy *
     }
 }
 
-/* The window within the image, which may be another than the one indexed. */
-static bool inside(const struct request *r, double height, double width, char reason[REASON]) {
+/* The window within the upright image, which may be another than the one indexed. */
+static bool inside(const struct request *r, double stored_height, double stored_width, char reason[REASON]) {
+    bool lying = r->orientation >= 5;
+    double height = lying ? stored_width : stored_height, width = lying ? stored_height : stored_width;
     bool sound = r->height > 0 && r->width > 0 && r->top >= 0 && r->left >= 0;
     bool within = r->boxed ? r->top < height && r->left < width
                            : r->top + r->height <= height && r->left + r->width <= width;
@@ -227,20 +221,18 @@ static enum outcome jpeg_pixels(const struct request *r, struct scratch *scratch
     }
     jpeg_create_decompress(&info);
     jpeg_mem_src(&info, r->data, (unsigned long)r->length);
-    jpeg_save_markers(&info, JPEG_APP0 + 1, 0xFFFF);
     jpeg_read_header(&info, TRUE);
     if (!ours(&info)) {
         jpeg_destroy_decompress(&info);
         return NOT_OURS;
     }
     info.progress = &progress;
-    struct flow flow = {.request = r, .scratch = scratch, .orientation = orientation_in(&info)};
+    struct flow flow = {.request = r, .scratch = scratch};
     double height = info.image_height, width = info.image_width, window[4];
-    bool lying = flow.orientation >= 5;
     if (height * width > MOST_PIXELS) {
         snprintf(reason, REASON, "is %.0fx%.0f, too large", width, height);
-    } else if (inside(r, lying ? width : height, lying ? height : width, reason)) {
-        stored_window(r, flow.orientation, height, width, window);
+    } else if (inside(r, height, width, reason)) {
+        stored_window(r, height, width, window);
         info.out_color_space = JCS_RGB;
         info.dct_method = JDCT_ISLOW;
         double shrink = r->fast ? fmin(window[2], window[3]) / r->size : 1;
@@ -263,13 +255,14 @@ static enum outcome jpeg_pixels(const struct request *r, struct scratch *scratch
 /* Pixels that need no decoding. The last rows are copied: the across pass reads behind a row's end. */
 static enum outcome raw_pixels(const struct request *r, struct scratch *scratch, char reason[REASON]) {
     int height = r->raw_height, width = r->raw_width;
-    struct flow flow = {.request = r, .scratch = scratch, .orientation = 1};
-    double window[4] = {r->top, r->left, r->height, r->width};
+    struct flow flow = {.request = r, .scratch = scratch};
+    double window[4];
     if (r->length != (int64_t)height * width * 3) {
         snprintf(reason, REASON, "is not %dx%d pixels", width, height);
         return BROKEN;
     }
     if (!inside(r, height, width, reason)) return BROKEN;
+    stored_window(r, height, width, window);
     if (!begin(&flow, height, width, window)) {
         snprintf(reason, REASON, "leaves no memory for its window");
         return BROKEN;
@@ -292,7 +285,9 @@ enum outcome window_pixels(const struct request *r, struct scratch *scratch, cha
         snprintf(reason, REASON, "leaves no memory for its decoder");
         return BROKEN;
     }
-    return jpeg_pixels(r, scratch, scratch->entropy, reason);
+    enum outcome outcome = jpeg_pixels(r, scratch, scratch->entropy, reason);
+    entropy_rest(scratch->entropy);
+    return outcome;
 }
 
 void scratch_free(struct scratch *scratch) {

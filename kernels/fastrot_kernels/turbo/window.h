@@ -22,6 +22,7 @@ struct request {
     int boxed; /* taps may leave the window (Pillow's `resize(box=)`); else it is cropped first */
     int fast;  /* scale in the DCT where the window is at least twice the target */
     int size;
+    int orientation; /* EXIF's 1..8, of the stored pixels */
     uint8_t *out; /* size * size * 3 */
 };
 

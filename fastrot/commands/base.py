@@ -1,0 +1,168 @@
+"""What commands are made of: words, an example, a call; the options and steps that several share."""
+
+import argparse
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastrot.config import Config, load
+
+if TYPE_CHECKING:  # what imports torch is imported where it is used
+    from fastrot.distributed import Ranks
+
+Result = dict[str, Any]
+STORE = "a run folder, a checkpoint, or any ResNet's .safetensors or .pth"
+
+
+@dataclass(frozen=True)
+class Command:
+    """says: a line for the list. options: adds the command's own. run: does it; its result is what --json prints,
+    None where the command prints its own."""
+
+    name: str
+    says: str
+    example: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], Result | None]
+    description: str = ""
+
+    def parser(self) -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(
+            f"fastrot {self.name}",
+            description=textwrap.fill(self.description or f"{self.says[0].upper()}{self.says[1:]}.", 100),
+            epilog=f"example:\n  {self.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.options(parser)
+        return parser
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON on standard output")
+
+
+def add_config(parser: argparse.ArgumentParser, *sections: str, overrides: bool = True) -> None:
+    """--config, overrides, --json. sections: of the config, that the command reads."""
+    reads = ", ".join(sections)
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file; sections that are read: {reads}")
+    add_json(parser)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    if overrides:
+        add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="override a key of the config; the last one wins"
+    )
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, and write nothing but named caches"
+    )
+
+
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: the newest sound checkpoint of run.out, if any; or a checkpoint or run folder (default: auto)",
+    )
+
+
+def add_backbone(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="C", help=STORE)
+    parser.add_argument("--random-init", type=int, metavar="SEED", help="the control: an untrained model.arch instead")
+
+
+def add_stores(parser: argparse.ArgumentParser) -> None:
+    """Of the probes, which read feature stores: they take no config and run without ranks."""
+    parser.add_argument("--train", required=True, metavar="DIR", help="feature store to fit")
+    parser.add_argument("--test", required=True, metavar="DIR", help="feature store to judge by")
+    add_fit(parser)
+    add_json(parser)
+
+
+def add_fit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", metavar="A,B", help="taps, such as feature4,feature5 (default: all)")
+    parser.add_argument("--out", metavar="FILE", help="write every figure on stored features to this JSON file")
+    parser.add_argument(
+        "--device", default="auto", metavar="auto|cpu|cuda", help="where stored features are fitted (default: auto)"
+    )
+
+
+def numbers(text: str) -> list[int]:
+    """ "1,2" -> [1, 2], for argparse: each 1 or more."""
+    values = [int(word) for word in text.split(",")]
+    if min(values) < 1:
+        raise ValueError
+    return values
+
+
+def settings(args: argparse.Namespace, command: str | None = None) -> tuple[Config, dict[str, str]]:
+    """The resolved config of --config and overrides, and where each value is from. command: as for config.load."""
+    warnings.filterwarnings("ignore", module=r"torch\..*|deepspeed\..*")
+    return load(args.config, args.overrides, command)
+
+
+@contextmanager
+def among_ranks() -> Iterator["Ranks"]:
+    """This process among its ranks. After a Fault the others sit in a collective: leaving would wait for them."""
+    from fastrot import distributed
+    from fastrot.errors import UserError
+
+    ranks = distributed.start()
+    try:
+        with distributed.lost_peer_is_a_fault(ranks):
+            yield ranks
+    except UserError:
+        distributed.end()
+        raise
+    distributed.end()
+
+
+def plan(
+    config: Config,
+    sources: dict[str, str],
+    ranks: "Ranks | None",
+    data: list[tuple[str, str | None]],
+    does: list[tuple[str, str]],
+) -> Result:
+    """What --dry-run says where nothing is trained: the config, the rows of the data, what would be done.
+
+    data  (key, source) of each; indexed, since a wrong source is what a dry run is there to find.
+    does  (what, value): outputs and what they depend on.
+    """
+    from fastrot import machine, terminal
+    from fastrot.config import flat
+    from fastrot.data.build import describe, open_manifest
+    from fastrot.data.manifest import Manifest, index
+    from fastrot.errors import UserError
+
+    def manifest(key: str, source: str | None) -> Manifest:
+        if ranks is not None:
+            return open_manifest(source, config, ranks, key)
+        if source is None:
+            raise UserError(f"{key} is not set; name an image folder, as in {key}=/path, or list:FILE")
+        return Manifest.load(
+            index(source, machine.cache_folder() / "manifests", config.data.max_pixels, terminal.track)
+        )
+
+    first = ranks is None or ranks.first
+    rows = {}
+    for key, source in data:
+        found = manifest(key, source)
+        rows[key] = len(found)
+        if first:
+            describe(found, terminal.console().print)
+    if first:
+        terminal.table("config", [(key, f"{value}  ({sources[key]})") for key, value in flat(config).items()])
+        images = [(key, f"{source}: {rows[key]:,} images") for key, source in data]
+        terminal.table("dry run: nothing was written", images + does)
+    return {"rows": rows, **dict(does), "config": flat(config), "sources": sources}

@@ -1,0 +1,181 @@
+"""A run on a bad day: full disks, folders that go, starts that are refused, losses that are no numbers, Ctrl-C."""
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import metrics, write_folder
+from fastrot import distributed
+from fastrot.errors import Fault
+from fastrot.runs import checkpoint
+from fastrot.runs.log import RunLog
+from fastrot.tasks.rotation import RotationTask
+
+WORDS = [
+    "model.arch=resnet18", "data.crop=16", "optim.images_per_step=3", "optim.lr=0.05", "optim.epochs=3",
+    "optim.warmup_epochs=0", "run.log_every=1", "run.checkpoint_every=2", "run.tensorboard=false", "engine.kind=plain",
+]  # fmt: skip
+
+
+@pytest.fixture
+def begin(images, tmp_path, fastrot):
+    def call(*words):
+        return fastrot("train", *WORDS, f"data.train={images}", f"run.out={tmp_path / 'r'}", *words)
+
+    return call
+
+
+def status(folder):
+    return json.loads((folder / "STATUS.json").read_text())
+
+
+def everything(folder) -> dict:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("STATUS.json", ".lock")}
+
+
+def after(monkeypatch, steps, happens):
+    """Let something happen once so many steps are done."""
+    tick, done = RunLog.tick, []
+
+    def ticked(log):
+        tick(log)
+        done.append(1)
+        if len(done) == steps:
+            happens()
+
+    monkeypatch.setattr(RunLog, "tick", ticked)
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+def test_a_full_disk_ends_the_run_after_three_checkpoints_and_the_last_good_one_stands(begin, tmp_path, monkeypatch):
+    run = tmp_path / "r"
+    assert begin("run.max_steps=2").code == 0
+    sound = everything(run / "checkpoints/step-00000002")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    done = begin("run.checkpoint_every=1", "run.max_steps=8")
+    assert done.code == 3 and "Traceback" not in done.err
+    assert done.err.count("could not be written (") == 3
+    assert len(done.errors) == 1 and "last 3 checkpoints could not be written; step-00000002 stands" in done.errors[0]
+    assert status(run)["state"] == "failed" and "last 3 checkpoints" in status(run)["reason"]
+    assert everything(run / "checkpoints/step-00000002") == sound
+    assert not list(run.rglob(".tmp*"))
+
+
+def test_a_run_folder_that_goes_is_said_and_not_made_anew(begin, tmp_path, monkeypatch):
+    run = tmp_path / "r"
+    after(monkeypatch, 3, lambda: shutil.rmtree(run))
+    done = begin("run.checkpoint_every=1", "run.max_steps=8")
+    assert done.code == 3 and "Traceback" not in done.err
+    assert "cannot be written (No such file or directory); training goes on" in done.err
+    assert len(done.errors) == 1 and "could not be written; there is no checkpoint" in done.errors[0]
+    assert not run.exists()
+
+
+def test_a_full_disk_at_the_start_is_one_line(begin, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        done = begin()
+    assert done.code == 2 and len(done.errors) == 1 and "No space left on device" in done.errors[0]
+
+
+def test_a_refused_start_changes_nothing_but_a_field_of_the_status(begin, tmp_path):
+    run = tmp_path / "r"
+    assert begin("run.max_steps=2").code == 0
+    (run / "checkpoints/.tmp-step-00000004").mkdir()
+    before, stood = everything(run), status(run)
+    other = write_folder(tmp_path / "other", classes=2, per_class=7)
+    for words in ([f"data.train={other}"], ["model.arch=resnet34"], ["--resume", "never"], ["optim.images_per_step=4"]):
+        assert begin(*words).code == 2
+        assert everything(run) == before
+        now = status(run)
+        assert now.pop("refused")["reason"].startswith("UserError: ") and now == stood
+    assert begin("run.max_steps=4").code == 0
+    assert "refused" not in status(run) and not list(run.rglob(".tmp*"))
+
+
+def test_a_damaged_status_is_no_traceback(begin, tmp_path):
+    run = tmp_path / "r"
+    assert begin("run.max_steps=2").code == 0
+    (run / "STATUS.json").write_text("[]")
+    done = begin("model.arch=resnet34")
+    assert done.code == 2 and len(done.errors) == 1 and status(run)["state"] == "failed"
+
+
+def spoilt(monkeypatch, steps):
+    """The loss of these steps, counted by calls, is no number; nothing else changes."""
+    loss, calls = RotationTask.loss, []
+
+    def spoil(task, *words):
+        value, sums = loss(task, *words)
+        calls.append(1)
+        if len(calls) - 1 in steps:
+            sums = sums.clone()
+            sums[0] = float("nan")
+        return value, sums
+
+    monkeypatch.setattr(RotationTask, "loss", spoil)
+
+
+def test_bad_steps_in_a_row_end_the_run_with_the_checkpoint_before_them(begin, tmp_path, monkeypatch):
+    spoilt(monkeypatch, range(4, 99))
+    done = begin("engine.max_bad_steps=3", "optim.epochs=9")
+    assert done.code == 3 and len(done.errors) == 1
+    assert "not finite in 3 steps in a row, up to step 6; step-00000004 stands" in done.errors[0]
+    assert [p.name for p in sorted((tmp_path / "r/checkpoints").glob("step-*"))] == ["step-00000002", "step-00000004"]
+    assert [line["loss"] is None for line in metrics(tmp_path / "r")] == [False] * 4 + [True] * 3
+    assert status(tmp_path / "r")["state"] == "failed"
+
+
+def test_fewer_bad_steps_end_no_run(begin, monkeypatch):
+    spoilt(monkeypatch, (2, 3, 5, 6))
+    assert begin("engine.max_bad_steps=3", "run.max_steps=8").code == 0
+
+
+def test_poisoned_weights_are_never_the_last_checkpoint(begin, tmp_path):
+    done = begin("optim.lr=1e38", "run.checkpoint_every=1")
+    assert done.code == 3 and len(done.errors) == 1 and "lower optim.lr" in done.errors[0]
+    for path in (tmp_path / "r/checkpoints").glob("step-*/*.safetensors"):
+        assert all(bool(t.isfinite().all()) for t in load_file(path).values())
+
+
+def test_ctrl_c_promises_what_there_is(begin, monkeypatch):
+    with monkeypatch.context() as patch:
+        after(patch, 1, stop)
+        done = begin()
+    assert done.code == 130 and done.errors == ["fastrot: stopped by Ctrl-C; there is no checkpoint yet"]
+    with monkeypatch.context() as patch:
+        after(patch, 3, stop)
+        done = begin()
+    assert done.code == 130
+    assert done.errors == ["fastrot: stopped by Ctrl-C; step-00000002 stands, and --resume auto goes on from it"]
+    assert "2 in " in (ended := begin("run.max_steps=4")).err and "; 4 in all" in ended.err
+
+
+def test_whatever_rank_0_meets_reaches_every_rank(monkeypatch):
+    sent = []
+    monkeypatch.setattr(distributed.dist, "broadcast_object_list", lambda one, src: sent.append(list(one)))
+
+    def broken():
+        raise OSError(errno.EIO, "no good")
+
+    first = distributed.Ranks(0, 2, 0, 2, torch.device("cpu"))
+    with pytest.raises(OSError, match="no good"):
+        distributed.on_first(first, broken)
+    monkeypatch.setattr(distributed.dist, "broadcast_object_list", lambda one, src: one.__setitem__(slice(2), sent[0]))
+    with pytest.raises(Fault, match="rank 0: OSError: .*no good"):
+        distributed.on_first(distributed.Ranks(1, 2, 1, 2, torch.device("cpu")), broken)
