@@ -4,6 +4,7 @@ Sources: `voc:ROOT?split=S` (Annotations/*.xml) and `coco:FILE.json?images=DIR`.
 Source of the rules: mmdetection 2.x's XMLDataset and CocoDataset; protocol "Detection".
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -18,7 +19,7 @@ from pycocotools import mask as rle
 
 from fastrot.data.coco_json import CocoObject, read_coco
 from fastrot.data.manifest import Manifest
-from fastrot.data.sources import coco, voc
+from fastrot.data.sources import coco, parts_of, voc
 from fastrot.errors import UserError
 
 _COLUMNS = ("first", "box", "label", "aside", "area", "masks", "mask_ends", "image_id")
@@ -61,6 +62,13 @@ class Objects:
         """An object's mask as COCO's compressed RLE."""
         start = int(self.mask_ends[one - 1]) if one else 0
         return {"size": [height, width], "counts": self.masks[start : int(self.mask_ends[one])].tobytes()}
+
+    def content(self) -> str:
+        """sha256 of all of it: what a resume compares."""
+        sha = hashlib.sha256(json.dumps([self.classes, self.category]).encode())
+        for name in _COLUMNS:
+            sha.update(np.ascontiguousarray(getattr(self, name)).tobytes())
+        return sha.hexdigest()
 
     def learnable(self) -> NDArray[np.int64]:
         """Rows with an object that is not set aside: the others teach nothing and are passed over."""
@@ -112,8 +120,10 @@ class _Found:
 def read_objects(manifest: Manifest) -> Objects:
     """The objects of a manifest's rows. Raises UserError where its source has none, or an annotation is odd."""
     prefix, _, rest = manifest.source.partition(":")
-    if prefix == "voc":
+    if prefix == "voc":  # joined ones too
         return _of_voc(manifest)
+    if prefix == "coco" and len(parts_of(manifest.source)) > 1:
+        raise UserError(f"{manifest.source}: COCO's files are not joined by +; merge them into one")
     if prefix == "coco":
         return _of_coco(manifest, *coco.split(rest))
     raise UserError(f"{manifest.source}: has no boxes; name voc:ROOT?split=S or coco:FILE.json?images=FOLDER")

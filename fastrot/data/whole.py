@@ -106,6 +106,11 @@ class WholeLoader(Generic[T]):
         for rows, samples in self._flow((part, np.full(len(part), -1)) for part in parts):
             yield WholeBatch(rows, samples, len(self.manifest), False)
 
+    @property
+    def bad_images(self) -> int:
+        """Images that could not be read or decoded, and were replaced; over all ranks and resumes."""
+        return self._bad.count
+
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._storage.close()

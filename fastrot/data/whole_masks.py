@@ -18,9 +18,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
 from fastrot.data.augment import flips
+from fastrot.data.masks import IGNORED
 from fastrot.data.randomness import PHOTOMETRIC, PLACE, SCALE, below, philox, uniform
 
-IGNORED = 255
 _REDRAWS = 10
 _MOST_OF_ONE = 0.75  # of the labelled pixels of a crop
 

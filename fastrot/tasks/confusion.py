@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IGNORED = 255
+from fastrot.data.masks import IGNORED
 
 
 def confusion(predicted: Tensor, true: Tensor, classes: int) -> Tensor:

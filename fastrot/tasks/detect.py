@@ -40,7 +40,7 @@ class DetectTask:
 
     backbone   a ResNet whose weights the detector begins with.  model: a name of MODELS.
     regions    sampled an image in training.
-    mean, std  of the channels on the 0..255 scale.
+    mean, std  of the channels on the 0..255 scale.  figures: as of every task.
     """
 
     title = "detection"
@@ -54,19 +54,21 @@ class DetectTask:
         mean: list[float],
         std: list[float],
         device: torch.device,
+        figures: dict[str, str],
     ):
         self.device = device
         self._backbone, self._model, self._classes, self._regions = backbone, model, classes, regions
         self._mean, self._std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
         self._losses = (*_LOSSES, "loss_mask") if model == "fpn" else _LOSSES
         self.metrics = ("loss", "count", *self._losses)
-        self.says = "held-out AP50"
+        self.figures = figures
 
     def build_model(self, arch: str, seed: int) -> GeneralizedRCNN:
         """The detector on a copy of the backbone; `arch` is the backbone's own."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return MODELS[self._model](deepcopy(self._backbone), self._classes, self._regions)
+            network = MODELS[self._model](deepcopy(self._backbone), self._classes, self._regions)
+        return network.train().requires_grad_(True)
 
     def views(self, batch: WholeBatch[ShownObjects]) -> list[Tensor]:
         """Normalised images, fp32 [3, h, w] each, of several sizes."""

@@ -15,12 +15,21 @@ from fastrot.tasks.detect import Found
 from fastrot.tasks.voc_ap import DETECTRON2, MMDET, Detections, average_precision
 from fastrot.tasks.voc_ap import Objects as Truth
 
+VOC = {
+    "ap50": "held-out AP50, 11 points, as mmdetection",
+    "ap50_area": "held-out AP50 under the envelope",
+    "d2_ap": "held-out AP, as detectron2 on VOC",
+    "d2_ap50": "held-out AP50, as detectron2 on VOC",
+    "d2_ap75": "held-out AP75, as detectron2 on VOC",
+}
 _COCO = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+COCO_BOXES = dict(zip(_COCO, ("held-out box AP", "AP50", "AP75", "AP small", "AP medium", "AP large"), strict=True))
+COCO_MASKS = {f"mask_{name}": f"mask {says.removeprefix('held-out box ')}" for name, says in COCO_BOXES.items()}
 _TEN = np.arange(0.5, 1.0, 0.05)
 
 
-def coco_figures(objects: Objects, sizes: NDArray[np.int32], found: Sequence[Found]) -> dict[str, float]:
-    """Box APs, and mask_ APs where there are masks, 0..1; nan where no object of that size is there.
+def coco_figures(objects: Objects, sizes: NDArray[np.int32], found: Sequence[Found], masks: bool) -> dict[str, float]:
+    """Box APs, and with `masks` mask_ APs, 0..1; nan where no object of that size is there.
 
     sizes int32 [N, 2], height and width of each image; found: one an image.
     """
@@ -30,10 +39,10 @@ def coco_figures(objects: Objects, sizes: NDArray[np.int32], found: Sequence[Fou
         truth.createIndex()
         results = _results(objects, found)
         if not results:
-            kinds = ("", "mask_") if objects.has_masks else ("",)
+            kinds = ("", "mask_") if masks else ("",)
             return {kind + name: 0.0 for kind in kinds for name in _COCO}
         figures = _judged(truth, results, "bbox", "")
-        if objects.has_masks:
+        if masks:
             figures |= _judged(
                 truth, [{k: v for k, v in one.items() if k != "bbox"} for one in results], "segm", "mask_"
             )

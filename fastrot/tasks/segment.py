@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models import ResNet
 
+from fastrot.data.masks import IGNORED
 from fastrot.data.whole import WholeBatch
-from fastrot.data.whole_masks import IGNORED, ShownMask
+from fastrot.data.whole_masks import ShownMask
 from fastrot.models.segmenter import Segmenter, segmentation_loss
 from fastrot.tasks.confusion import confusion
 
@@ -44,13 +45,17 @@ class SegmentTask:
         self._backbone, self._classes, self._crop = backbone, classes, crop
         self._slide, self._align = slide, align_corners
         self._mean, self._std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
-        self.says = "held-out mean IoU"
+        self.figures = {
+            "mean_iou": "held-out mean IoU",
+            "mean_accuracy": "held-out mean accuracy of the classes",
+            "all_accuracy": "held-out accuracy of all pixels",
+        }
 
     def build_model(self, arch: str, seed: int) -> Segmenter:
         """The segmenter on a copy of the backbone; `arch` is the backbone's own."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Segmenter(deepcopy(self._backbone), self._classes, self._align)
+            return Segmenter(deepcopy(self._backbone), self._classes, self._align).train().requires_grad_(True)
 
     def views(self, batch: WholeBatch[ShownMask]) -> Tensor:
         """Normalised crops, fp32 [n, 3, crop, crop]; zeros at the right and below where the image is smaller."""

@@ -16,7 +16,7 @@ from fastrot.data.objects import Objects, read_objects
 from fastrot.data.whole import WholeBatch
 from fastrot.data.whole_objects import ShownObjects
 from fastrot.tasks.detect import DetectTask, Found, paste
-from fastrot.tasks.detection_figures import coco_figures, voc_figures
+from fastrot.tasks.detection_figures import VOC, coco_figures, voc_figures
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 
@@ -31,7 +31,7 @@ def shown(height, width, size, seed=0):
 @pytest.mark.parametrize("model", ["c4", "fpn"])
 def test_its_loss_is_the_detectors_for_each_image_and_weights_come_from_the_seed(model):
     backbone = torchvision.models.resnet18()
-    task = DetectTask(backbone, model, 3, 16, MEAN, STD, torch.device("cpu"))
+    task = DetectTask(backbone, model, 3, 16, MEAN, STD, torch.device("cpu"), VOC)
     network = task.build_model("resnet18", 4).train()
     again = task.build_model("resnet18", 4)
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
@@ -53,7 +53,7 @@ def test_its_loss_is_the_detectors_for_each_image_and_weights_come_from_the_seed
 
 
 def test_what_it_finds_is_in_the_images_own_pixels():
-    task = DetectTask(torchvision.models.resnet18(), "fpn", 3, 16, MEAN, STD, torch.device("cpu"))
+    task = DetectTask(torchvision.models.resnet18(), "fpn", 3, 16, MEAN, STD, torch.device("cpu"), VOC)
     sample = shown(64, 80, (32, 40))
     boxes, cells = torch.tensor([[8.0, 10, 60, 50], [0, 0, 80, 64]]), torch.ones(2, 1, 28, 28)
     said = [{"boxes": boxes, "scores": torch.tensor([0.9, 0.2]), "labels": torch.tensor([1, 3]), "masks": cells}]
@@ -114,7 +114,7 @@ def test_coco_figures_are_pycocotools_on_its_own_file_and_random_detections(shar
     ]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(file))
-    got = coco_figures(objects, sizes, found)
+    got = coco_figures(objects, sizes, found, objects.has_masks)
     names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
     written = json.loads(json.dumps(results))
     assert [got[name] for name in names] == pytest.approx(judged(truth, written, "bbox"), abs=2e-4)
@@ -147,4 +147,4 @@ def test_images_without_any_object_have_no_figure():
     )  # fmt: skip
     found = [Found(0, np.array([[0, 0, 5, 5]], np.float32), np.ones(1, np.float32), np.zeros(1, np.int64), [])]
     assert np.isnan(list(voc_figures(objects, found).values())).all()
-    assert np.isnan(coco_figures(objects, np.full((2, 2), 9), found)["ap"])
+    assert np.isnan(coco_figures(objects, np.full((2, 2), 9), found, False)["ap"])
