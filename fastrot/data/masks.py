@@ -1,13 +1,14 @@
 """The class of each pixel of a set's images: mask files beside the rows of its manifest, read when asked for."""
 
 import hashlib
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastrot.data.manifest import Manifest
 from fastrot.data.sources import MASKED, parts_of, segmentation
@@ -37,12 +38,13 @@ class Masks:
     def __call__(self, row: int) -> NDArray[np.uint8]:
         """Raises UserError where a mask cannot be read, is of another size than its image, or names another class."""
         file = self.files[row]
-        with _opened(file) as image:
-            _check_size(file, image, self.sizes[row])
-            try:
-                values = np.asarray(ImageOps.exif_transpose(image))
-            except (OSError, SyntaxError, ValueError) as error:
-                raise UserError(f"{file}: is damaged ({error})") from None
+        data = _read(file)
+        try:
+            values = np.asarray(ImageOps.exif_transpose(_opened(file, data)))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{file}: is damaged ({error})") from None
+        if values.shape != tuple(self.sizes[row].tolist()):
+            raise _misfit(file, values.shape, self.sizes[row])
         known = self.table[values] if values.max(initial=0) <= 255 else values
         odd = known[(known >= self.classes) & (known != IGNORED)]
         if len(odd):
@@ -56,9 +58,11 @@ class Masks:
         """sha256 of all files: what a resume compares. Raises UserError where a mask is of another size than its image."""
         sha = hashlib.sha256(self.table.tobytes())
         for file, size in zip(self.files, self.sizes, strict=True):
-            with _opened(file) as image:
-                _check_size(file, image, size)
-            sha.update(hashlib.sha256(file.read_bytes()).digest())
+            data = _read(file)
+            stored = _opened(file, data).size[::-1]  # how it lies is told when it is decoded
+            if sorted(stored) != sorted(size.tolist()):
+                raise _misfit(file, stored, size)
+            sha.update(hashlib.sha256(data).digest())
         return sha.hexdigest()
 
     def some(self, rows: NDArray[np.int64]) -> "Masks":
@@ -88,20 +92,28 @@ def read_masks(manifest: Manifest, classes: int) -> Masks:
     return Masks(files, sizes, table, classes)
 
 
-def _opened(file: Path) -> Image.Image:
+def _read(file: Path) -> bytes:
+    """Raises UserError where it cannot be read."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _opened(file: Path, data: bytes) -> Image.Image:
     """A mask, its header read. Raises UserError."""
     try:
-        image = Image.open(file)
+        image = Image.open(io.BytesIO(data))
     except (OSError, SyntaxError) as error:
-        raise UserError(f"{file}: is no mask that can be read ({getattr(error, 'strerror', None) or error})") from None
+        what = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise UserError(f"{file}: is no mask that can be read ({what})") from None
     if len(image.getbands()) > 1:
         raise UserError(f"{file}: has colours ({image.mode}); a mask has one channel, the number of each pixel's class")
     return image
 
 
-def _check_size(file: Path, image: Image.Image, size: NDArray[np.int32]) -> None:
-    height, width = image.size[::-1] if image.getexif().get(0x0112, 1) < 5 else image.size
-    if (height, width) != tuple(size.tolist()):
-        raise UserError(
-            f"{file}: is {width}x{height}, its image {size[1]}x{size[0]} when upright; a mask lies on its image as it is seen"
-        )
+def _misfit(file: Path, found: tuple[int, ...], wanted: NDArray[np.int32]) -> UserError:
+    return UserError(
+        f"{file}: is {found[1]}x{found[0]}, its image {wanted[1]}x{wanted[0]} when upright; a mask lies on its image as it "
+        "is seen"
+    )

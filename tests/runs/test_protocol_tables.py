@@ -78,7 +78,8 @@ def test_detections_schedule_and_scales_are_the_tables():
 @pytest.mark.parametrize("at, name", [*enumerate(DETECT)])
 def test_detections_numbers_of_the_network_are_the_tables(at, name):
     cell = {
-        row: cells[at] if cells[at] not in ("same", "\u2013") else cells[0] for row, cells in table("7. Detection").items()
+        row: cells[at] if cells[at] not in ("same", "\u2013") else cells[0]
+        for row, cells in table("7. Detection").items()
     }
     net = network(name)
     rpn, heads = net.rpn, net.roi_heads
