@@ -256,8 +256,13 @@ class Config(Section):
 
 def cross_field_errors(config: Config) -> list[str]:
     """What is wrong between fields, a line each; empty where all is well."""
-    data, optim, engine = config.data, config.optim, config.engine
-    checks = (
+    return [line for wrong, line in (*_in_the_recipe(config), *_in_how_it_runs(config)) if wrong]
+
+
+def _in_the_recipe(config: Config) -> tuple[tuple[bool, str], ...]:
+    """(whether it is wrong, a line) of what the images and the steps are."""
+    data, optim = config.data, config.optim
+    return (
         (not 0 < data.scale[0] <= data.scale[1] <= 1, f"data.scale {list(data.scale)} must rise within (0, 1]"),
         (not 0 < data.ratio[0] <= data.ratio[1], f"data.ratio {list(data.ratio)} must rise and be above 0"),
         (min(data.std) <= 0, f"data.std {list(data.std)} must be above 0"),
@@ -298,6 +303,13 @@ def cross_field_errors(config: Config) -> list[str]:
         ),
         (optim.nesterov and optim.name == "lars", "optim.nesterov is SGD's; optim.name is lars"),
         (optim.nesterov and optim.momentum == 0, "optim.nesterov needs optim.momentum above 0"),
+    )
+
+
+def _in_how_it_runs(config: Config) -> tuple[tuple[bool, str], ...]:
+    """The same of the engine and the decoder."""
+    data, optim, engine = config.data, config.optim, config.engine
+    return (
         (engine.zero == 1 and engine.kind == "plain", "engine.zero 1 is DeepSpeed's; engine.kind is plain"),
         (
             engine.zero == 1 and optim.name == "lars",
@@ -309,7 +321,7 @@ def cross_field_errors(config: Config) -> list[str]:
             "overflow; use bf16, or engine.zero 0",
         ),
         (
-            engine.recompute and engine.compile,
+            engine.recompute and bool(engine.compile),
             "engine.recompute with engine.compile: the compiler chooses what to compute again; set one to false",
         ),
         (
@@ -335,7 +347,6 @@ def cross_field_errors(config: Config) -> list[str]:
         ),
         (data.decode == "torch" and data.decode_on == "gpu", "data.decode_on gpu is dali's; data.decode is torch"),
     )
-    return [line for wrong, line in checks if wrong]
 
 
 class _Loader(yaml.SafeLoader):

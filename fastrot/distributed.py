@@ -73,7 +73,7 @@ def start() -> Ranks:
         die_with_launcher()
         return _join(ranks, backend)
     os.environ.update(_ALONE)  # a plain `python`: DeepSpeed wants the variables too, else it looks for MPI
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]  # torch's, not in __all__
     return ranks
 
 
@@ -85,7 +85,7 @@ def _join(ranks: Ranks, backend: str) -> Ranks:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise Fault(f"{ranks.world} ranks did not come together at {where}: {_first_line(error)}") from None
     limit_waits(_WAIT_S)
-    peers: list = [None] * ranks.world
+    peers: list[Any] = [None] * ranks.world
     dist.all_gather_object(peers, Peer(socket.gethostname(), Process.of(os.getpid())))
     return replace(ranks, peers=tuple(peers))
 

@@ -94,7 +94,8 @@ def read_json(path: Path, schema: type[T]) -> T:
 def as_json(text: bytes, schema: type[T]) -> T:
     """JSON text as `schema`. Raises Damaged."""
     try:
-        return _adapter(schema).validate_python(json.loads(text))
+        adapter: TypeAdapter[T] = _adapter(schema)  # type: ignore[arg-type]  # a type is hashable
+        return adapter.validate_python(json.loads(text))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])

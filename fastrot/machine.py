@@ -8,6 +8,7 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,9 +93,9 @@ _PACKAGES = (
 )
 
 
-def environment(ranks_line: str) -> dict:
+def environment(ranks_line: str) -> dict[str, Any]:
     """What a result depends on: versions, machine, command."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)

@@ -121,8 +121,9 @@ def among_ranks() -> Iterator["Ranks"]:
     try:
         with distributed.lost_peer_is_a_fault(ranks):
             yield ranks
-    except UserError:
-        distributed.end()
+    except BaseException as error:
+        if isinstance(error, UserError) or ranks.world == 1:
+            distributed.end()
         raise
     distributed.end()
 

@@ -70,7 +70,7 @@ class Encoding:
         most = max(height, width)
         if self.max_side is None or most <= self.max_side:
             return height, width
-        return tuple(max(1, side * self.max_side // most) for side in (height, width))
+        return max(1, height * self.max_side // most), max(1, width * self.max_side // most)
 
     def largest(self, manifest: Manifest) -> int:
         """Bytes that no sample of the file exceeds.
@@ -122,9 +122,16 @@ def start_worker(folder: Path, encoding: Encoding) -> None:
     """Make this process ready for `encode_rows` of the manifest in `folder`; it ends with its parent."""
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends its workers
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     manifest = Manifest.load(folder)
     _work = manifest, FileStorage(manifest), encoding
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None, "a worker has one"
+    parent.join()
+    os._exit(1)
 
 
 def encode_rows(rows: range) -> list[Sample | str]:

@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastrot.errors import BadImage
 
@@ -79,7 +79,7 @@ def open_image(source: BinaryIO) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(source)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise BadImage("not an image that Pillow knows") from None
     except OSError as error:
         if error.errno is not None:  # the disk's, not the bytes'

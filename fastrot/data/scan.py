@@ -89,8 +89,10 @@ def look_at(
         raise _unread(title, unread, name_of)
     sound = np.ones(n, bool)
     sound[list(reason)] = False
-    columns = (table[name] for name in ("height", "width", "kind", "orientation", "head"))
-    return Found(*columns, sound, reason)
+    height, width, kind, orientation, head = (
+        table[name] for name in ("height", "width", "kind", "orientation", "head")
+    )
+    return Found(height, width, kind, orientation, head, sound, reason)
 
 
 def _unread(title: str, unread: dict[int, OSError | Unreadable], name_of: Callable[[int], str]) -> UserError | Fault:

@@ -2,10 +2,11 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +41,7 @@ def damage_of(jpeg: NDArray[np.uint8] | bytes) -> str:
     return ""
 
 
-def verify(folder: Path, track: Callable) -> list[list[str]]:
+def verify(folder: Path, track: scan.Track) -> list[list[str]]:
     """[place, reason] of every row that cannot be decoded in full and found free of damage.
 
     Where there are such rows the manifest in `folder` is rewritten without them: they are quarantined,
@@ -51,7 +52,7 @@ def verify(folder: Path, track: Callable) -> list[list[str]]:
     n = len(manifest)
     unfinished = folder / f"verify-{manifest.content}"
 
-    def words_of(first: int, last: int):
+    def words_of(first: int, last: int) -> Iterator[tuple[Any, ...]]:
         return ((folder, manifest.content, row) for row in range(first, last))
 
     found = scan.look_at(n, words_of, _look, unfinished, track, f"decoding {manifest.source}", manifest.name)
@@ -75,7 +76,12 @@ def _look(folder: Path, content: str, row: int) -> tuple[int, int, int, int, byt
     """Height, width, kind, orientation and the sha256 of the first bytes of a sound image of the size indexed, or why it is not."""
     manifest, storage = _opened(folder, content)
     (buffer,) = storage.read(np.array([row]))
-    indexed = tuple(int(getattr(manifest, name)[row]) for name in ("height", "width", "kind", "orientation"))
+    indexed = (
+        int(manifest.height[row]),
+        int(manifest.width[row]),
+        int(manifest.kind[row]),
+        int(manifest.orientation[row]),
+    )
     if isinstance(buffer, Unreadable):
         raise buffer
     try:
@@ -94,7 +100,9 @@ def _look(folder: Path, content: str, row: int) -> tuple[int, int, int, int, byt
     return damage or (*indexed, hashlib.sha256(buffer[:HEAD]).digest())
 
 
-def _without(manifest: Manifest, sound: NDArray[np.bool_], heads: NDArray[np.uint8], broken: list) -> Manifest:
+def _without(
+    manifest: Manifest, sound: NDArray[np.bool_], heads: NDArray[np.uint8], broken: list[list[str]]
+) -> Manifest:
     columns = {name: getattr(manifest, name)[sound] for name in COLUMNS}
-    content = content_hash(*(columns[name] for name in ("height", "width", "label", "length")), heads)
+    content = content_hash(columns["height"], columns["width"], columns["label"], columns["length"], heads)
     return replace(manifest, **columns, content=content, quarantined=manifest.quarantined + broken)

@@ -4,17 +4,20 @@ import json
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
-from fastrot.engine import AUTOCAST
+from fastrot.distributed import Ranks
+from fastrot.engine import AUTOCAST, StepSettings
 from fastrot.engine.base import Engine
 from fastrot.engine.host_collectives import load_host_collectives
 from fastrot.errors import UserError
 
 
-def settings_to_json(settings, world: int) -> dict:
+def settings_to_json(settings: StepSettings, world: int) -> dict[str, Any]:
     """DeepSpeed's config for ours.
 
     Its batch triple stays constant and its accumulation unmanaged: A backwards and one step, with
@@ -35,7 +38,7 @@ def settings_to_json(settings, world: int) -> dict:
     }
 
 
-def _bucket_size(settings) -> dict:
+def _bucket_size(settings: StepSettings) -> dict[str, int]:
     """ZeRO 1's own buckets, in elements: filled after the backward pass, since it overlaps nothing where we count the
     micro-steps. Its default makes a buffer of 2 GB a step."""
     return (
@@ -43,7 +46,7 @@ def _bucket_size(settings) -> dict:
     )
 
 
-def merged(ours: dict, path: str, batch: dict[str, int], clip: float | None) -> dict:
+def merged(ours: dict[str, Any], path: str, batch: dict[str, int], clip: float | None) -> dict[str, Any]:
     """Ours with the keys of the user's --deepspeed_config file that we leave to DeepSpeed.
 
     batch  what DeepSpeed's three batch keys mean for this run.
@@ -82,7 +85,17 @@ def merged(ours: dict, path: str, batch: dict[str, int], clip: float | None) -> 
 
 
 class DeepSpeedEngine(Engine):
-    def __init__(self, model, optimizer, settings, ranks, batch: dict[str, int], config_path: str | None):
+    module: Any  # DeepSpeed's own engine
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        settings: StepSettings,
+        ranks: Ranks,
+        batch: dict[str, int],
+        config_path: str | None,
+    ):
         super().__init__(model, optimizer, settings, ranks)
         import deepspeed  # seconds to import, and only this engine needs it
         from deepspeed.utils import logger
@@ -103,7 +116,7 @@ class DeepSpeedEngine(Engine):
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )
         if settings.channels_last and not settings.zero:  # not before: DeepSpeed's broadcast wants rows
-            model.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not among torch's overloads
         if not settings.zero:
             self._make_buckets()
             self.module.enable_backward_allreduce = self._buckets is None  # it would be a second one
@@ -133,7 +146,8 @@ class DeepSpeedEngine(Engine):
             return super()._momentum(parameter)
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        return safe_get_full_optimizer_state(parameter, "momentum_buffer").view_as(parameter)
+        momentum: Tensor = safe_get_full_optimizer_state(parameter, "momentum_buffer")
+        return momentum.view_as(parameter)
 
     def _set(self, parameter: nn.Parameter, momentum: Tensor | None) -> None:
         if not self._settings.zero:
@@ -144,5 +158,5 @@ class DeepSpeedEngine(Engine):
         if momentum is not None:
             safe_set_full_optimizer_state(parameter, momentum.to(parameter), "momentum_buffer")
 
-    def _scaler(self) -> torch.amp.GradScaler | None:
+    def _scaler(self) -> GradScaler | None:
         return None if self._settings.zero else self.module.torch_autocast_z0_gradscaler

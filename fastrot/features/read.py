@@ -8,6 +8,7 @@ manifest.json                            {"classes": [names], ...}
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -26,8 +27,8 @@ class FeatureStore:
     """features: tap -> [N, D] of one of DTYPES, mapped; labels as in the file; class names, or none."""
 
     folder: Path
-    features: dict[str, NDArray]
-    labels: NDArray
+    features: dict[str, NDArray[Any]]
+    labels: NDArray[Any]
     classes: list[str]
 
 
@@ -44,7 +45,9 @@ def open_store(folder: str | Path) -> FeatureStore:
     if not (folder / "labels.npy").is_file():
         raise UserError(f"{folder}: no feature store: expected labels.npy and one array a tap, such as feature1.npy")
     labels = mapped(folder / "labels.npy")
-    features = {path.stem: mapped(path) for path in sorted(folder.glob("*.npy")) if path.stem not in _BESIDE}
+    features: dict[str, NDArray[Any]] = {
+        path.stem: mapped(path) for path in sorted(folder.glob("*.npy")) if path.stem not in _BESIDE
+    }
     if not features:
         raise UserError(f"{folder}: no features beside labels.npy")
     for tap, x in features.items():
@@ -60,10 +63,11 @@ def open_store(folder: str | Path) -> FeatureStore:
     return FeatureStore(folder, features, labels, facts.classes)
 
 
-def mapped(path: Path) -> NDArray:
+def mapped(path: Path) -> np.memmap[Any, np.dtype[Any]]:
     """The array of a store's file, mapped to read. Raises UserError where it is none."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise UserError(f"{path}: not a plain numpy array ({error})") from None
-    return array.view(BFLOAT16) if array.dtype == np.dtype("V2") else array
+    known: np.memmap[Any, np.dtype[Any]] = array.view(BFLOAT16) if array.dtype == np.dtype("V2") else array
+    return known

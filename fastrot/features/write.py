@@ -31,9 +31,10 @@ from fastrot.files import read_json, sha256_of, write_text
 _DONE = re.compile(r"block (\d+) of (\d+) rows is on disk")
 _COMMIT_S = 1.0  # between two fsyncs: what a kill may cost
 _AHEAD = 3  # blocks that wait to be written
+_Arrays = Callable[[], dict[str, NDArray[Any]]]
 
 
-def differences(folder: Path, facts: dict) -> list[str]:
+def differences(folder: Path, facts: dict[str, Any]) -> list[str]:
     """What a store in `folder`, finished or not, was made from that is not in `facts`: names of the facts.
 
     Raises UserError where what it says of itself is damaged.
@@ -48,7 +49,7 @@ def differences(folder: Path, facts: dict) -> list[str]:
     return []
 
 
-def prepare(folder: Path, facts: dict, manifest: Manifest) -> bool:
+def prepare(folder: Path, facts: dict[str, Any], manifest: Manifest) -> bool:
     """Lay out a store for every row of `manifest`, or take up one that was begun; whether it is finished.
 
     facts  "taps": {name: {"width": D, ...}}, "dtype", "passes": {"count": P, ...} or None for one, and whatever
@@ -154,19 +155,20 @@ class BlockWriter:
 
     def __init__(self, folder: Path, taps: list[str], block: int, rank: int):
         self._block = block
-        self._files = {}
+        self._files: dict[str, tuple[int, int, np.dtype[Any], int]] = {}  # handle, offset, dtype, bytes a row
         for tap in taps:
             array = mapped(folder / f"{tap}.npy")
             handle = os.open(folder / f"{tap}.npy", os.O_WRONLY)
             self._files[tap] = (handle, array.offset, array.dtype, array.shape[1] * array.dtype.itemsize)
         self._progress = os.open(folder / f"progress-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.write(self._progress, b"\n")  # ends the half line that a kill may have left
-        self._folder, self._error = folder, None
-        self._queue: queue.Queue = queue.Queue(_AHEAD)
+        self._folder = folder
+        self._error: BaseException | None = None
+        self._queue: queue.Queue[tuple[int, _Arrays] | None] = queue.Queue(_AHEAD)
         self._thread = threading.Thread(target=self._write_all, name="features", daemon=True)
         self._thread.start()
 
-    def put(self, number: int, arrays: Callable[[], dict[str, NDArray]]) -> None:
+    def put(self, number: int, arrays: _Arrays) -> None:
         """Hand over a block; `arrays()`, called by the thread, gives [n, D] of each tap once it is computed.
 
         Raises what went wrong with an earlier block.
@@ -205,7 +207,7 @@ class BlockWriter:
         except BaseException as error:  # carried to the thread that computes, which raises it
             self._error = error
 
-    def _write(self, tap: str, number: int, array: NDArray) -> None:
+    def _write(self, tap: str, number: int, array: NDArray[Any]) -> None:
         handle, offset, dtype, stride = self._files[tap]
         with np.errstate(over="ignore"):
             rows = np.ascontiguousarray(array.astype(dtype, copy=False))
@@ -226,7 +228,7 @@ class BlockWriter:
         return []
 
 
-def finish(folder: Path, facts: dict) -> None:
+def finish(folder: Path, facts: dict[str, Any]) -> None:
     """Hash what was written and turn the plan into the manifest."""
     paths = sorted(folder.glob("*.npy"))
     with ThreadPoolExecutor(4) as pool:

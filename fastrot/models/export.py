@@ -1,12 +1,15 @@
 """`fastrot export`: a backbone under another library's names, and a model card beside it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fastrot import terminal
 from fastrot.errors import UserError
@@ -18,7 +21,7 @@ from fastrot.models.resnet import backbone_state
 _SUFFIXES = (".safetensors", ".pth")
 
 # what torch.save holds for a library's own loader; safetensors always holds the tensors alone
-_PTH = {
+_PTH: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
     "mmpretrain": lambda state: {"meta": {"author": "fastrot"}, "state_dict": state},
     "detectron2": lambda state: {"model": state, "__author__": "fastrot", "matching_heuristics": True},
 }
@@ -39,7 +42,7 @@ print(model.load_state_dict(state))""",
 }
 
 
-def export(checkpoint: str, to: str, out: str) -> dict:
+def export(checkpoint: str, to: str, out: str) -> dict[str, Any]:
     """Write the backbone of `checkpoint` to `out` (.safetensors or .pth) and a card to the same name, .md.
 
     to  a key of names.EXPORTS. Returns what --json prints. Raises UserError.
@@ -54,7 +57,7 @@ def export(checkpoint: str, to: str, out: str) -> dict:
             if path.suffix == ".safetensors":
                 save_file(state, scratch, metadata={"format": "pt", "names": to, "arch": origin.arch})
             else:
-                torch.save(_PTH.get(to, lambda state: state)(state), scratch)
+                torch.save(_PTH[to](state) if to in _PTH else state, scratch)
         digest = sha256_of(path)
         write_text(path.with_suffix(".md"), card(origin, to, path.name, digest))
     except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where the folder is missing
@@ -72,6 +75,7 @@ def export(checkpoint: str, to: str, out: str) -> dict:
 
 def card(origin: Origin, to: str, file: str, digest: str) -> str:
     """The model card: what, data, recipe, hashes, commands. Markdown."""
+    assert origin.path is not None, "weights of a file"
     facts = pretraining(origin)
     lines = [
         f"# {origin.arch}, pretrained by predicting image rotations",
@@ -103,7 +107,7 @@ def _loading(to: str, file: str, arch: str) -> str:
     return use if use.startswith("#") else read + use
 
 
-def _recipe(facts: dict) -> list[str]:
+def _recipe(facts: dict[str, Any]) -> list[str]:
     """What the run of the checkpoint says of itself; for foreign weights, that nothing is known."""
     if not facts:
         return [

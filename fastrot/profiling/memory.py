@@ -15,10 +15,10 @@ class _Held(TorchDispatchMode):
     """Follows the memory of what operations make: `peak`, the most bytes held at a time."""
 
     def __init__(self, doubled_below: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._doubled_below = doubled_below
         self.peak = self._now = 0
-        self._alive: dict[int, weakref.ref] = {}
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -71,20 +72,23 @@ class Rates:
 
 
 class _Trace(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.rows: list[Row] = []
         self._modules = ModuleTracker()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._modules.__enter__()
-        return super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's
+        return self
 
-    def __exit__(self, *error):
-        super().__exit__(*error)
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch's
         self._modules.__exit__(*error)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
         packet = function.overloadpacket
@@ -105,7 +109,7 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
-def _bytes(tree) -> int:
+def _bytes(tree: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, Tensor))
 
 
@@ -144,7 +148,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     return Rates(2 * n**3 / product, 2 * _bytes(source) / copy)
 
 
-def _least_seconds(work: Callable, device: torch.device, times: int = 8) -> float:
+def _least_seconds(work: Callable[[], object], device: torch.device, times: int = 8) -> float:
     """Of one run. On a GPU, of groups of runs between events: the host's clock would add the wait for each."""
     if device.type != "cuda":
         return min(_seconds(work) for _ in range(times))
@@ -162,10 +166,11 @@ def _least_seconds(work: Callable, device: torch.device, times: int = 8) -> floa
         end.record()
         spans.append((begin, end))
     torch.cuda.synchronize(device)
-    return min(begin.elapsed_time(end) for begin, end in spans) / 1e3 / group
+    least_ms: float = min(begin.elapsed_time(end) for begin, end in spans)
+    return least_ms / 1e3 / group
 
 
-def _seconds(work: Callable) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

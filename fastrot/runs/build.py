@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from fastrot.profiling.clock import Clock
 from fastrot.runs.arithmetic import arithmetic, deviations, rate_at, refuse_graphs, refuse_tiny_maps
 from fastrot.runs.loop import Course
 from fastrot.runs.memory import Memory, estimate
+from fastrot.tasks import Task
 from fastrot.tasks.rotation import RotationTask
 
 
@@ -128,7 +129,7 @@ class Job:
         """Make what a run needs now, so that what is wrong is said before it begins."""
         _ = self.loader, self.val_loader, self.engine, self._work
 
-    def make_task(self) -> RotationTask:
+    def make_task(self) -> Task:
         """What is learnt; another job learns another thing."""
         return RotationTask(
             [255 * v for v in self.config.data.mean],
@@ -187,7 +188,7 @@ class Job:
     def lr_of(self, epoch: float) -> float:
         return rate_at(self.config, len(self.train), epoch)
 
-    def batches(self, steps: range, position: int) -> Iterator[StepBatch]:
+    def batches(self, steps: range, position: int) -> Generator[StepBatch, None, None]:
         n = self.numbers
         return self.loader.train(
             steps, position, n.images, n.ranks, self.ranks.rank, n.micro_steps, partial(crop_at, self.config)
@@ -211,8 +212,10 @@ class Job:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss and accuracies over all ranks, exact for any number of them."""
+        loader = self.val_loader
+        assert loader is not None, "there are no held-out images"
         self.engine.train(False)
-        batches = self.val_loader.held_out(
+        batches = loader.held_out(
             self.ranks.world, self.ranks.rank, self.numbers.largest, short_side(self.config), self.config.data.crop
         )
         sums = self.engine.reduce(self.task.evaluate(self.engine.module, batches))

@@ -282,7 +282,9 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def refuse_differences(saved: dict, now: dict, may_differ: list[str], fixed: tuple[str, ...], where: Path) -> None:
+def refuse_differences(
+    saved: dict[str, Any], now: dict[str, Any], may_differ: list[str], fixed: tuple[str, ...], where: Path
+) -> None:
     """Compare what defines a run (flat keys) between a checkpoint and now.
 
     may_differ  keys that the user allows to differ (--resume-anyway).

@@ -57,6 +57,7 @@ class DetectJob(WholeJob[ShownObjects, Objects]):
     def figures(self) -> dict[str, float]:
         """VOC's or COCO's, of what all ranks find."""
         batches = self.val_whole.held_out(self.ranks.world, self.ranks.rank, 1)  # padding would change with its batch
+        assert isinstance(self.task, DetectTask)
         mine = self.task.evaluate(self.engine.module, batches)
         every: list[list[Found]] = [[]] * self.ranks.world
         dist.all_gather_object(every, mine)

@@ -43,7 +43,9 @@ def dry_run(
     Returns what --json prints; without the measured figures where the steps would not fit.
     """
     set_torch_flags(config)
-    say = partial(terminal.console().print, soft_wrap=True, markup=False) if ranks.first else lambda line: None
+    say: Callable[[str], None] = (
+        partial(terminal.console().print, soft_wrap=True, markup=False) if ranks.first else lambda line: None
+    )
     if ranks.first:
         terminal.table("config", [(key, f"{value}  ({sources[key]})") for key, value in flat(config).items()])
     train = open_manifest(config.data.train, config, ranks, "data.train")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,11 @@ from fastrot.tasks.finetune import FinetuneTask
 class FinetuneJob(TransferJob):
     """A job that learns classes with every weight."""
 
-    def __init__(self, begin: Start, config: Config, *parts):
+    def __init__(self, begin: Start, config: Config, *parts: Any):
         self.head_rate = config.finetune.head_rate
         super().__init__(begin, config, *parts)
 
-    def make_task(self):
+    def make_task(self) -> FinetuneTask:
         config, chosen = self.config, self.config.finetune
         self.say(self.begin.origin.says())
         if chosen.names is not None:
@@ -56,7 +57,7 @@ def prepared(
     return begin, partial(FinetuneJob, begin), partial(subset, config=config)
 
 
-def fine_tune(checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks, resume: str) -> dict:
+def fine_tune(checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks, resume: str) -> dict[str, Any]:
     """Train, or go on training, in run.out. Returns what --json prints. Raises UserError. Arguments as in `prepared`."""
     begin, job, choose = prepared(checkpoint, seed, config, ranks)
     return train(begin.config, ranks, resume, [], None, job, begin.defining("finetune"), choose)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from fastrot.config import Config
 from fastrot.distributed import Ranks
@@ -15,7 +16,7 @@ from fastrot.tasks.linear import LinearTask
 class LinearJob(TransferJob):
     """A job that learns heads."""
 
-    def make_task(self):
+    def make_task(self) -> LinearTask:
         config, begin = self.config, self.begin
         self.say(begin.origin.says())
         return LinearTask(
@@ -49,7 +50,7 @@ def prepared(
     return begin, partial(LinearJob, begin)
 
 
-def train_heads(checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks, resume: str) -> dict:
+def train_heads(checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks, resume: str) -> dict[str, Any]:
     """Train, or go on training, in run.out. Returns what --json prints. Raises UserError. Arguments as in `prepared`."""
     begin, job = prepared(checkpoint, seed, config, ranks)
     return train(begin.config, ranks, resume, [], None, job, begin.defining("linear"))

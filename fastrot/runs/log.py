@@ -9,10 +9,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import Progress, TaskID
 
 from fastrot import terminal
 from fastrot.files import Damaged, as_json, read_json, write_text
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter  # a second, which runs without it need not pay
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,9 @@ class RunLog:
     def __init__(self, folder: Path | None):
         self._folder, self._total, self._figure = folder, 0, ""
         self._out = terminal.console()
-        self._bar = self._task = self._board = None
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._board: SummaryWriter | None = None
         self._warned = False
         self._bad = 0
 
@@ -110,15 +117,15 @@ class RunLog:
         if self._bar is not None:
             self._bar.advance(self._task)
 
-    def write(self, values: dict[str, float]) -> None:
+    def write(self, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl (floats that read back exactly), TensorBoard, and a person's line."""
-        if self._folder is None:
+        if (folder := self._folder) is None:
             return
-        self._try(lambda: self._record(values))
+        self._try(lambda: self._record(folder, values))
         if (bad := values.get("bad_images", 0)) > self._bad:
             self._bad = bad
             self.say(
-                f"images that cannot be read or decoded are replaced: {bad:,} so far, in {self._folder}/bad_images.jsonl"
+                f"images that cannot be read or decoded are replaced: {bad:,} so far, in {folder}/bad_images.jsonl"
             )
         line = _line(values, self._total, self._figure)
         if self._bar is not None and "loss" in values:
@@ -126,10 +133,10 @@ class RunLog:
         else:
             self.say(line)
 
-    def _record(self, values: dict[str, float]) -> None:
+    def _record(self, folder: Path, values: dict[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         line = json.dumps(finite).encode() + b"\n"
-        with (self._folder / "metrics.jsonl").open("r+b", buffering=0) as file:  # not made anew where it is gone
+        with (folder / "metrics.jsonl").open("r+b", buffering=0) as file:  # not made anew where it is gone
             end = file.seek(0, os.SEEK_END)
             if file.write(line) < len(line):
                 file.truncate(end)
@@ -161,7 +168,7 @@ class RunLog:
             self._try(self._board.close)
 
 
-def _line(values: dict, total: int, figure: str) -> str:
+def _line(values: dict[str, Any], total: int, figure: str) -> str:
     head = f"step {values['step'] + 1:,}/{total:,}  epoch {values['epoch']:.2f}"
     if (held_out := values.get(f"held_out_{figure}")) is not None:
         loss = f"  loss {values['held_out_loss']:.3f}" if "held_out_loss" in values else ""
@@ -173,10 +180,10 @@ def _line(values: dict, total: int, figure: str) -> str:
     )
 
 
-def _learnt(values: dict) -> str:
+def _learnt(values: dict[str, Any]) -> str:
     accuracy = f"  accuracy {values['accuracy']:.1%}" if "accuracy" in values else ""
     return f"loss {values['loss']:.3f}{accuracy}"
 
 
-def _bad(values: dict) -> str:
+def _bad(values: dict[str, Any]) -> str:
     return f"  bad images {values['bad_images']:,}" if values.get("bad_images") else ""

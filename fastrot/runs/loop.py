@@ -4,6 +4,7 @@ import math
 import resource
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -14,6 +15,7 @@ from fastrot.engine.optimizers import set_lr
 from fastrot.errors import Diverged
 from fastrot.profiling.clock import STAGES, Clock
 from fastrot.profiling.roofline import Work
+from fastrot.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -44,19 +46,29 @@ class Course:
         return after > before and after % self.evaluate_every == 0
 
 
+class Log(Protocol):
+    """Where a run says how it goes."""
+
+    def tick(self) -> None:
+        """A step is done."""
+
+    def write(self, values: dict[str, Any]) -> None:
+        """A line's values, `step` and `epoch` among them."""
+
+
 def run(
     course: Course,
     batches: Iterable[StepBatch],
-    task,
+    task: Task,
     engine: Engine,
     lr_of: Callable[[float], float],
     work_of: Callable[[float], Work],
     evaluate: Callable[[], dict[str, float]] | None,
     save: Callable[[int, int, float | None, bool], None],
-    log,
+    log: Log,
     clock: Clock,
     bad_images: Callable[[], int],
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Train over `batches`; returns the last logged values with the whole run's rates.
 
     lr_of(epoch) -> rate.  work_of(epoch) -> what a step asks of this rank's device.
@@ -94,7 +106,7 @@ def run(
         log.write(tally.line(place, rate, bad_images()))
         bad = tally.bad_in_a_row(batch.step, last)
         figure = None
-        if evaluating:
+        if evaluate and evaluating:
             held_out = evaluate()
             judged = held_out[f"held_out_{next(iter(task.figures))}"]
             figure = judged if math.isfinite(judged) else None
@@ -106,7 +118,7 @@ def run(
     return tally.whole()
 
 
-def _learner(task, engine: Engine) -> Callable[[torch.Tensor, MicroBatch], torch.Tensor]:
+def _learner(task: Task, engine: Engine) -> Callable[[torch.Tensor, MicroBatch], torch.Tensor]:
     """Forward and backward of a micro-step -> its summed metrics."""
 
     def learn(views: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
@@ -123,7 +135,7 @@ class _Tally:
     latest  the newest line's values and, beside them, the newest held-out ones.
     """
 
-    def __init__(self, course: Course, task, engine: Engine, clock: Clock):
+    def __init__(self, course: Course, task: Task, engine: Engine, clock: Clock):
         self._course, self._task, self._engine, self._clock = course, task, engine, clock
         self._sums = torch.zeros(len(task.metrics), dtype=torch.float64, device=task.device)
         self._loss = task.metrics.index("loss")
@@ -132,7 +144,7 @@ class _Tally:
         self._since, self._asked = 0, Work()
         self._steps, self._asked_in_all = 0, Work()
         self._spent = dict.fromkeys((*STAGES, "total"), 0.0)
-        self.latest: dict[str, float] = {}
+        self.latest: dict[str, Any] = {}
 
     def add(self, metrics: torch.Tensor) -> None:
         """A micro-step's sums."""
@@ -145,7 +157,7 @@ class _Tally:
         self._bad.zero_()
         self._since, self._asked = self._since + 1, self._asked + work
 
-    def line(self, place: dict[str, float], rate: float, bad_images: int) -> dict[str, float]:
+    def line(self, place: dict[str, float], rate: float, bad_images: int) -> dict[str, Any]:
         """The values of the steps since the last line; what comes is summed anew."""
         times, since, course = self._clock.read(), self._since, self._course
         self._spent = {name: self._spent[name] + times[name] for name in self._spent}
@@ -170,12 +182,13 @@ class _Tally:
 
         Raises Diverged, on all ranks, where there were max_bad_steps in a row, or one at the end.
         """
-        row, longest = self._engine.reduce(self._rows.clone(), greatest=True).tolist()
+        rows: list[int] = self._engine.reduce(self._rows.clone(), greatest=True).tolist()
+        row, longest = rows
         if longest >= self._course.max_bad_steps or (row and last):
             raise Diverged(f"the loss was not finite in {longest:,} steps in a row, up to step {step}")
         return row
 
-    def whole(self) -> dict[str, float]:
+    def whole(self) -> dict[str, Any]:
         """The latest values, with the rates of all steps."""
         if not self._steps:
             return {}

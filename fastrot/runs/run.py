@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from fastrot.runs.build import Job, set_torch_flags
 from fastrot.runs.log import RunLog, read_status, write_refusal, write_status
 from fastrot.runs.loop import run
 from fastrot.runs.memory import admit, running_out_is_a_fault
+from fastrot.tasks import Task
 
 Chooser = Callable[[Manifest], Manifest]
 _FIXED = ("model.arch", "run.seed", "data")  # no resume can change these
@@ -48,7 +49,7 @@ _DEFINING = (
 )
 
 
-def defining(config: Config, content: str) -> dict:
+def defining(config: Config, content: str) -> dict[str, Any]:
     """What a resumed run must share with its checkpoint: flat keys and the data's content hash."""
     of_window = ("data.resize",) if config.data.window == "random" else ()
     return {
@@ -59,11 +60,11 @@ def defining(config: Config, content: str) -> dict:
 
 
 @contextmanager
-def _folder(out: str, ranks: Ranks):
+def _folder(out: str, ranks: Ranks) -> Iterator[Path]:
     """The run's folder, held against a second run. Raises UserError where it cannot be."""
     folder = Path(out)
 
-    def hold():
+    def hold() -> int:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -318,7 +319,7 @@ def _run(start: _Start, folder: Path, log: RunLog) -> dict[str, Any]:
     }
 
 
-def _show(result: dict, task) -> None:
+def _show(result: dict[str, Any], task: Task) -> None:
     """The short table a run ends with."""
     rows = [("steps", f"{result['steps_now']:,} in {terminal.duration(result['seconds'])}; {result['steps']:,} in all")]
     held_out = {says: result.get(f"held_out_{name}") for name, says in task.figures.items()}

@@ -48,6 +48,7 @@ class SegmentJob(WholeJob[ShownMask, Masks]):
     def figures(self) -> dict[str, float]:
         """Mean IoU and accuracies, and each class's IoU, from the confusion of all ranks' pixels."""
         batches = self.val_whole.held_out(self.ranks.world, self.ranks.rank, self.numbers.largest)
+        assert isinstance(self.task, SegmentTask)
         found = figures(self.engine.reduce(self.task.evaluate(self.engine.module, batches)))
         each = {f"iou_{number}": value for number, value in enumerate(found.iou)}
         means = {name: getattr(found, name) for name in self.task.figures}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ class Start:
     config: Config
     classes: int
 
-    def defining(self, section: str) -> dict:
+    def defining(self, section: str) -> dict[str, Any]:
         """What else a resume must find unchanged: a section of the config, and the weights."""
         weights = self.origin.sha256 or f"random, seed {self.origin.seed}"
         mine = {key: value for key, value in flat(self.config).items() if key.startswith(f"{section}.")}
@@ -39,7 +40,7 @@ class Start:
 class TransferJob(Job):
     """A job that begins from a backbone."""
 
-    def __init__(self, begin: Start, *parts):
+    def __init__(self, begin: Start, *parts: Any):
         self.begin = begin
         super().__init__(*parts)
 

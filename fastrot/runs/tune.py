@@ -54,7 +54,7 @@ class _Bench:
 
     def _lap(self, settings: Tuned) -> tuple[float, list[float]]:
         mine = list(self._intervals(settings))
-        all_ranks: list = [None] * self.ranks.world
+        all_ranks: list[Any] = [None] * self.ranks.world
         dist.all_gather_object(all_ranks, mine)
         slowest = max(all_ranks, key=statistics.fmean)  # a step waits for it
         n = arithmetic(self.config, self.ranks.world, len(self.manifest))
@@ -96,7 +96,7 @@ def tune(config: Config, ranks: Ranks, seconds: float) -> dict[str, Any]:
     found = f"by fastrot tune, {time.strftime('%Y-%m-%d')}"
     settings = replace(settings_of(config, ranks), hw_decoder_load=config.data.hw_decoder_load, found=found)
     share = max(1, machine.cores() // ranks.local_world)
-    tried = {n: replace(settings, threads=n) for n in loader_settings.thread_counts(share)}
+    tried: dict[float, Tuned] = {n: replace(settings, threads=n) for n in loader_settings.thread_counts(share)}
     threads, by_threads, took = bench.compare(tried, "threads", partial(_fewest_of_the_fastest, share))
     result = {
         "threads": threads,

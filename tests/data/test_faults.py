@@ -101,12 +101,24 @@ def transposed(data: bytes) -> Image.Image:
             for key in ("xmp", "XML:com.adobe.xmp"):
                 image.info.pop(key, None)
             image.load()
-        with contextlib.suppress(SyntaxError, ValueError, struct.error):  # a broken block
+        try:
             image = ImageOps.exif_transpose(image)
+        except (SyntaxError, ValueError, struct.error):  # a broken block, or one that it reads and cannot write anew
+            image = _turned_as_read(image)
     values = np.asarray(image)
     if values.max(initial=0) > 255:
         image = Image.fromarray((values >> 8).astype(np.uint8))
     return image.convert("RGB")
+
+
+def _turned_as_read(image: Image.Image) -> Image.Image:
+    """As exif_transpose turns an image that has the tag alone; as it is where the tag cannot be read either."""
+    with contextlib.suppress(SyntaxError, ValueError, struct.error):
+        alone, copy = Image.Exif(), image.copy()
+        alone[0x0112] = image.getexif().get(0x0112, 1)
+        copy.info["exif"] = alone.tobytes()
+        return ImageOps.exif_transpose(copy)
+    return image
 
 
 def pillow(data: bytes, window) -> np.ndarray:

@@ -23,6 +23,7 @@ from fastrot.data.plan import Plan
 from fastrot.errors import UserError
 from fastrot.features import write as writing
 from fastrot.features.read import open_store
+from fastrot.files import sha256_of
 from fastrot.models import backbone
 from fastrot.models.resnet import backbone_state, build_model
 from fastrot.models.taps import flat_features
@@ -186,8 +187,8 @@ def test_the_manifest_names_what_was_computed_from_what(fastrot, images, checkpo
     assert fastrot(*words).code == 0
     facts = json.loads((tmp_path / "f" / "manifest.json").read_text())
     assert facts["content"] == Manifest.load(tmp_path / "f" / "rows").content
-    assert facts["checkpoint"]["sha256"] == writing._sha256(checkpoint)
-    assert facts["files"]["avg.npy"]["sha256"] == writing._sha256(tmp_path / "f" / "avg.npy")
+    assert facts["checkpoint"]["sha256"] == sha256_of(checkpoint)
+    assert facts["files"]["avg.npy"]["sha256"] == sha256_of(tmp_path / "f" / "avg.npy")
     assert facts["pool"] == "adaptive" and facts["transform"] == "test" and facts["side"] == 64
 
 

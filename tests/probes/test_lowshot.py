@@ -67,7 +67,7 @@ def test_the_oracles_cost_is_the_best_mean_over_draws(data, monkeypatch):
     monkeypatch.setattr(
         lowshot,
         "_one_draw",
-        lambda whole, cross, targets, *_: (
+        lambda whole, cross, targets, *_: lowshot._Part(
             np.full((3, 4), [[0.9, 0.5, 0.4, 0.6], [0.1, 0.5, 0.4, 0.6]][targets]),
             np.zeros(3, int),
             0.0,

@@ -16,7 +16,7 @@ def test_replaced_images_are_counted_wherever_a_person_looks(tmp_path, fastrot):
     for name in ("class0/1.jpg", "class1/2.jpg"):
         path = source / name
         path.write_bytes(b"\0" * path.stat().st_size)
-    done = fastrot(*words)
+    done = fastrot(*words, "--resume-anyway", "data.files")
     assert done.code == 0, done.err
     counts = [line["bad_images"] for line in metrics(out) if "loss" in line]
     assert counts == sorted(counts) and counts[-1] == 2, "though they are met among the held-out images too"

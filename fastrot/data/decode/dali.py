@@ -19,6 +19,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
+from torch.utils.dlpack import from_dlpack
 
 from fastrot.data.decode.batch import Batch
 from fastrot.data.decode.orientation import stored_window, upright
@@ -66,7 +67,7 @@ class _Work:
     stored: NDArray[np.int32] | NDArray[np.float64]
 
 
-def _on_gpu(place: str, hw_decoder_load: float | None) -> dict[str, bool | float]:
+def _on_gpu(place: str, hw_decoder_load: float | None) -> dict[str, Any]:
     """Options of `mixed` alone: libjpeg-turbo's chroma filter, elsewhere the only one; the hardware decoder's share."""
     if place != "mixed":
         return {}
@@ -77,7 +78,7 @@ def _source(name: str, kind: types.DALIDataType = types.FLOAT) -> DataNode:
     return fn.external_source(name=name, dtype=kind, ndim=1, no_copy=name == "data")
 
 
-@pipeline_def
+@pipeline_def  # type: ignore[untyped-decorator]  # DALI's
 def _windows(place: str, device: str, hw_decoder_load: float | None, resized: bool) -> DataNode:
     """Window first, then resize: taps stay inside the window."""
     pixels = fn.decoders.image_slice(
@@ -95,7 +96,7 @@ def _windows(place: str, device: str, hw_decoder_load: float | None, resized: bo
     return fn.resize(pixels, size=_source("size"), interp_type=types.INTERP_LINEAR, antialias=True, device=device)
 
 
-@pipeline_def
+@pipeline_def  # type: ignore[untyped-decorator]  # DALI's
 def _boxes(place: str, device: str, hw_decoder_load: float | None, resized: bool) -> DataNode:
     """Whole image, then resize of a float box: taps reach outside it, as Pillow's do."""
     pixels = fn.decoders.image(
@@ -113,7 +114,7 @@ def _boxes(place: str, device: str, hw_decoder_load: float | None, resized: bool
     )
 
 
-def _arguments(windows: NDArray, size: int, resized: bool) -> dict[str, NDArray]:
+def _arguments(windows: NDArray[Any], size: int, resized: bool) -> dict[str, NDArray[Any]]:
     """What these pipelines take beside the data."""
     first, second = windows[:, :2], windows[:, 2:]
     sizes = {"size": np.full((len(windows), 2), size, np.float32)} if resized else {}
@@ -215,7 +216,7 @@ class DaliDecoder:
     def _warm_up(self, pipe: Pipeline, boxes: bool) -> None:
         """DALI's first schedule_run runs as many batches as its queue is deep, and wants them fed
         first; so it gets dummies, and from then on one schedule_run is one batch."""
-        window = np.array([[0, 0, 8, 8]], np.float64 if boxes else np.int32)
+        window: NDArray[Any] = np.array([[0, 0, 8, 8]], np.float64 if boxes else np.int32)
         speck = _Work(Batch([_SPECK], np.ones(1, np.uint8), window, 8), [0], window)
         for _ in range(self._depth + 1):
             self._put(pipe, speck)
@@ -269,10 +270,10 @@ class DaliDecoder:
         """Pixels that DALI does not write over. On a CPU its dynamic executor takes new memory for each
         batch, and frees it with the tensor; on a GPU a copy, done before the buffer goes back, on a
         stream of its own, since torch's default one is busy with training."""
-        if self._gpu is None:
-            return torch.from_dlpack(shared)
+        if self._stream is None:
+            return from_dlpack(shared)
         with torch.cuda.stream(self._stream):
-            copy = torch.from_dlpack(shared).clone()
+            copy = from_dlpack(shared).clone()
         self._stream.record_event().synchronize()  # of this copy alone: torch's sync debug mode lets it pass
         copy.record_stream(torch.cuda.default_stream(self._gpu))
         return copy

@@ -1,5 +1,7 @@
 """EXIF's orientations 1..8: stored pixels made upright, and an upright window found among them."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,7 +17,7 @@ def upright(pixels: torch.Tensor, orientation: int, rows: int, columns: int) -> 
     return pixels.transpose(rows, columns) if orientation >= _LYING else pixels
 
 
-def stored_window(window: NDArray, orientation: int, height: int, width: int) -> NDArray:
+def stored_window(window: NDArray[Any], orientation: int, height: int, width: int) -> NDArray[Any]:
     """A window (top, left, height, width) of the upright image, in a stored image of height x width; it may leave it."""
     top, left, h, w = window.tolist()
     if orientation >= _LYING:

@@ -1,6 +1,7 @@
 """The SVM protocol's picture: short side resized, then the whole squashed to a square, both by Pillow."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ def make(threads: int, short: int) -> TorchDecoder:
 
 
 def squashed_pixels(
-    buffer: NDArray[np.uint8], orientation: int, _window: NDArray, size: int, short: int
+    buffer: NDArray[np.uint8], orientation: int, _window: NDArray[Any], size: int, short: int
 ) -> torch.Tensor:
     """uint8 [size, size, 3]: Resize(short), long side truncated, then Resize((size, size)), PIL bilinear.
 
@@ -25,7 +26,7 @@ def squashed_pixels(
     """
     image = decode_upright(buffer, orientation)
     least = min(image.size)
-    between = tuple(short * side // least for side in image.size)
+    between = short * image.width // least, short * image.height // least
     for target in (between, (size, size)):
         image = image.resize(target, Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image))

@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ def upright_pixels(buffer: NDArray[np.uint8], orientation: int) -> torch.Tensor:
     return torch.from_numpy(np.array(decode_upright(buffer, orientation))).permute(2, 0, 1)
 
 
-def window_pixels(buffer: NDArray[np.uint8], orientation: int, window: NDArray, size: int) -> torch.Tensor:
+def window_pixels(buffer: NDArray[np.uint8], orientation: int, window: NDArray[Any], size: int) -> torch.Tensor:
     """One crop, uint8 [size, size, 3]: an integer window cropped and resized (antialiased
     bilinear), or a float64 box resized by Pillow's `resize(box=)`.
 
@@ -61,7 +62,7 @@ def window_pixels(buffer: NDArray[np.uint8], orientation: int, window: NDArray, 
         raise BadImage(f"is {pixels.shape[2]}x{pixels.shape[1]}, not as indexed")
     from torchvision.transforms.v2 import functional as F
 
-    crop = F.resized_crop(pixels, top, left, height, width, [size, size], antialias=True)
+    crop: torch.Tensor = F.resized_crop(pixels, top, left, height, width, [size, size], antialias=True)
     return crop.permute(1, 2, 0)
 
 

@@ -38,7 +38,7 @@ _REQUEST = np.dtype(
 def _library(*flags: str) -> ctypes.CDLL:
     made = library(Path(__file__).parent, "turbo", links=("jpeg",), flags=flags)
     made.turbo_open.restype = made.turbo_submit.restype = ctypes.c_void_p
-    made.turbo_submit.argtypes = [ctypes.c_void_p, ctypes.c_int] + 3 * [ctypes.c_void_p]
+    made.turbo_submit.argtypes = [ctypes.c_void_p, ctypes.c_int, *3 * [ctypes.c_void_p]]
     made.turbo_wait.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     made.turbo_close.argtypes = [ctypes.c_void_p]
     made.turbo_wait.restype = made.turbo_close.restype = None
