@@ -222,7 +222,8 @@ def _gathered(
 ) -> Objects:
     """One set of arrays; boxes are cut to their images, and those of which nothing is left are left out."""
     left_out: Counter[str] = Counter()
-    kept, counts, areas = [], [], []
+    kept: list[tuple[NDArray[np.float32], _Found]] = []
+    counts, areas = [], []
     for row, some in enumerate(found):
         before = len(kept)
         for one in some:

@@ -8,6 +8,7 @@ Source: protocol "Segmentation", train order; mmsegmentation's Resize, RandomCro
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -125,5 +126,5 @@ def distorted(image: Tensor, coins: NDArray[np.bool_], contrast_first: bool, by:
     return torch.from_numpy(np.ascontiguousarray(x)).permute(2, 0, 1)
 
 
-def _linear(x: NDArray[np.uint8], factor: float, more: float) -> NDArray[np.uint8]:
+def _linear(x: NDArray[Any], factor: float, more: float) -> NDArray[np.uint8]:
     return (x.astype(np.float32) * factor + more).clip(0, 255).astype(np.uint8)

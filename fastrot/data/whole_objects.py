@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor
@@ -81,8 +82,10 @@ class ObjectView:
         labels = torch.from_numpy(self.objects.label[mine].copy())
         return ShownObjects(image, boxes.as_subclass(Tensor), labels, masks.as_subclass(Tensor), size)
 
-    def _masks(self, mine: np.ndarray, size: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    def _masks(self, mine: NDArray[np.int64], size: tuple[int, int], to: tuple[int, int]) -> Tensor:
         if not self.objects.has_masks or not len(mine):
-            return tv_tensors.Mask(torch.zeros(0, *to, dtype=torch.uint8))
+            none: Tensor = tv_tensors.Mask(torch.zeros(0, *to, dtype=torch.uint8))
+            return none
         masks = rle.decode([self.objects.rle_of(one, *size) for one in mine.tolist()])  # [h, w, n]
-        return V.resize(tv_tensors.Mask(torch.from_numpy(masks).permute(2, 0, 1)), list(to))
+        resized: Tensor = V.resize(tv_tensors.Mask(torch.from_numpy(masks).permute(2, 0, 1)), list(to))
+        return resized

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 DILATIONS = {"layer3": 2, "layer4": 4}  # output stride 8
 AUXILIARY_WEIGHT = 0.4
 _DROPOUT = 0.1
+_TO_THIRD = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
 
 
 def dilate(resnet: nn.Module) -> nn.Module:
@@ -72,10 +73,10 @@ class Segmenter(nn.Module):
         self.auxiliary = FcnHead(third, third // 4, 1, classes, concatenate=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        net = self.backbone
-        x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
-        third = net.layer3(net.layer2(net.layer1(x)))
-        logits = [self.head(net.layer4(third))]
+        third = images
+        for name in _TO_THIRD:
+            third = self.backbone.get_submodule(name)(third)
+        logits = [self.head(self.backbone.get_submodule("layer4")(third))]
         if self.training:
             logits.append(self.auxiliary(third))
         size = images.shape[-2:]

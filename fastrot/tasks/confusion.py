@@ -34,5 +34,5 @@ def figures(matrix: Tensor) -> Segmented:
     cells = matrix.double()
     right, true, given = cells.diagonal(), cells.sum(1), cells.sum(0)
     iou, accuracy = right / (true + given - right), right / true
-    means = [float(values.nanmean()) for values in (iou, accuracy)]
-    return Segmented(*means, float(right.sum() / cells.sum()), iou.tolist(), accuracy.tolist())
+    mean_iou, mean_accuracy = (float(values.nanmean()) for values in (iou, accuracy))
+    return Segmented(mean_iou, mean_accuracy, float(right.sum() / cells.sum()), iou.tolist(), accuracy.tolist())

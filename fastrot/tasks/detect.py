@@ -68,7 +68,8 @@ class DetectTask:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = MODELS[self._model](deepcopy(self._backbone), self._classes, self._regions)
-        return network.train().requires_grad_(True)
+        network.train().requires_grad_(True)
+        return network.to(memory_format=torch.contiguous_format)  # the backbone's differs; DeepSpeed wants rows
 
     def views(self, batch: WholeBatch[ShownObjects]) -> list[Tensor]:
         """Normalised images, fp32 [3, h, w] each, of several sizes."""

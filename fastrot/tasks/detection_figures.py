@@ -25,7 +25,7 @@ VOC = {
 _COCO = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 COCO_BOXES = dict(zip(_COCO, ("held-out box AP", "AP50", "AP75", "AP small", "AP medium", "AP large"), strict=True))
 COCO_MASKS = {f"mask_{name}": f"mask {says.removeprefix('held-out box ')}" for name, says in COCO_BOXES.items()}
-_TEN = np.arange(0.5, 1.0, 0.05)
+_TEN: list[float] = np.arange(0.5, 1.0, 0.05).tolist()
 
 
 def coco_figures(objects: Objects, sizes: NDArray[np.int32], found: Sequence[Found], masks: bool) -> dict[str, float]:

@@ -55,7 +55,10 @@ class SegmentTask:
         """The segmenter on a copy of the backbone; `arch` is the backbone's own."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Segmenter(deepcopy(self._backbone), self._classes, self._align).train().requires_grad_(True)
+            network = Segmenter(deepcopy(self._backbone), self._classes, self._align)
+        network.train().requires_grad_(True)
+        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # the backbone's differs; DeepSpeed wants rows
+        return network
 
     def views(self, batch: WholeBatch[ShownMask]) -> Tensor:
         """Normalised crops, fp32 [n, 3, crop, crop]; zeros at the right and below where the image is smaller."""

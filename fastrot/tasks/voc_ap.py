@@ -57,7 +57,8 @@ def overlaps(box: Floats, others: Floats, pixel: float = 0.0) -> Floats:
     low, high = np.maximum(box[:2], others[:, :2]), np.minimum(box[2:], others[:, 2:])
     shared = np.clip(high - low + pixel, 0, None).prod(1)
     both = (box[2:] - box[:2] + pixel).prod() + (others[:, 2:] - others[:, :2] + pixel).prod(1) - shared
-    return np.divide(shared, both, out=np.zeros_like(shared), where=both > 0)
+    shares: Floats = np.divide(shared, both, out=np.zeros_like(shared), where=both > 0)
+    return shares
 
 
 def matched(found: Detections, true: Objects, threshold: float, rule: Rule) -> tuple[Bools, Bools]:

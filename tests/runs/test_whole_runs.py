@@ -67,6 +67,7 @@ def write_voc(root, numbers, split="trainval"):
 
 def mask_of(number: int) -> Image.Image:
     mask = Image.new("P", picture(number).size)
+    mask.putpalette([*range(256)] * 3)  # as VOC's; without one a file keeps a bit a pixel
     for at, box in enumerate(boxes_of(number)):
         ImageDraw.Draw(mask).rectangle(box, fill=at + 1)
     return mask

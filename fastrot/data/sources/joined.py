@@ -22,7 +22,8 @@ def open_source(parts: list[str], open_one: Callable[[str], Listing]) -> Listing
     listings = [open_one(part) for part in parts]
     first = listings[0]
     skipped: Counter[str] = Counter()
-    files, file = [], []
+    files: list[bytes] = []
+    file = []
     for part, one in zip(parts, listings, strict=True):
         if one.classes != first.classes or one.labels.shape[1:] != first.labels.shape[1:]:
             raise UserError(f"{part}: its labels are not those of {parts[0]}; join sets of one kind")

@@ -51,7 +51,8 @@ def _of_voc(spec: str, name: Path, splits: str) -> Pairs:
     ]
     if not roots:
         raise UserError(f"{spec}: no JPEGImages there, nor in VOC2012 below it")
-    root, pairs = roots[0], {}
+    root = roots[0]
+    pairs: dict[str, Path] = {}
     for split in splits.split("+"):
         file = root / "ImageSets" / "Segmentation" / f"{split}.txt"
         try:
