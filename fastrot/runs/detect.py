@@ -106,7 +106,7 @@ def prepared(
         sets.update(_sets(config, ranks))
         return len(sets["train"].known.classes)
 
-    begin = transfer.start("detect", checkpoint, seed, config, classes)
+    begin = transfer.begin("detect", checkpoint, seed, config, classes)
     learnable = sets["train"].known.learnable()
     manifest = open_manifest(config.data.train, config, ranks, "data.train").some(learnable)
     sets["train"] = Beside(manifest.content, sets["train"].known.some(learnable))

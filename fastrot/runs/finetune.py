@@ -17,7 +17,7 @@ from fastrot.errors import UserError
 from fastrot.probes.lowshot import draw
 from fastrot.runs import transfer
 from fastrot.runs.run import train
-from fastrot.runs.transfer import Start, TransferJob, classes_of_images
+from fastrot.runs.transfer import Start, TransferJob
 from fastrot.tasks.finetune import FinetuneTask
 
 
@@ -53,7 +53,7 @@ def prepared(
 
     checkpoint  of the backbone, or None for the control drawn from `seed`.
     """
-    begin = transfer.start("finetune", checkpoint, seed, config, partial(classes_of_images, config, ranks))
+    begin = transfer.start("finetune", checkpoint, seed, config, ranks)
     return begin, partial(FinetuneJob, begin), partial(subset, config=config)
 
 

@@ -9,7 +9,7 @@ from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.runs import transfer
 from fastrot.runs.run import train
-from fastrot.runs.transfer import Start, TransferJob, classes_of_images
+from fastrot.runs.transfer import Start, TransferJob
 from fastrot.tasks.linear import LinearTask
 
 
@@ -46,7 +46,7 @@ def prepared(
             "fastrot linear: engine.kind must be plain: DeepSpeed keeps no state for frozen weights; "
             "configs/linear_in1k.yaml has it"
         )
-    begin = transfer.start("linear", checkpoint, seed, config, partial(classes_of_images, config, ranks))
+    begin = transfer.start("linear", checkpoint, seed, config, ranks)
     return begin, partial(LinearJob, begin)
 
 

@@ -74,7 +74,7 @@ def prepared(
             sets["val"] = _read(config.data.val, config, ranks, "val")
         return config.segment.classes
 
-    begin = transfer.start("segment", checkpoint, seed, config, classes)
+    begin = transfer.begin("segment", checkpoint, seed, config, classes)
     contents = distributed.on_first(ranks, lambda: {name: one.known.content() for name, one in sets.items()})
     more = begin.defining("segment") | {"segment.masks": contents["train"]}
     return begin, partial(SegmentJob, begin, sets), more

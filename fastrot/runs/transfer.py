@@ -49,13 +49,12 @@ class TransferJob(Job):
         return []
 
 
-def start(
-    command: str,
-    checkpoint: str | None,
-    seed: int | None,
-    config: Config,
-    count: Callable[[], int],
-) -> Start:
+def start(command: str, checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks) -> Start:
+    """What a run on labelled images begins from. Raises UserError. Arguments as in `begin`."""
+    return begin(command, checkpoint, seed, config, lambda: _classes_of_images(config, ranks))
+
+
+def begin(command: str, checkpoint: str | None, seed: int | None, config: Config, count: Callable[[], int]) -> Start:
     """Load the backbone of a checkpoint, or draw one from a seed. count() -> how many classes. Raises UserError."""
     for wrong, line in (
         (config.rotation.views != "one", "rotation.views must be one: an image is one view, and is not turned"),
@@ -73,7 +72,7 @@ def start(
     return Start(backbone, origin, config.model_copy(update={"model": model}), classes)
 
 
-def classes_of_images(config: Config, ranks: Ranks) -> int:
+def _classes_of_images(config: Config, ranks: Ranks) -> int:
     """How many classes the training images have. Raises UserError where labels or class names do not fit together."""
     train = open_manifest(config.data.train, config, ranks, "data.train")
     classes = int(_labels(train).max()) + 1
