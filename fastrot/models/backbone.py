@@ -1,6 +1,8 @@
 """A frozen backbone from any checkpoint: ours, or another library's; whole, or refused."""
 
+import json
 import pickle
+import shlex
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -183,16 +185,59 @@ def _frozen(model: ResNet) -> ResNet:
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
+def checkpoint_of(origin: Origin) -> Path | None:
+    """The checkpoint of the run that holds these weights, with its state and its head; None where it is gone."""
+    if origin.run is None:
+        return None
+    beside = Path(str(origin.path)).parent
+    if (beside / "state.json").is_file():
+        return beside
+    for file in sorted((Path(origin.run) / "checkpoints").glob("step-*/backbone.safetensors"), reverse=True):
+        if sha256_of(file) == origin.sha256:  # a run's own backbone.safetensors is a copy of one of these
+            return file.parent
+    return None
+
+
 def pretraining(origin: Origin) -> dict[str, Any]:
     """What the run of a checkpoint says of itself: config (YAML text), environment, state. Empty for foreign ones."""
     if origin.run is None or origin.path is None:
         return {}
-    run, step = Path(origin.run), Path(origin.path).parent
+    run, step = Path(origin.run), checkpoint_of(origin)
     out: dict[str, Any] = {"config": (run / "config.yaml").read_text()}
-    for name, file in (("environment", run / "environment.json"), ("state", step / "state.json")):
-        if file.is_file():
+    for name, file in (("environment", run / "environment.json"), ("state", step and step / "state.json")):
+        if file and file.is_file():
             try:
                 out[name] = read_json(file, dict[str, Any])
             except (OSError, ValueError) as error:
                 raise UserError(f"{file}: cannot be read ({error}); name another checkpoint") from None
     return out
+
+
+def training_log(origin: Origin) -> list[dict[str, Any]]:
+    """The lines of the run's metrics.jsonl up to the checkpoint's step; none for foreign weights."""
+    if origin.run is None:
+        return []
+    last = pretraining(origin).get("state", {}).get("step")
+    out = []
+    for line in (Path(origin.run) / "metrics.jsonl").read_text().splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue  # the half line of a run that goes on
+        if last is None or values["step"] < last:
+            out.append(values)
+    return out
+
+
+def training_command(origin: Origin) -> str | None:
+    """A command that a shell can run and that trains such weights; None for foreign ones."""
+    if origin.run is None:
+        return None
+    words = pretraining(origin).get("environment", {}).get("command") or [""]
+    rest = [word for word in words[1:] if not word.startswith("--local_rank")]  # a launcher's own
+    match Path(words[0]).name:
+        case "train.py":
+            return shlex.join(["fastrot", "train", *rest])
+        case "fastrot" | "cli.py":
+            return shlex.join(["fastrot", *rest])
+    return shlex.join(["fastrot", "train", "--config", str(Path(origin.run) / "config.yaml")])

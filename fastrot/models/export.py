@@ -14,7 +14,7 @@ from torch import Tensor
 from fastrot import terminal
 from fastrot.errors import UserError
 from fastrot.files import replacing, sha256_of, write_text
-from fastrot.models.backbone import Origin, load_backbone, pretraining
+from fastrot.models.backbone import Origin, load_backbone, pretraining, training_command, training_log
 from fastrot.models.key_names import to_library
 from fastrot.models.resnet import backbone_state
 
@@ -74,14 +74,16 @@ def export(checkpoint: str, to: str, out: str) -> dict[str, Any]:
 
 
 def card(origin: Origin, to: str, file: str, digest: str) -> str:
-    """The model card: what, data, recipe, hashes, commands. Markdown."""
+    """The model card: what, data, recipe, accuracy, licence, hashes, commands. Markdown."""
     assert origin.path is not None, "weights of a file"
     facts = pretraining(origin)
+    tuned = "backbone" in facts.get("state", {}).get("defining", {})
+    learnt = "trained on from another backbone" if tuned else "pretrained by predicting image rotations"
     lines = [
-        f"# {origin.arch}, pretrained by predicting image rotations",
+        f"# {origin.arch}, {learnt if facts else 'of unknown training'}",
         "",
-        f"A backbone without a head, under {to}'s key names. Input: RGB, 224 x 224, in [0, 1], minus "
-        "(0.485, 0.456, 0.406), over (0.229, 0.224, 0.225). The stride of a bottleneck is on its 3x3 convolution.",
+        f"A backbone without a head, under {to}'s key names. {_input(facts)} The stride of a bottleneck is on its "
+        "3x3 convolution.",
         "",
         "```python",
         *_loading(to, file, origin.arch).splitlines(),
@@ -91,11 +93,37 @@ def card(origin: Origin, to: str, file: str, digest: str) -> str:
         "| file | sha256 |",
         "|---|---|",
         f"| {file} | `{digest}` |",
-        f"| made from {Path(origin.path).name} | `{origin.sha256}` |",
+        f"| made from {Path(str(origin.path)).name} | `{origin.sha256}` |",
         "",
-        *_recipe(facts),
+        "## Accuracy",
+        _accuracy(training_log(origin), tuned),
+        "",
+        "## Licence",
+        "None is set. Who publishes the weights names one here; the terms of the images they learnt from may bind it.",
+        "",
+        *_recipe(facts, training_command(origin)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _input(facts: dict[str, Any]) -> str:
+    """Colours and size that the weights are used to."""
+    if not facts:
+        return "Input: RGB in [0, 1]; which size and normalisation it is used to is not known."
+    data = yaml.safe_load(facts["config"])["data"]
+    mean, std = (", ".join(f"{value:g}" for value in data[name]) for name in ("mean", "std"))
+    side = data["crop"]
+    return f"Input: RGB in [0, 1], minus ({mean}), over ({std}); trained at {side} x {side}, other sizes pass."
+
+
+def _accuracy(log: list[dict[str, Any]], tuned: bool) -> str:
+    """The last held-out accuracy up to these weights, beside chance."""
+    held_out = [line["held_out_accuracy"] for line in log if "held_out_accuracy" in line]
+    if not held_out:
+        return "Not known: no held-out images were judged while it was trained."
+    what = "accuracy on the classes it learnt" if tuned else "rotation accuracy"
+    chance = "" if tuned else " (chance 25 %)"
+    return f"Held-out {what}: {100 * held_out[-1]:.1f} %{chance}. How good the features are, `fastrot page` measures."
 
 
 def _loading(to: str, file: str, arch: str) -> str:
@@ -107,7 +135,7 @@ def _loading(to: str, file: str, arch: str) -> str:
     return use if use.startswith("#") else read + use
 
 
-def _recipe(facts: dict[str, Any]) -> list[str]:
+def _recipe(facts: dict[str, Any], command: str | None) -> list[str]:
     """What the run of the checkpoint says of itself; for foreign weights, that nothing is known."""
     if not facts:
         return [
@@ -139,7 +167,7 @@ def _recipe(facts: dict[str, Any]) -> list[str]:
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows),
         "",
-        "Started by `" + " ".join(environment.get("command", [])) + "`. The whole config:",
+        f"To train such weights: `{command}`. The whole config:",
         "",
         "```yaml",
         facts["config"].rstrip(),

@@ -57,6 +57,43 @@ def votes(cosines: Tensor, labels: Tensor, classes: int, temperature: float = TE
     return scores.scatter_add_(1, labels, (cosines.double() / temperature).exp())
 
 
+def ranks(
+    bank_x: NDArray[np.generic],
+    bank_y: NDArray[np.integer],
+    query_x: NDArray[np.generic],
+    query_y: NDArray[np.integer],
+    ks: Sequence[int] = KS,
+    temperature: float = TEMPERATURE,
+    device: torch.device | str = "cpu",
+    track: Track = silent,
+) -> NDArray[np.int64]:
+    """Place of each query's own class among the classes by votes, from 0, int64 [len(ks), m].
+
+    As in `knn`; a class without a vote comes last.
+    """
+    bank_y, query_y = np.array(bank_y, np.int64), np.array(query_y, np.int64)
+    for name, y in (("bank", bank_y), ("queries", query_y)):
+        if not len(y) or y.min() < 0:
+            raise UserError(
+                f"k-NN: {int((y < 0).sum()):,} of {len(y):,} rows of the {name} have no label; leave them out"
+            )
+    if max(ks) > len(bank_y):
+        raise UserError(f"k-NN: k = {max(ks)} needs as many rows, the bank has {len(bank_y):,}; give a smaller k")
+    classes = int(max(bank_y.max(), query_y.max())) + 1
+    cosines, rows = neighbours(bank_x, query_x, max(ks), device, track)
+    labels = torch.from_numpy(bank_y)[rows]
+    out = np.empty((len(ks), len(query_y)), np.int64)
+    for at in range(0, len(query_y), _QUERY_ROWS):
+        here = slice(at, at + _QUERY_ROWS)
+        truth = torch.from_numpy(query_y[here])[:, None]
+        for i, k in enumerate(ks):
+            scores = votes(cosines[here, :k], labels[here, :k], classes, temperature)
+            own = scores.gather(1, truth)
+            before = (scores > own) | ((scores == own) & (torch.arange(classes) < truth))
+            out[i, here] = torch.where(own[:, 0] > 0, before.sum(1), classes).numpy()
+    return out
+
+
 def knn(
     bank_x: NDArray[np.generic],
     bank_y: NDArray[np.integer],
@@ -74,25 +111,5 @@ def knn(
     Raises UserError where a label is missing (-1) or the bank has fewer than max(ks) rows.
     Source  DINO's eval_knn.py; MMSelfSup 0.11, tools/benchmarks/classification/knn_imagenet.
     """
-    bank_y, query_y = np.array(bank_y, np.int64), np.array(query_y, np.int64)
-    for name, y in (("bank", bank_y), ("queries", query_y)):
-        if not len(y) or y.min() < 0:
-            raise UserError(
-                f"k-NN: {int((y < 0).sum()):,} of {len(y):,} rows of the {name} have no label; leave them out"
-            )
-    if max(ks) > len(bank_y):
-        raise UserError(f"k-NN: k = {max(ks)} needs as many rows, the bank has {len(bank_y):,}; give a smaller k")
-    classes = int(max(bank_y.max(), query_y.max())) + 1
-    cosines, rows = neighbours(bank_x, query_x, max(ks), device, track)
-    labels = torch.from_numpy(bank_y)[rows]
-    right = np.zeros((len(ks), 2))
-    for at in range(0, len(query_y), _QUERY_ROWS):
-        here = slice(at, at + _QUERY_ROWS)
-        truth = torch.from_numpy(query_y[here])[:, None]
-        for i, k in enumerate(ks):
-            scores = votes(cosines[here, :k], labels[here, :k], classes, temperature)
-            own = scores.gather(1, truth)
-            before = (scores > own) | ((scores == own) & (torch.arange(classes) < truth))
-            rank = torch.where(own[:, 0] > 0, before.sum(1), classes)
-            right[i] += int((rank < 1).sum()), int((rank < 5).sum())
-    return {k: (float(top1), float(top5)) for k, (top1, top5) in zip(ks, 100 * right / len(query_y), strict=True)}
+    found = ranks(bank_x, bank_y, query_x, query_y, ks, temperature, device, track)
+    return {k: (100 * float((one < 1).mean()), 100 * float((one < 5).mean())) for k, one in zip(ks, found, strict=True)}

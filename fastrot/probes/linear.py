@@ -34,6 +34,7 @@ class LinearResult:
     top1, top5      on the test rows, of the rate and decay that the held-out training rows chose.
     rate, decay     those.
     held_out, test  float64 [rates, decays]: top-1 of the whole grid.
+    right           bool [n]: the test rows that the chosen classifier has right.
     """
 
     top1: float
@@ -42,6 +43,7 @@ class LinearResult:
     decay: float
     held_out: NDArray[np.float64]
     test: NDArray[np.float64]
+    right: NDArray[np.bool_]
 
 
 def linear(
@@ -87,22 +89,24 @@ def linear(
 
     def judged(
         x: NDArray[np.generic], labels: NDArray[np.integer], rows: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """top-1 and top-5 of every head, float64 [rates, decays]."""
-        sums = torch.zeros(2, len(rate), dtype=torch.float64)
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+        """top-1 and top-5 of every head, float64 [rates, decays], and what is right, bool [rows, rates, decays]."""
+        sums, firsts = torch.zeros(2, len(rate), dtype=torch.float64), []
         for at in range(0, len(rows), BATCH):
             part = rows[at : at + BATCH]
             target = torch.from_numpy(labels[part]).to(device)[:, None, None]
             best = heads.logits(batch(x, part)).topk(min(5, classes), dim=2).indices
-            right = (best == target).double().cumsum(2).sum(0).cpu()
+            hits = best == target
+            right = hits.double().cumsum(2).sum(0).cpu()
             sums += torch.stack([right[:, 0], right[:, -1]])
+            firsts.append(hits[..., 0].cpu())
         top1, top5 = (100 * sums / len(rows)).reshape(2, len(rates), len(decays)).numpy()
-        return top1, top5
+        return top1, top5, torch.cat(firsts).reshape(-1, len(rates), len(decays)).numpy()
 
-    chosen, _ = judged(train_x, train_y, held_out)
-    top1, top5 = judged(test_x, test_y, np.arange(len(test_y)))
+    chosen = judged(train_x, train_y, held_out)[0]
+    top1, top5, right = judged(test_x, test_y, np.arange(len(test_y)))
     best = divmod(int(np.argmax(chosen)), len(decays))
-    return LinearResult(top1[best], top5[best], rates[best[0]], decays[best[1]], chosen, top1)
+    return LinearResult(top1[best], top5[best], rates[best[0]], decays[best[1]], chosen, top1, right[:, *best])
 
 
 def _known(labels: NDArray[np.integer]) -> NDArray[np.int64]:

@@ -1,9 +1,12 @@
 """`fastrot page`: a checkpoint and a suite in; page.html, page.md and page.json out."""
 
 import json
+import shlex
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,26 +16,30 @@ from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.features.read import open_store
 from fastrot.files import write_text
-from fastrot.models.backbone import Origin, load_backbone, pretraining, random_backbone
-from fastrot.report import markdown, pictures, published, rotation, suite, tables
-from fastrot.report.html import render
-from fastrot.report.suite_run import SEED, Outcome, run_suite
-from fastrot.report.svg import Line
-from fastrot.report.trained import Trained, train_suite
+from fastrot.models.backbone import Origin, load_backbone, random_backbone, training_command
+from fastrot.report import charts, html, markdown, pictures, published, rotation, suite, tables
+from fastrot.report.charts import Chart
+from fastrot.report.facts import facts, rotation_log, verdict, warnings
+from fastrot.report.pictures import Neighbours
+from fastrot.report.probe_sets import BACKBONES, SEED, Outcome, adopt, probe_sets
+from fastrot.report.tables import Apart, Table
+from fastrot.report.train_runs import Trained, train_runs
 
 _QUERIES = 8
-_PUBLISHED_ARCH = "resnet50"
-
-
-@dataclass
-class Chart:
-    """One line chart. ticks: (x, label), or None for round numbers."""
-
-    title: str
-    x: str
-    y: str
-    lines: list[Line]
-    ticks: list[tuple[float, str]] | None = None
+_PUBLISHED = {
+    "svm": published.SVM,
+    "lowshot": published.LOW_SHOT,
+    "knn": published.KNN,
+    "linear": published.LINEAR,
+    "finetune": published.SEMI,
+}
+_MAKE: dict[str, Callable[..., Table | list[Table]]] = {
+    "svm": tables.svm,
+    "lowshot": tables.low_shot,
+    "knn": tables.knn,
+    "linear": tables.linear,
+}
+_NAMES = {"svm": "SVM", "lowshot": "Low-shot SVM", "knn": "k-NN", "linear": "Linear classifiers"}
 
 
 @dataclass
@@ -42,38 +49,42 @@ class Page:
     title: str
     made: str
     origin: Origin
+    verdict: str
     facts: list[tuple[str, str]]
     warnings: list[str]
-    tiles: list[tuple[str, str, str]]  # name, figure, what it stands beside
-    tables: list[tables.Table]
-    charts: list[Chart]
-    confusion: list[list[float]] | None
+    told: rotation.Told | None
+    pretraining: list[Chart]
     filters: dict[str, str]
-    neighbours: list[dict] = field(default_factory=list)
-    commands: list[str] = field(default_factory=list)
+    train: str | None  # the command that makes such weights
+    again: str  # and this page
+    commands: list[str]  # and each part of it
+    tables: list[Table] = field(default_factory=list)
+    apart: list[Apart] = field(default_factory=list)
+    neighbours: list[Neighbours] = field(default_factory=list)
     fingerprints: list[tuple[str, str]] = field(default_factory=list)
 
-    def plain(self) -> dict:
+    def plain(self) -> dict[str, Any]:
         """As JSON holds it: everything but the pictures."""
+        over = [chart for table in self.tables if (chart := charts.of_table(table))]
         return {
             "title": self.title,
             "made": self.made,
+            "verdict": self.verdict,
             "backbone": self.origin.facts(),
             "control": {"arch": self.origin.arch, "seed": SEED},
             "facts": dict(self.facts),
             "warnings": self.warnings,
             "tables": [table.plain() for table in self.tables],
-            "charts": [
-                {"title": c.title, "x": c.x, "y": c.y, "lines": {line.name: line.points for line in c.lines}}
-                for c in self.charts
-            ],
-            "rotation_confusion": self.confusion,
-            "commands": self.commands,
+            "published_apart": [vars(one) for one in self.apart],
+            "charts": [chart.plain() for chart in (*self.pretraining, *over)],
+            "rotation_confusion": self.told and self.told.shares,
+            "rotation_accuracy": self.told and self.told.overall.plain(),
+            "commands": [command for command in (self.train, self.again, *self.commands) if command],
             "fingerprints": dict(self.fingerprints),
         }
 
 
-def build(checkpoint: str, suite_file: str, out: str, config: Config, ranks: Ranks) -> dict:
+def build(checkpoint: str, suite_file: str, out: str, config: Config, ranks: Ranks) -> dict[str, Any]:
     """Run the suite and write the page. Returns what --json prints. Raises UserError."""
     if ranks.world > 1:
         raise UserError(
@@ -89,53 +100,55 @@ def build(checkpoint: str, suite_file: str, out: str, config: Config, ranks: Ran
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    origin, outcomes, commands = run_suite(checkpoint, chosen, folder, config, ranks, say)
-    trained, more = train_suite(checkpoint, origin, chosen, folder, config, ranks, say)
-    page = _page(origin, outcomes, trained, [*commands, *more], ranks)
-    again = f"fastrot page --checkpoint {checkpoint} --suite {suite_file} --out {out}"
-    page.commands = [*_pretraining_command(origin), again, *page.commands]
+    adopt(folder)
+    origin, outcomes, commands = probe_sets(checkpoint, chosen, folder, config, ranks, say)
+    trained, more = train_runs(checkpoint, origin, chosen, folder, config, ranks, say)
+    again = shlex.join(["fastrot", "page", "--checkpoint", checkpoint, "--suite", suite_file, "--out", out])
+    page = _page(origin, outcomes, trained, again, [*commands, *more], ranks)
     files = {name: folder / f"page.{name}" for name in ("html", "md", "json")}
-    write_text(files["html"], render(page))
+    write_text(files["html"], html.render(page))
     write_text(files["md"], markdown.render(page))
     write_text(files["json"], json.dumps(page.plain(), indent=1) + "\n")
-    gaps = [table.title for table in page.tables if table.gap]
     terminal.table(
         "page",
         [
-            ("tables", f"{len(page.tables) - len(gaps)} with our figures, {len(gaps)} gaps"),
+            ("verdict", page.verdict),
+            ("tables", f"{len(page.tables)} measured; published figures alone: {len(page.apart)}"),
             ("outputs", ", ".join(str(path) for path in files.values())),
         ],
     )
-    return {name: str(path) for name, path in files.items()} | {"gaps": gaps}
+    return {name: str(path) for name, path in files.items()} | {"gaps": [one.title for one in page.apart]}
 
 
-def _page(origin: Origin, outcomes: list[Outcome], trained: list[Trained], commands: list[str], ranks: Ranks) -> Page:
-    log = rotation.metrics(origin)
+def _page(
+    origin: Origin, outcomes: list[Outcome], trained: list[Trained], again: str, commands: list[str], ranks: Ranks
+) -> Page:
+    log = rotation_log(origin)
     weights = {
-        "pretrained": load_backbone(origin.path)[0].conv1.weight,
+        "pretrained": load_backbone(str(origin.path))[0].conv1.weight,
         "random": random_backbone(origin.arch, SEED)[0].conv1.weight,
     }
     page = Page(
         title=f"{origin.arch.replace('resnet', 'ResNet-')}, pretrained by predicting rotations",
         made=time.strftime("%Y-%m-%d"),
         origin=origin,
-        facts=_facts(origin, log),
-        warnings=_warnings(origin),
-        tiles=[],
-        tables=[],
-        charts=[],
-        confusion=rotation.confusion(origin, ranks),
-        filters={name: pictures.filters(w) for name, w in weights.items()},
+        verdict="",
+        facts=facts(origin, log),
+        warnings=warnings(origin),
+        told=rotation.told(origin, ranks),
+        pretraining=charts.of_pretraining(log),
+        filters={name: pictures.filters(weight) for name, weight in weights.items()},
+        train=training_command(origin),
+        again=again,
         commands=commands,
-        fingerprints=[("checkpoint", origin.sha256)],
+        fingerprints=[("checkpoint", str(origin.sha256))],
     )
-    page.charts += _pretraining_charts(log)
     for outcome in outcomes:
         _add_outcome(page, outcome)
     for one in trained:
         _add_trained(page, one)
-    page.charts = drawable(page.charts)
-    page.tables += tables.elsewhere()
+    page.apart += tables.elsewhere()
+    page.verdict = verdict(page.tables, page.told)
     return page
 
 
@@ -143,168 +156,63 @@ def _add_outcome(page: Page, outcome: Outcome) -> None:
     one = outcome.set
     notes = [one.note] if one.note else []
     for name in one.probes:
-        pair = [outcome.results.get((name, backbone)) for backbone in ("ours", "random")]
-        make = {"svm": tables.svm, "lowshot": tables.low_shot, "knn": tables.knn, "linear": tables.linear}[name]
-        made = make(one.title, one.published, *pair, notes, outcome.gap)
-        made = made if isinstance(made, list) else [made]
-        page.tables += made
-        if outcome.gap is None:
-            page.charts += _charts(name, one, pair, made[0])
-            page.tiles.append(_tile(made[0]))
-    for (backbone, split), folder in outcome.stores.items():
-        facts = json.loads((folder / "manifest.json").read_text())
-        if backbone == "ours":
-            page.fingerprints.append((f"{one.name} {split}, content", facts["content"]))
-        for name, file in facts["files"].items():
-            page.fingerprints.append((f"{one.name} {split}, {backbone}, {name}", file["sha256"]))
+        title = f"{_NAMES[name]}, {one.title}"
+        if outcome.data is None:
+            page.apart.append(_apart(title, str(outcome.gap), one.published, name))
+            continue
+        theirs, why = outcome.data.beside(one.published, _PUBLISHED[name])
+        if why:
+            page.apart.append(_apart(title, why, one.published, name))
+        pair = (outcome.results[name, "pretrained"], outcome.results[name, "random"])
+        made = _MAKE[name](one.title, theirs, pair, outcome.data, notes)
+        page.tables += [table for table in (made if isinstance(made, list) else [made]) if table.rows]
+    page.fingerprints += _fingerprints(outcome)
     if outcome.stores and "knn" in one.probes and "avg" in one.taps:
         page.neighbours.append(_neighbours(outcome))
 
 
+def _fingerprints(outcome: Outcome) -> Iterable[tuple[str, str]]:
+    for (backbone, split), folder in outcome.stores.items():
+        made, name = json.loads((folder / "manifest.json").read_text()), f"{outcome.set.name} {split}"
+        if backbone == "pretrained":
+            yield f"{name}, content", made["content"]
+        for file, digests in made["files"].items():
+            yield f"{name}, {backbone}, {file}", digests["sha256"]
+
+
 def _add_trained(page: Page, trained: Trained) -> None:
     run = trained.run
-    pair = [trained.results.get(backbone) for backbone in ("ours", "random")]
+    kind = "Linear heads" if run.task == "linear" else "Fine-tuned"
+    if trained.data is None:
+        page.apart.append(_apart(f"{kind}, {run.title}", str(trained.gap), run.published, run.task))
+        return
+    theirs, why = trained.data.beside(run.published, _PUBLISHED[run.task])
+    if why:
+        page.apart.append(_apart(f"{kind}, {run.title}", why, run.published, run.task))
+    pair = (trained.results["pretrained"], trained.results["random"])
     notes = [run.note] if run.note else []
     if run.task == "linear":
-        table = tables.heads(run.title, run.published, trained.taps, *pair, notes, trained.gap)
+        page.tables.append(tables.heads(run.title, theirs, trained.taps, pair, trained.data, notes))
     else:
-        table = tables.fine_tuned(run.title, run.published, *pair, notes, trained.gap)
-    page.tables.append(table)
-    if trained.gap is None:
-        page.tiles.append(_tile(table if run.task == "linear" else replace(table, rows=table.rows[:1])))
-        if run.task == "linear":
-            page.charts.append(_over_layers(table.title, table))
-    for backbone, result in trained.results.items():
-        page.fingerprints.append((f"{run.name}, {backbone}, weights", result["model"]))
+        page.tables.append(tables.fine_tuned(run.title, theirs, pair, trained.data, notes))
+    page.fingerprints += [(f"{run.name}, {b}, weights", result["model"]) for b, result in trained.results.items()]
 
 
-def _tile(table: tables.Table) -> tuple[str, str, str]:
-    """A table's best figure, and the random backbone's in the same row."""
-    row = max((row for row in table.rows if row.difference is not None), key=lambda row: row.ours.value)
-    return f"{table.title}: {row.label}", f"{row.ours.value:.1f}", f"random {row.random.value:.1f} · {table.unit}"
+def _apart(title: str, why: str, of: str | None, probe: str) -> Apart:
+    source = published.OPENSELFSUP if probe == "finetune" else published.SOURCE
+    return Apart(title, why, source, _PUBLISHED[probe].get(of or "", {}))
 
 
-def _charts(name: str, one: suite.Set, pair: list[dict | None], table: tables.Table) -> list[Chart]:
-    """Low-shot over k; every other probe over the layers."""
-    if name == "lowshot":
-        rows = [(row, i) for i, row in enumerate(table.rows) if row.ours]
-        lines = [
-            Line("pretrained", "ours", [(i, r.ours.value) for r, i in rows], [r.ours.spread for r, _ in rows]),
-            Line(
-                "random",
-                "random",
-                [(i, r.random.value) for r, i in rows if r.random],
-                [r.random.spread for r, _ in rows if r.random],
-            ),
-            Line(published.SOURCE, "published", [(i, r.published) for i, r in enumerate(table.rows) if r.published]),
-        ]
-        ticks = [(i, r.label.removeprefix("k = ")) for i, r in enumerate(table.rows)]
-        return [Chart(table.title, "images a class (k)", table.unit, lines, ticks)]
-    return [_over_layers(f"{table.title}" + (", k = 20" if name == "knn" else ""), table)]
-
-
-def _over_layers(title: str, table: tables.Table) -> Chart:
-    by_layer = {row.label.removesuffix(", k = 20"): row for row in table.rows}
-    shown = [(i, by_layer[layer]) for i, layer in enumerate(tables.LAYERS) if layer in by_layer]
-    lines = [
-        Line("pretrained", "ours", [(i, r.ours.value) for i, r in shown if r.ours]),
-        Line("random", "random", [(i, r.random.value) for i, r in shown if r.random]),
-        Line(published.SOURCE, "published", [(i, r.published) for i, r in shown if r.published]),
-    ]
-    return Chart(title, "layer", table.unit, lines, [(i, layer) for i, layer in enumerate(tables.LAYERS)])
-
-
-def drawable(charts: list[Chart]) -> list[Chart]:
-    """Those with a point; a set of which the global average alone was read has no layers to go over."""
-    return [chart for chart in charts if any(line.points for line in chart.lines)]
-
-
-def _pretraining_charts(log: list[dict]) -> list[Chart]:
-    trained = [v for v in log if "loss" in v]
-    held_out = [v for v in log if "held_out_accuracy" in v]
-    if len(trained) < 2:
-        return []
-    ends = [trained[0]["epoch"], trained[-1]["epoch"]]
-    accuracy = [
-        Line("training views", "train", [(v["epoch"], 100 * v["accuracy"]) for v in trained], marks=False),
-        Line("held-out images", "ours", [(v["epoch"], 100 * v["held_out_accuracy"]) for v in held_out]),
-        Line("chance", "random", [(e, 25.0) for e in ends], marks=False),
-    ]
-    loss = [
-        Line("training views", "train", [(v["epoch"], v["loss"]) for v in trained], marks=False),
-        Line("held-out images", "ours", [(v["epoch"], v["held_out_loss"]) for v in held_out]),
-    ]
-    return [
-        Chart("Rotation accuracy", "epoch", "%", accuracy),
-        Chart("Rotation loss", "epoch", "cross-entropy", loss),
-    ]
-
-
-def _facts(origin: Origin, log: list[dict]) -> list[tuple[str, str]]:
-    """What the weights are and how they came about, for the head of the page."""
-    known = pretraining(origin)
-    rows = [("architecture", origin.arch), ("checkpoint", origin.path), ("control", f"the same network, seed {SEED}")]
-    if "environment" in known:
-        env = known["environment"]
-        rows += [("trained on", f"{env['data']['rows']:,} images, content {env['data']['content'][:12]}")]
-        rows += [("machine", f"{', '.join(env['gpus']) or str(env['cores']) + ' CPU cores'}, ranks: {env['ranks']}")]
-    if "state" in known:
-        rows += [("seen", f"{known['state']['step']:,} steps, {known['state']['position']:,} images")]
-    rates = [v["views_per_s"] for v in log if "views_per_s" in v]
-    if rates:
-        images, waits = np.median(rates) / 4, [v["wait_share"] for v in log if "wait_share" in v]
-        rows += [
-            (
-                "throughput",
-                f"{np.median(rates):,.1f} views/s ({images:,.1f} images/s at four views), median of the log",
-            ),
-            ("waiting for data", f"{100 * np.median(waits):.2f} % of a step, median of the log"),
-        ]
-    held_out = [v["held_out_accuracy"] for v in log if "held_out_accuracy" in v]
-    if held_out:
-        rows += [("held-out rotation accuracy", f"{100 * held_out[-1]:.1f} % (chance 25 %)")]
-    return rows
-
-
-def _warnings(origin: Origin) -> list[str]:
-    """What keeps a reader from comparing with the published figures."""
-    out = []
-    if origin.arch != _PUBLISHED_ARCH:
-        out.append(
-            f"The published figures are ResNet-50's; this backbone is {origin.arch.replace('resnet', 'ResNet-')}."
-        )
-    if origin.run is None:
-        out.append("The weights come from a file without its run: how they were trained is not known.")
-    return out
-
-
-def _pretraining_command(origin: Origin) -> list[str]:
-    command = pretraining(origin).get("environment", {}).get("command")
-    return [" ".join(command)] if command else []
-
-
-def _neighbours(outcome: Outcome) -> dict:
+def _neighbours(outcome: Outcome) -> Neighbours:
     """Queries of the test images with their nearest training images, by each backbone."""
-    rows: list[int] = []
-    out = {"title": outcome.set.title, "backbones": {}}
-    for backbone in ("ours", "random"):
-        folders = [outcome.stores[backbone, split] for split in ("train", "test")]
-        bank, asked = map(open_store, folders)
-        rows = rows or pictures.queries(np.asarray(asked.labels), _QUERIES)
-        nearest = pictures.neighbour_rows(bank, asked, rows, "avg")
-        shown = pictures.thumbnails(folders[0], [row for found in nearest for row in found])
-        out["queries"] = pictures.thumbnails(folders[1], rows)
-        out["labels"] = [_class(bank.classes, asked.labels[row]) for row in rows]
-        out["backbones"][backbone] = [
-            [
-                (shown[i * pictures.NEIGHBOURS + j], _class(bank.classes, bank.labels[row]))
-                for j, row in enumerate(found)
-            ]
-            for i, found in enumerate(nearest)
-        ]
-    return out
-
-
-def _class(names: list[str], label: int) -> str:
-    """A class's name; a list of files has none."""
-    return names[int(label)] if names else str(int(label))
+    stores = {key: open_store(folder) for key, folder in outcome.stores.items()}
+    rows = pictures.queries(np.asarray(stores["pretrained", "test"].labels), _QUERIES)
+    asked = pictures.shown(stores["pretrained", "test"], rows)
+    nearest = {}
+    for backbone in BACKBONES:
+        bank = stores[backbone, "train"]
+        found = pictures.neighbour_rows(bank, stores[backbone, "test"], rows, "avg")
+        flat = pictures.shown(bank, [row for of_one in found for row in of_one])
+        k = pictures.NEIGHBOURS
+        nearest[backbone] = [flat[i * k : (i + 1) * k] for i in range(len(rows))]
+    return Neighbours(outcome.set.title, asked, nearest)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,23 @@ _ZOOM = 6  # of a filter's pixel
 NEIGHBOURS = 5
 
 
+@dataclass(frozen=True)
+class Picture:
+    """An image as a data URI, empty where its file is gone, and its class's name."""
+
+    uri: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """asked: images of the test set; nearest: backbone -> for each of them the nearest of the training set, best first."""
+
+    title: str
+    asked: list[Picture]
+    nearest: dict[str, list[list[Picture]]]
+
+
 def filters(weight: torch.Tensor, columns: int = 16) -> str:
     """conv1's weights [n, 3, 7, 7] as one PNG, each filter stretched to its own range and centred at gray."""
     n, _, side, _ = weight.shape
@@ -38,7 +56,7 @@ def filters(weight: torch.Tensor, columns: int = 16) -> str:
     return _uri(Image.fromarray(sheet), "PNG")
 
 
-def queries(labels: NDArray, count: int) -> list[int]:
+def queries(labels: NDArray[np.integer], count: int) -> list[int]:
     """Rows to show: the first of each class, spread over the classes."""
     _, first = np.unique(labels, return_index=True)
     return sorted(int(row) for row in first)[:count]
@@ -50,7 +68,14 @@ def neighbour_rows(bank: FeatureStore, asked: FeatureStore, rows: list[int], tap
     return found.tolist()
 
 
-def thumbnails(store: Path, rows: list[int]) -> list[str]:
+def shown(store: FeatureStore, rows: list[int]) -> list[Picture]:
+    """Images of a store with their classes; a list of files has numbers for names."""
+    labels = [int(store.labels[row]) for row in rows]
+    names = [store.classes[label].replace("_", " ") if store.classes else str(label) for label in labels]
+    return [Picture(uri, name) for uri, name in zip(_thumbnails(store.folder, rows), names, strict=True)]
+
+
+def _thumbnails(store: Path, rows: list[int]) -> list[str]:
     """Images of a store as small JPEGs, squared by their centre; one that is gone is an empty string."""
     manifest = Manifest.load(store / "rows")
     storage, out = FileStorage(manifest), []
@@ -62,12 +87,21 @@ def thumbnails(store: Path, rows: list[int]) -> list[str]:
         except BadImage:
             out.append("")
             continue
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-        out.append(_uri(image.resize((_THUMB, _THUMB), Image.Resampling.BILINEAR, box), "JPEG"))
+        out.append(_squared(image))
     storage.close()
     return out
+
+
+def thumbnail(pixels: NDArray[np.uint8]) -> str:
+    """One image, uint8 [H, W, 3], as a small JPEG, squared by its centre."""
+    return _squared(Image.fromarray(np.ascontiguousarray(pixels)))
+
+
+def _squared(image: Image.Image) -> str:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return _uri(image.resize((_THUMB, _THUMB), Image.Resampling.BILINEAR, box), "JPEG")
 
 
 def _uri(image: Image.Image, kind: str) -> str:

@@ -5,27 +5,29 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastrot import machine, terminal
 from fastrot.errors import UserError
 from fastrot.features.read import FeatureStore, open_store
 from fastrot.files import write_text
 from fastrot.probes import lowshot
-from fastrot.probes.knn import knn
+from fastrot.probes.knn import ranks
 from fastrot.probes.linear import DECAYS, HELD_OUT, RATES, linear
 from fastrot.probes.svm import COSTS, voc_svm
 
 _CHECKED_ROWS = 8192  # read at once to look whether they are finite
 
 
-def svm(train: FeatureStore, test: FeatureStore, layers: list[str], device: str) -> dict:
+def svm(train: FeatureStore, test: FeatureStore, layers: list[str], device: str) -> dict[str, Any]:
     """VOC07's SVM a layer: AP in percent, a class and its cost, timings."""
     _expect(train, test, 2, "class matrices [N, classes] of 1, 0 and -1")
 
-    def one(layer: str) -> dict:
+    def one(layer: str) -> dict[str, Any]:
         r = voc_svm(
             train.features[layer], train.labels, test.features[layer], test.labels, COSTS, device, terminal.track
         )
@@ -62,7 +64,7 @@ def low_shot(
     ks: list[int],
     seed: int,
     draws: str | None,
-) -> dict:
+) -> dict[str, Any]:
     """Low-shot SVMs a layer: a k by the oracle's cost, and by a cost chosen without the test set.
 
     draws  a folder of published targets instead of the seeded draws.
@@ -72,12 +74,12 @@ def low_shot(
     if draws and not Path(draws).is_dir():
         raise UserError(f"--draws {draws}: no such folder; expected train_targets_sample1_k1.npy and so on")
 
-    def targets(sample: int, k: int):
+    def targets(sample: int, k: int) -> NDArray[np.int8] | None:
         if draws:
             return lowshot.published_targets(Path(draws), sample, k, labels.shape)
         return lowshot.drawn_targets(labels, sample, k, seed)
 
-    def one(layer: str) -> dict:
+    def one(layer: str) -> dict[str, Any]:
         results, left_out = lowshot.low_shot(
             train.features[layer],
             labels,
@@ -116,12 +118,12 @@ def low_shot(
     return result | {"seed": None if draws else seed, "draws": draws}
 
 
-def nearest(train: FeatureStore, test: FeatureStore, layers: list[str], device: str, ks: list[int]) -> dict:
+def nearest(train: FeatureStore, test: FeatureStore, layers: list[str], device: str, ks: list[int]) -> dict[str, Any]:
     """Weighted k-NN a layer: top-1 and top-5 in percent for each k."""
     _expect(train, test, 1, "one label a row, int [N]")
 
-    def one(layer: str) -> dict:
-        found = knn(
+    def one(layer: str) -> dict[str, Any]:
+        found = ranks(
             train.features[layer],
             train.labels,
             test.features[layer],
@@ -130,7 +132,7 @@ def nearest(train: FeatureStore, test: FeatureStore, layers: list[str], device: 
             device=device,
             track=terminal.track,
         )
-        return {"k": {k: {"top1": top1, "top5": top5} for k, (top1, top5) in found.items()}}
+        return {"k": {k: _accuracy(one) for k, one in zip(ks, found, strict=True)}}
 
     result = _layers(train, test, layers, one)
     rows = [
@@ -142,11 +144,11 @@ def nearest(train: FeatureStore, test: FeatureStore, layers: list[str], device: 
     return result
 
 
-def linear_grid(train: FeatureStore, test: FeatureStore, layers: list[str], device: str, epochs: int) -> dict:
+def linear_grid(train: FeatureStore, test: FeatureStore, layers: list[str], device: str, epochs: int) -> dict[str, Any]:
     """Linear classifiers on stored features: top-1 and top-5 in percent of the grid's choice a layer."""
     _expect(train, test, 1, "one label a row, int [N]")
 
-    def one(layer: str) -> dict:
+    def one(layer: str) -> dict[str, Any]:
         r = linear(
             train.features[layer],
             train.labels,
@@ -156,7 +158,7 @@ def linear_grid(train: FeatureStore, test: FeatureStore, layers: list[str], devi
             device=device,
             track=terminal.track,
         )
-        return vars(r)
+        return vars(r) | {"right": _marks(r.right)}
 
     result = _layers(train, test, layers, one)
     rows = [
@@ -168,12 +170,23 @@ def linear_grid(train: FeatureStore, test: FeatureStore, layers: list[str], devi
     return result | {"epochs": epochs, "rates": RATES, "decays": DECAYS, "protocol": False, "note": note}
 
 
-PROBES: dict[str, Callable[..., dict]] = {"svm": svm, "lowshot": low_shot, "knn": nearest, "linear": linear_grid}
+PROBES: dict[str, Callable[..., dict[str, Any]]] = {
+    "svm": svm,
+    "lowshot": low_shot,
+    "knn": nearest,
+    "linear": linear_grid,
+}
 
 
 def run(
-    probe: Callable[..., dict], train: str, test: str, layers: str | None, out: str | None, device: str, **options
-) -> dict:
+    probe: Callable[..., dict[str, Any]],
+    train: str,
+    test: str,
+    layers: str | None,
+    out: str | None,
+    device: str,
+    **options: Any,
+) -> dict[str, Any]:
     """Open the stores, run a probe on the layers asked for (all of them by default), write `out`; the result."""
     if out and not Path(out).absolute().parent.is_dir():
         raise UserError(f"--out {out}: the folder {Path(out).parent} is not there; create it first")
@@ -196,13 +209,16 @@ def run(
     elif device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: torch sees no CUDA device here")
     _expect_finite(stores, wanted)
-    result = _plain(probe(*stores, wanted, device, **options) | machine.environment("no ranks") | {"device": device})
+    found = probe(*stores, wanted, device, **options)
+    result: dict[str, Any] = _plain(found | machine.environment("no ranks") | {"device": device})
     if out:
         write_text(Path(out), json.dumps(result, indent=1) + "\n")
     return result
 
 
-def _layers(train: FeatureStore, test: FeatureStore, layers: list[str], one: Callable[[str], dict]) -> dict:
+def _layers(
+    train: FeatureStore, test: FeatureStore, layers: list[str], one: Callable[[str], dict[str, Any]]
+) -> dict[str, Any]:
     results = {}
     for layer in layers:
         started = time.perf_counter()
@@ -237,11 +253,21 @@ def _expect(train: FeatureStore, test: FeatureStore, axes: int, what: str) -> No
         raise UserError(f"{train.labels.shape[1]} classes in {train.folder}, {test.labels.shape[1]} in {test.folder}")
 
 
-def _spread(values) -> dict:
-    return {"mean": values.mean(), "min": values.min(), "max": values.max(), "std": values.std()}
+def _accuracy(places: NDArray[np.int64]) -> dict[str, float | str]:
+    """top-1 and top-5 in percent, and which images top-1 has right, from each image's place of its own class."""
+    return {"top1": 100 * (places < 1).mean(), "top5": 100 * (places < 5).mean(), "right": _marks(places < 1)}
 
 
-def _plain(value):
+def _marks(right: NDArray[np.bool_]) -> str:
+    """A character an image, in the store's order: 1 where it is right, else 0. What a paired test needs."""
+    return "".join("01"[one] for one in right.tolist())
+
+
+def _spread(values: NDArray[np.float64]) -> dict[str, Any]:
+    return {"mean": values.mean(), "min": values.min(), "max": values.max(), "std": values.std(), "draws": values}
+
+
+def _plain(value: Any) -> Any:
     """As JSON holds it: lists for arrays, null for nan."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}

@@ -42,7 +42,7 @@ def assert_same(got, want):
 
 def exported(fastrot, checkpoint, to, out):
     done = fastrot("export", "--checkpoint", checkpoint, "--to", to, "--out", out, "--json").json
-    assert (out.parent / done["card"]).read_text().startswith("# resnet50, pretrained by predicting image rotations")
+    assert (out.parent / done["card"]).read_text().startswith("# resnet50, ")
     return load_file(out) if out.suffix == ".safetensors" else torch.load(out, weights_only=True)
 
 
@@ -144,16 +144,30 @@ def test_an_export_is_itself_a_checkpoint(fastrot, model, checkpoint, tmp_path):
 def test_the_card_says_what_the_run_was(fastrot, model, tmp_path):
     run, step = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000007"
     step.mkdir(parents=True)
-    (run / "config.yaml").write_text(to_yaml(load(None, ["data.train=/photographs", "optim.lr=0.3"])[0]))
-    (run / "metrics.jsonl").write_text("")
+    (run / "config.yaml").write_text(
+        to_yaml(load(None, ["data.train=/photographs", "optim.lr=0.3", "data.crop=32"])[0])
+    )
+    log = [{"step": 6, "held_out_accuracy": 0.625}, {"step": 7, "held_out_accuracy": 0.75}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     facts = {"command": ["fastrot", "train"], "versions": {"torch": "2"}, "data": {"content": "c0ffee", "rows": 9}}
     (run / "environment.json").write_text(json.dumps(facts))
     (step / "state.json").write_text(json.dumps({"step": 7, "position": 896}))
     save_file(backbone_state(model), step / "backbone.safetensors")
     exported(fastrot, run, "torchvision", tmp_path / "m.safetensors")
     card = (tmp_path / "m.md").read_text()
-    for said in ("/photographs", "c0ffee", "7 steps, 896 images", "lr 0.3", "fastrot train"):
+    for said in ("/photographs", "c0ffee", "7 steps, 896 images", "lr 0.3", "fastrot train", "32 x 32"):
         assert said in card, said
+    assert "Held-out rotation accuracy: 62.5 % (chance 25 %)" in card, (
+        "of the step that was exported, not of a later one"
+    )
+    assert "## Licence" in card and "224 x 224" not in card
+
+
+def test_the_card_of_weights_from_elsewhere_claims_nothing(fastrot, checkpoint, tmp_path):
+    exported(fastrot, checkpoint, "torchvision", tmp_path / "m.safetensors")
+    card = (tmp_path / "m.md").read_text()
+    assert "of unknown training" in card and "rotation" not in card and "224 x 224" not in card
+    assert "Not known: no held-out images" in card and "## Licence" in card
 
 
 def test_another_ending_is_refused(fastrot, checkpoint, tmp_path):

@@ -68,6 +68,9 @@ def test_lowshot_says_which_cost_saw_the_test_set(fastrot, stores):
     four = layer["k"]["4"]
     assert four["oracle"]["mean"] == max(entry["mean"] for entry in four["by_cost"])
     assert four["oracle"]["min"] <= four["oracle"]["mean"] <= four["oracle"]["max"]
+    assert (
+        np.mean(four["oracle"]["draws"]) == pytest.approx(four["oracle"]["mean"]) and len(four["oracle"]["draws"]) == 5
+    )
     assert layer["k"]["1"]["cross_validated_costs"] == [[1.0] * 3] * 5
 
 
@@ -100,9 +103,10 @@ def test_knn_gives_what_the_room_gives(fastrot, stores):
     done = fastrot("knn", "--train", bank, "--test", queries, "--k", "5,20", "--json")
     arrays = [np.load(folder / name) for folder in (bank, queries) for name in ("feature4.npy", "labels.npy")]
     want = knn(*arrays, ks=[5, 20])
-    assert done.json["layers"]["feature4"]["k"] == {
-        str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in want.items()
-    }
+    got = done.json["layers"]["feature4"]["k"]
+    assert {k: (v["top1"], v["top5"]) for k, v in got.items()} == {str(k): pair for k, pair in want.items()}
+    for one in got.values():
+        assert len(one["right"]) == 100 and one["right"].count("1") == pytest.approx(one["top1"])
     assert "feature4, k = 20" in done.err
 
 
@@ -114,6 +118,7 @@ def test_linear_gives_what_the_room_gives_and_says_that_it_is_not_the_protocol(f
     want = linear(*arrays, epochs=2)
     got = done.json["layers"]["feature4"]
     assert (got["top1"], got["rate"], got["decay"]) == pytest.approx((want.top1, want.rate, want.decay))
+    assert len(got["right"]) == 100 and got["right"].count("1") == pytest.approx(got["top1"])
     assert done.json["protocol"] is False and "the protocol's augmented heads" in done.err
     assert json.loads((tmp_path / "linear.json").read_text()) == done.json
     for wrong in (("linear",), ("linear", "--features", bank), ("linear", "--features", bank, "--checkpoint", "x")):

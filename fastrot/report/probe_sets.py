@@ -1,22 +1,28 @@
-"""Running a suite: features of both backbones, probes on them, and what was not run and why."""
+"""A suite's sets: features of both backbones, probes on them, and what was not run and why."""
 
 import hashlib
 import json
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from fastrot.config import Config, load
 from fastrot.data.build import open_manifest
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.features import extract
+from fastrot.features.read import open_store
 from fastrot.models.backbone import Origin, load_backbone
 from fastrot.probes import knn, linear, lowshot
 from fastrot.report import probing
 from fastrot.report.suite import Set, Suite
+from fastrot.report.tables import Data
 
-BACKBONES = ("ours", "random")
+BACKBONES = ("pretrained", "random")
 SEED = 0  # of the random backbone
 
 
@@ -26,47 +32,64 @@ class Outcome:
 
     set: Set
     gap: str | None = None
-    results: dict[tuple[str, str], dict] = field(default_factory=dict)
+    data: Data | None = None
+    results: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     stores: dict[tuple[str, str], Path] = field(default_factory=dict)
 
 
-def run_suite(
-    checkpoint: str, suite: Suite, out: Path, config: Config, ranks: Ranks, say
+def probe_sets(
+    checkpoint: str, suite: Suite, out: Path, config: Config, ranks: Ranks, say: Callable[[str], None]
 ) -> tuple[Origin, list[Outcome], list[str]]:
-    """Everything the suite asks for and the data allows; what is done already is not done again.
+    """Everything the suite's sets ask for and the data allows; what is done already is not done again.
 
-    Returns whose weights they are, an outcome a set, and the commands that repeat it.
+    Returns whose weights they are, an outcome a set, and the commands that repeat it. Raises UserError.
     """
     origin = load_backbone(checkpoint)[1]
-    outcomes, commands = [], []
+    outcomes: list[Outcome] = []
+    commands: list[str] = []
     for one in suite.sets:
-        outcome = Outcome(one)
+        outcome = Outcome(one, missing(one.name, one.train, one.test, config, ranks))
         outcomes.append(outcome)
-        outcome.gap = missing(one.name, one.train, one.test, config, ranks)
         if outcome.gap:
             say(f"{one.name}: left out: {outcome.gap}")
             continue
         settings = load(None, [f"model.arch={origin.arch}", *one.overrides])[0]
         for backbone in BACKBONES:
-            for split, source in (("train", one.train), ("test", one.test)):
-                folder = out / "features" / backbone / f"{one.name}-{split}"
-                weights = {"checkpoint": checkpoint} if backbone == "ours" else {"seed": SEED}
-                request = extract.Request(
-                    source,
-                    str(folder),
-                    taps=one.taps,
-                    pool=one.pool,
-                    transform=one.transform,
-                    dtype=one.dtype,
-                    **weights,
-                )
+            weights = {"checkpoint": checkpoint} if backbone == "pretrained" else {"seed": SEED}
+            for split in ("train", "test"):
                 say(f"{one.name}, {split}, {backbone} backbone")
+                request = _request(one, split, out / "features" / backbone / f"{one.name}-{split}", weights)
                 extract.dump(request, settings, ranks)
-                outcome.stores[backbone, split] = folder
+                outcome.stores[backbone, split] = Path(request.out)
                 commands.append(_features_command(request, one, origin.arch))
             for name in one.probes:
                 outcome.results[name, backbone] = _probed(name, outcome, backbone, out, commands)
+        outcome.data = _data(outcome.stores, settings.data.crop)
     return origin, outcomes, commands
+
+
+def _request(one: Set, split: str, folder: Path, weights: dict[str, Any]) -> extract.Request:
+    source = one.train if split == "train" else one.test
+    return extract.Request(
+        source, str(folder), taps=one.taps, pool=one.pool, transform=one.transform, dtype=one.dtype, **weights
+    )
+
+
+def _data(stores: dict[tuple[str, str], Path], side: int) -> Data:
+    train, test = (np.asarray(open_store(stores["pretrained", split]).labels) for split in ("train", "test"))
+    if test.ndim == 2:
+        chance = 100 * float(((test == 1).sum(0) / np.maximum(1, (test != -1).sum(0))).mean())
+        return Data(test.shape[1], len(train), len(test), side, chance)
+    classes = int(max(train.max(), test.max())) + 1
+    return Data(classes, len(train), len(test), side, 100 / classes)
+
+
+def adopt(out: Path) -> None:
+    """Go on with what an older page left here: it called the pretrained backbone's folders `ours`."""
+    for room in ("features", "results", "runs"):
+        old, new = out / room / "ours", out / room / "pretrained"
+        if old.is_dir() and not new.exists():
+            old.rename(new)
 
 
 def missing(name: str, train: str, test: str, config: Config, ranks: Ranks) -> str | None:
@@ -79,19 +102,19 @@ def missing(name: str, train: str, test: str, config: Config, ranks: Ranks) -> s
     return None
 
 
-def _options(name: str, rows: int) -> dict:
+def _options(name: str, one: Set, rows: int) -> dict[str, Any]:
     """A probe's options on a set of `rows` images to fit: the protocol's."""
     if name == "lowshot":
-        return {"ks": list(lowshot.KS), "seed": 0, "draws": None}
+        return {"ks": list(lowshot.KS), "seed": 0, "draws": one.draws}
     if name == "knn":
         return {"ks": [k for k in knn.KS if k <= rows]}
     return {"epochs": linear.EPOCHS} if name == "linear" else {}
 
 
-def _probed(name: str, outcome: Outcome, backbone: str, out: Path, commands: list[str]) -> dict:
+def _probed(name: str, outcome: Outcome, backbone: str, out: Path, commands: list[str]) -> dict[str, Any]:
     """A probe's result: as it lies there where the features and options are the same, else new."""
     stores = [outcome.stores[backbone, split] for split in ("train", "test")]
-    options = _options(name, json.loads((stores[0] / "manifest.json").read_text())["rows"])
+    options = _options(name, outcome.set, json.loads((stores[0] / "manifest.json").read_text())["rows"])
     key = hashlib.sha256(json.dumps(options).encode())
     for store in stores:
         key.update((store / "manifest.json").read_bytes())
@@ -99,11 +122,13 @@ def _probed(name: str, outcome: Outcome, backbone: str, out: Path, commands: lis
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{outcome.set.name}-{name}-{key.hexdigest()[:12]}.json"
     fit = "--features" if name == "linear" else "--train"
-    commands.append(shlex.join(["fastrot", name, fit, str(stores[0]), "--test", str(stores[1]), "--out", str(path)]))
+    words = ["fastrot", name, fit, str(stores[0]), "--test", str(stores[1]), "--out", str(path)]
+    commands.append(shlex.join([*words, *(["--draws", options["draws"]] if options.get("draws") else [])]))
     if not path.exists():
         train, test = map(str, stores)
         probing.run(probing.PROBES[name], train, test, None, str(path), "auto", **options)
-    return json.loads(path.read_text())
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
 
 
 def _features_command(request: extract.Request, one: Set, arch: str) -> str:

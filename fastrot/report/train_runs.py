@@ -1,23 +1,28 @@
-"""Training what a suite asks for, heads or whole networks, on both backbones, in run folders like any other."""
+"""A suite's runs: heads or whole networks, trained from both backbones in run folders like any other."""
 
 import hashlib
 import itertools
 import json
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from fastrot.config import Config, flat, load
 from fastrot.data.build import open_manifest
 from fastrot.distributed import Ranks
 from fastrot.files import write_text
 from fastrot.models.backbone import Origin
+from fastrot.report.probe_sets import BACKBONES, SEED, missing
 from fastrot.report.suite import Run, Suite
-from fastrot.report.suite_run import BACKBONES, SEED, missing
-from fastrot.runs.finetune import fine_tune
+from fastrot.report.tables import Data
+from fastrot.runs.finetune import fine_tune, subset
 from fastrot.runs.heads import train_heads
 
-_TRAIN = {"linear": train_heads, "finetune": fine_tune}
+_TRAIN: dict[str, Callable[..., dict[str, Any]]] = {"linear": train_heads, "finetune": fine_tune}
 
 
 @dataclass
@@ -27,26 +32,29 @@ class Trained:
     run: Run
     taps: tuple[str, ...]
     gap: str | None = None
-    results: dict[str, dict] = field(default_factory=dict)
+    data: Data | None = None
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def train_suite(
-    checkpoint: str, origin: Origin, suite: Suite, out: Path, config: Config, ranks: Ranks, say
+def train_runs(
+    checkpoint: str, origin: Origin, suite: Suite, out: Path, config: Config, ranks: Ranks, say: Callable[[str], None]
 ) -> tuple[list[Trained], list[str]]:
     """Every run the suite asks for and the data allows; what is done already is not done again.
 
     Returns an outcome a run, and the commands that repeat them. Raises UserError.
     """
-    outcomes, commands = [], []
+    outcomes: list[Trained] = []
+    commands: list[str] = []
     for run in suite.runs:
-        trained = Trained(run, load(run.config, list(run.overrides))[0].linear.taps)
+        settings = load(run.config, list(run.overrides))[0]
+        trained = Trained(run, settings.linear.taps, missing(run.name, run.train, run.test, config, ranks))
         outcomes.append(trained)
-        trained.gap = missing(run.name, run.train, run.test, config, ranks)
         if trained.gap:
             say(f"{run.name}: left out: {trained.gap}")
             continue
+        trained.data = _data(run, settings, ranks)
         for backbone in BACKBONES:
-            weights = ["--checkpoint", checkpoint] if backbone == "ours" else ["--random-init", str(SEED)]
+            weights = ["--checkpoint", checkpoint] if backbone == "pretrained" else ["--random-init", str(SEED)]
             tried = []
             for choice in _choices(run):
                 say(f"{run.name}, {backbone} backbone{''.join(f', {key} {value:g}' for key, value in choice.items())}")
@@ -60,6 +68,14 @@ def train_suite(
     return outcomes, commands
 
 
+def _data(run: Run, settings: Config, ranks: Ranks) -> Data:
+    train, test = (open_manifest(source, settings, ranks, run.name) for source in (run.train, run.test))
+    if run.task == "finetune":
+        train = subset(train, settings)
+    classes = len(train.classes) or int(np.max(train.label)) + 1
+    return Data(classes, len(train), len(test), settings.data.crop, 100 / classes)
+
+
 def _choices(run: Run) -> list[dict[str, float]]:
     """Every combination of a run's grid."""
     return [dict(zip(run.grid, values, strict=True)) for values in itertools.product(*run.grid.values())]
@@ -67,24 +83,33 @@ def _choices(run: Run) -> list[dict[str, float]]:
 
 def _done(
     run: Run, words: list[str], weights: list[str], backbone: str, origin: Origin, out: Path, ranks: Ranks
-) -> tuple[dict, str]:
+) -> tuple[dict[str, Any], str]:
     """A run's result, as it lies there where weights, settings and data are the same, else new; and its command."""
     settings = load(run.config, words)[0]
     contents = [open_manifest(source, settings, ranks, run.name).content for source in (run.train, run.test)]
-    digest = origin.sha256 if backbone == "ours" else SEED
+    digest = origin.sha256 if backbone == "pretrained" else SEED
     known = {key: value for key, value in flat(settings).items() if not key.startswith("run.") or key == "run.seed"}
     key = hashlib.sha256(json.dumps([run.task, known, contents, digest]).encode()).hexdigest()[:12]
     folder, path = out / "runs" / backbone / f"{run.name}-{key}", out / "results" / backbone / f"{run.name}-{key}.json"
     words = [*words, f"run.out={folder}"]
     if not path.exists():
-        begin = (weights[1], None) if backbone == "ours" else (None, SEED)
+        begin = (weights[1], None) if backbone == "pretrained" else (None, SEED)
         result = _TRAIN[run.task](*begin, load(run.config, words)[0], ranks, "auto")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(result | {"model": _model_hash(folder)}, indent=1) + "\n")
-    return json.loads(path.read_text()), shlex.join(["fastrot", run.task, *weights, "--config", run.config, *words])
+    command = shlex.join(["fastrot", run.task, *weights, "--config", run.config, *words])
+    return json.loads(path.read_text()) | {"best": _best(folder)}, command
+
+
+def _best(folder: Path) -> dict[str, float]:
+    """The highest of each held-out figure over all epochs, from the run's log; none where the log is gone."""
+    log = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    held_out = [line for line in lines if "held_out_accuracy" in line]
+    return {key: max(line[key] for line in held_out) for key in (held_out[0] if held_out else {})}
 
 
 def _model_hash(folder: Path) -> str:
     """sha256 of the weights that a run ended with."""
     newest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
-    return json.loads((newest / "manifest.json").read_text())["files"]["model.safetensors"]["sha256"]
+    return str(json.loads((newest / "manifest.json").read_text())["files"]["model.safetensors"]["sha256"])
