@@ -16,6 +16,7 @@ Unit = Annotated[float, Field(ge=0, le=1)]
 Tap = Literal["feature1", "feature2", "feature3", "feature4", "feature5", "avg"]
 
 
+_OWN = ("linear", "finetune", "detect", "segment")  # commands that train, with a section of their own
 GRAPHING_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
 
 
@@ -98,6 +99,8 @@ class Optim(Section):
     """Peak rate at images_per_step; never scaled behind your back."""
     epochs: PositiveFloat = 70
     """Passes over the training images."""
+    steps: PositiveInt | None = None
+    """The run's length in steps instead of epochs; milestones are then steps too."""
     momentum: Unit = 0.9
     """Momentum of SGD and LARS; dampening is 0."""
     nesterov: bool = False
@@ -111,7 +114,7 @@ class Optim(Section):
     schedule: Literal["step", "cosine", "poly"] = "step"
     """Shape of the rate after warm-up."""
     milestones: tuple[float, ...] = (30, 50)
-    """Schedule `step`: epochs at which the rate is multiplied by gamma."""
+    """Schedule `step`: epochs (steps, where optim.steps is set) at which the rate is multiplied by gamma."""
     gamma: PositiveFloat = 0.1
     """Schedule `step`: the factor."""
     power: PositiveFloat = 0.9
@@ -120,6 +123,8 @@ class Optim(Section):
     """Schedules `cosine` and `poly`: the rate at the end."""
     warmup_epochs: NonNegativeFloat = 5
     """Linear warm-up, per step, over this many epochs."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """The warm-up's length in steps instead of epochs."""
     warmup_ratio: Unit = 0.1
     """The warm-up starts at this share of the rate."""
     trust: PositiveFloat = 0.001
@@ -170,6 +175,8 @@ class Run(Section):
     """Steps between lines of metrics.jsonl; a checkpoint's step is logged too."""
     evaluate_every: PositiveInt = 1
     """Epochs between evaluations of the held-out images; the end is evaluated always."""
+    evaluate_every_steps: PositiveInt | None = None
+    """Steps between them instead."""
     checkpoint_every: PositiveInt = 1000
     """Steps between checkpoints; the end is saved always."""
     keep_last: Annotated[int, Field(ge=2)] = 3
@@ -200,13 +207,47 @@ class Finetune(Section):
     """The last layer's rate is this many times optim.lr."""
 
 
+class Detect(Section):
+    model: Literal["c4", "fpn"] = "c4"
+    """Faster R-CNN on stage 3's maps, whose box head is stage 4; or Mask R-CNN on a feature pyramid, with masks."""
+    regions: PositiveInt = 512
+    """Regions sampled an image in training."""
+    shorts: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = tuple(range(480, 801, 32))
+    """Training resizes the short side to one of these, drawn by image and epoch."""
+    test_short: PositiveInt = 800
+    """Evaluation resizes the short side to this."""
+    longest: PositiveInt = 1333
+    """Where the long side would pass this it is resized to it instead."""
+    figures: Literal["voc", "coco"] = "voc"
+    """Figures: VOC's 11-point AP, as mmdetection and as detectron2 define it; or COCO's AP, of boxes and masks."""
+
+
+class Segment(Section):
+    classes: Annotated[int, Field(ge=2, le=255)] = 21
+    """Classes of a pixel, 0 to this less one; 255 is no class."""
+    base: tuple[PositiveInt, PositiveInt] = (2048, 512)
+    """Long and short side within which an image is resized, before `scales`."""
+    scales: Pair = (0.5, 2.0)
+    """Training multiplies `base` by a factor between these."""
+    crop: PositiveInt = 512
+    """Side of training's crops; smaller images are padded."""
+    slide: tuple[PositiveInt, PositiveInt] | None = None
+    """Evaluation slides windows of this (side, stride) over an image; default: the whole image at once."""
+    align_corners: bool = False
+    """How logits are resized: corners' centres on one another."""
+    distort: bool = True
+    """Whether training shifts brightness, contrast, saturation and hue."""
+
+
 class Config(Section):
-    """A run's settings: eight sections, each of which may be left out."""
+    """A run's settings: ten sections, each of which may be left out."""
 
     data: Data = Data()
     rotation: Rotation = Rotation()
     linear: Linear = Linear()
     finetune: Finetune = Finetune()
+    detect: Detect = Detect()
+    segment: Segment = Segment()
     model: Model = Model()
     optim: Optim = Optim()
     engine: Engine = Engine()
@@ -238,8 +279,23 @@ def _in_the_recipe(config: Config) -> tuple[tuple[bool, str], ...]:
             "finetune.names and finetune.fraction both choose images; set one",
         ),
         (
-            optim.warmup_epochs >= optim.epochs and optim.warmup_epochs > 0,
+            optim.steps is None
+            and optim.warmup_steps is None
+            and optim.warmup_epochs >= optim.epochs
+            and optim.warmup_epochs > 0,
             f"optim.warmup_epochs {optim.warmup_epochs:g} leaves nothing of optim.epochs {optim.epochs:g}",
+        ),
+        (
+            optim.steps is not None and (optim.warmup_steps or 0) >= optim.steps,
+            f"optim.warmup_steps {optim.warmup_steps} leaves nothing of optim.steps {optim.steps}",
+        ),
+        (
+            optim.steps is not None and optim.warmup_steps is None and optim.warmup_epochs > 0,
+            "optim.steps counts the run in steps; set optim.warmup_steps too",
+        ),
+        (
+            not 0 < config.segment.scales[0] <= config.segment.scales[1],
+            f"segment.scales {list(config.segment.scales)} must rise and be above 0",
         ),
         (
             list(optim.milestones) != sorted(set(optim.milestones)),
@@ -365,13 +421,13 @@ def known_keys() -> list[str]:
 def _meant_for(values: dict[str, Any]) -> str | None:
     """The command that a file's values are for; None where several could read it.
 
-    `linear` and `finetune` have a section each, and a file that sets one of them is for that command. A file that says
-    how to learn (optim) and sets neither is for `train`. A resolved config, as run folders hold, sets both: it is for
-    the one whose section differs from the defaults, or for `train` where rotation.views is all.
+    `linear`, `finetune`, `detect` and `segment` have a section each, and a file that sets one of them is for that
+    command. A file that says how to learn (optim) and sets none is for `train`. A resolved config, as run folders hold,
+    sets several: it is for the one whose section differs from the defaults, or for `train` where rotation.views is all.
     """
-    own = {name: [key for key in values if key.startswith(f"{name}.")] for name in ("linear", "finetune")}
+    own = {name: [key for key in values if key.startswith(f"{name}.")] for name in _OWN}
     named = [name for name, keys in own.items() if keys]
-    if len(named) == 2:
+    if len(named) > 1:
         usual = flat(Config())
         named = [name for name, keys in own.items() if any(_changed(values[key], usual.get(key)) for key in keys)]
         if not named:
@@ -395,7 +451,7 @@ def _refuse_foreign(path: str | None, values: dict[str, Any], overrides: list[st
         )
     for override in overrides:
         section = override.partition(".")[0]
-        if section in ("linear", "finetune") and section != command:
+        if section in _OWN and section != command:
             raise UserError(f"{_shown(override)}: fastrot {command} does not read the section {section}")
 
 
@@ -404,7 +460,7 @@ def load(path: str | None, overrides: list[str], command: str | None = None) -> 
 
     path       a YAML file of sections, or None for the defaults.
     overrides  "section.key=value", the last one wins. Values of text keys are taken literally, others are YAML.
-    command    train, linear or finetune: refuse a file that is for another of them, or an override that it does not
+    command    train, linear, finetune, detect or segment: refuse a file that is for another of them, or an override that it does not
                read. A command that trains nothing reads any file, and of it what it needs.
     Raises UserError with one line for each thing that is wrong.
     """

@@ -6,7 +6,7 @@ from fastrot.commands.base import Command
 
 GROUPS = {
     "data": ("index", "pack", "tune"),
-    "training": ("train", "linear", "finetune"),
+    "training": ("train", "linear", "finetune", "detect", "segment"),
     "judging a backbone": ("features", "svm", "lowshot", "knn", "page"),
     "handing it on": ("export",),
     "looking behind": ("stream", "config", "demo-data", "warmup"),

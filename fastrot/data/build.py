@@ -17,6 +17,7 @@ from fastrot.data.loader_settings import Tuned
 from fastrot.data.manifest import Manifest, changed_files, index
 from fastrot.data.order import FullOrder, WindowOrder
 from fastrot.data.plan import Plan
+from fastrot.data.sources import MASKED
 from fastrot.data.storage import FileStorage
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
@@ -101,7 +102,9 @@ def remarks(manifest: Manifest) -> list[str]:
     """What a person may not expect of these rows, a line each."""
     lines = []
     none = unlabelled(manifest)
-    if len(none) == len(manifest):
+    if manifest.source.partition(":")[0] in ("coco", *MASKED):
+        pass  # what is learnt lies in their files
+    elif len(none) == len(manifest):
         lines.append("no image has a label; rotation needs none, so this trains")
     elif len(none):
         lines.append(

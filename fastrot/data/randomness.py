@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 # Purposes: each use of chance has its own counters, so adding one never shifts another.
-ORDER, CROP, FLIP, TURN, JITTER, LIGHTING, DRAW = range(7)
+ORDER, CROP, FLIP, TURN, JITTER, LIGHTING, DRAW, SCALE, PLACE, PHOTOMETRIC = range(10)
 
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)

@@ -20,14 +20,15 @@ _PREFIX = "momentum_buffer/"
 class Engine:
     """A model, its optimiser, and the five calls the loop makes.
 
-    module     called for the forward pass, under autocast: views [n, C, S, S] -> what the network gives.
+    module     called for the forward pass, under autocast: views [n, C, S, S], or what else a task's network takes, ->
+               what it gives.
     grad_norm  norm of the last step's gradient before clipping: a tensor, or a float under ZeRO 1;
                infinite where fp16 skipped the update.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: StepSettings, ranks: Ranks):
         self.model, self.optimizer = model, optimizer
-        self.module: Callable[[Tensor], Any] = model
+        self.module: Callable[..., Any] = model
         self.grad_norm: Tensor | float = 0.0
         self._settings, self._ranks = settings, ranks
         self._buckets: Buckets | None = None

@@ -26,9 +26,9 @@ class PlainEngine(Engine):
         if not settings.cuda_graphs:  # they add gradients where those lay at capture
             self._make_buckets()
 
-    def _forward(self, images: Tensor) -> Any:
+    def _forward(self, *views: Any) -> Any:
         with torch.autocast(self._ranks.device.type, self._autocast, enabled=self._autocast is not None):
-            return self.model(images)
+            return self.model(*views)
 
     def _backward(self, loss: Tensor) -> None:
         (self._grad_scaler.scale(loss) if self._grad_scaler else loss).backward()

@@ -8,6 +8,7 @@ from fastrot.data.build import sides
 from fastrot.data.plan import micro_steps_of, slice_of
 from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST
+from fastrot.engine.schedules import lr_at
 from fastrot.errors import UserError
 
 RECIPE_VIEWS = 512  # that batch norm sees in the published run
@@ -45,8 +46,43 @@ def arithmetic(config: Config, ranks: int, rows: int) -> Arithmetic:
         raise UserError(
             f"optim.images_per_step {images} leaves batch norm {norm} view at a time; raise it, or rotation.views=all"
         )
-    steps = math.ceil(config.optim.epochs * rows / images)
+    steps = steps_left(config, rows, 0, 0)
     return Arithmetic(images, ranks, micro_steps, views, steps, max(sizes), norm)
+
+
+def steps_left(config: Config, rows: int, step: int, position: int) -> int:
+    """Steps from here to the end of the schedule; step, position: done, and where the stream stands."""
+    optim = config.optim
+    if optim.steps is not None:
+        return max(0, optim.steps - step)
+    return max(0, math.ceil((optim.epochs * rows - position) / optim.images_per_step))
+
+
+def rate_at(config: Config, rows: int, epoch: float) -> float:
+    """The rate of the step that begins at `epoch` = stream position / rows.
+
+    The schedule is counted in epochs, or in steps where optim.steps is set.
+    """
+    optim = config.optim
+    steps_an_epoch = rows / optim.images_per_step
+    if optim.steps is not None:
+        at, end = round(epoch * steps_an_epoch, 6), float(optim.steps)  # rounded: milestones are whole numbers
+        warmup = float(optim.warmup_steps or 0)
+    else:
+        at, end = epoch, optim.epochs
+        warmup = optim.warmup_epochs if optim.warmup_steps is None else optim.warmup_steps / steps_an_epoch
+    return lr_at(
+        at,
+        epochs=end,
+        peak=optim.lr,
+        schedule=optim.schedule,
+        warmup_epochs=warmup,
+        warmup_ratio=optim.warmup_ratio,
+        milestones=optim.milestones,
+        gamma=optim.gamma,
+        power=optim.power,
+        final=optim.final_lr,
+    )
 
 
 def deviations(config: Config, ranks: Ranks) -> list[str]:

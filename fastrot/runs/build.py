@@ -16,14 +16,13 @@ from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST, StepSettings, make_engine
 from fastrot.engine.base import Engine
 from fastrot.engine.optimizers import build_optimizer
-from fastrot.engine.schedules import lr_at
 from fastrot.models.fused_conv import FUSED
 from fastrot.models.recompute import recompute_blocks
 from fastrot.models.resnet import pad_stem
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from fastrot.profiling import roofline
 from fastrot.profiling.clock import Clock
-from fastrot.runs.arithmetic import arithmetic, deviations, refuse_graphs, refuse_tiny_maps
+from fastrot.runs.arithmetic import arithmetic, deviations, rate_at, refuse_graphs, refuse_tiny_maps
 from fastrot.runs.loop import Course
 from fastrot.runs.memory import Memory, estimate
 from fastrot.tasks import Task
@@ -187,19 +186,7 @@ class Job:
         return self._work[crop_at(self.config, epoch)]
 
     def lr_of(self, epoch: float) -> float:
-        o = self.config.optim
-        return lr_at(
-            epoch,
-            epochs=o.epochs,
-            peak=o.lr,
-            schedule=o.schedule,
-            warmup_epochs=o.warmup_epochs,
-            warmup_ratio=o.warmup_ratio,
-            milestones=o.milestones,
-            gamma=o.gamma,
-            power=o.power,
-            final=o.final_lr,
-        )
+        return rate_at(self.config, len(self.train), epoch)
 
     def batches(self, steps: range, position: int) -> Generator[StepBatch, None, None]:
         n = self.numbers
@@ -217,6 +204,7 @@ class Job:
             run_.log_every,
             run_.checkpoint_every,
             run_.evaluate_every,
+            run_.evaluate_every_steps,
             run_.seed,
             self.ranks.rank,
             self.config.engine.max_bad_steps,

@@ -187,7 +187,7 @@ def refuse_poisoned(model: dict[str, Tensor], optimizer: dict[str, Tensor], step
 class Saver:
     """Writes checkpoints beside the training: tensors are copied at once, files by a thread.
 
-    best  held-out accuracy of the checkpoint kept as best, None before there is one.
+    best  held-out figure, 0..1, of the checkpoint kept as best, None before there is one; on disk its name is accuracy.
     """
 
     def __init__(self, run: Path, keep_last: int, say: Callable[[str], None]):

@@ -141,6 +141,8 @@ def _show_plan(config: Config, r: dict[str, Any], memory: Memory) -> None:
     left = (
         f"{memory.left / GIB:.1f} GiB are left of {'the GPU' if memory.device == 'cuda' else 'the host'}'s for a rank"
     )
+    o = config.optim
+    epochs = o.epochs if o.steps is None else round(o.steps * o.images_per_step / r["rows"], 1)
     terminal.table(
         "plan",
         [
@@ -151,7 +153,7 @@ def _show_plan(config: Config, r: dict[str, Any], memory: Memory) -> None:
             ),
             ("batch norm", f"over {r['batch_norm_views']} views (recipe {RECIPE_VIEWS})"),
             ("rate", f"{config.optim.lr:g} at its peak, {r['lr_per_256_views']:g} per 256 views"),
-            ("steps", f"{r['steps']:,} = {config.optim.epochs:g} epochs of {r['rows']:,} images"),
+            ("steps", f"{r['steps']:,} = {epochs:g} epochs of {r['rows']:,} images"),
             (
                 "memory of a rank",
                 f"about {memory.needed / GIB:.1f} GiB: {memory.state / GIB:.2f} of weights and their like, "

@@ -82,7 +82,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None):
-        self._folder, self._total = folder, 0
+        self._folder, self._total, self._figure = folder, 0, ""
         self._out = terminal.console()
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -90,9 +90,10 @@ class RunLog:
         self._warned = False
         self._bad = 0
 
-    def begin(self, total_steps: int, first_step: int, tensorboard: bool) -> None:
-        """Take up the files from `first_step` on, and show progress. Raises OSError."""
-        self._total = total_steps
+    def begin(self, total_steps: int, first_step: int, tensorboard: bool, figure: str) -> None:
+        """Take up the files from `first_step` on, and show progress. figure: name of the held-out one that a person
+        reads. Raises OSError."""
+        self._total, self._figure = total_steps, figure
         if self._folder is None:
             return
         cut_back(self._folder / "metrics.jsonl", first_step)
@@ -126,10 +127,9 @@ class RunLog:
             self.say(
                 f"images that cannot be read or decoded are replaced: {bad:,} so far, in {folder}/bad_images.jsonl"
             )
-        line = _line(values, self._total)
+        line = _line(values, self._total, self._figure)
         if self._bar is not None and "loss" in values:
-            note = f"loss {values['loss']:.3f}  accuracy {values['accuracy']:.1%}{_bad(values)}"
-            self._bar.update(self._task, note=note)
+            self._bar.update(self._task, note=f"{_learnt(values)}{_bad(values)}")
         else:
             self.say(line)
 
@@ -168,15 +168,21 @@ class RunLog:
             self._try(self._board.close)
 
 
-def _line(values: dict[str, Any], total: int) -> str:
+def _line(values: dict[str, Any], total: int, figure: str) -> str:
     head = f"step {values['step'] + 1:,}/{total:,}  epoch {values['epoch']:.2f}"
-    if "held_out_accuracy" in values:
-        return f"{head}  held-out accuracy {values['held_out_accuracy']:.1%}  loss {values['held_out_loss']:.3f}"
+    if (held_out := values.get(f"held_out_{figure}")) is not None:
+        loss = f"  loss {values['held_out_loss']:.3f}" if "held_out_loss" in values else ""
+        return f"{head}  held-out {figure.replace('_', ' ')} {held_out:.1%}{loss}"
     mfu = f"  MFU {values['mfu']:.1%}  roof {values['roof_fraction']:.1%}" if "mfu" in values else ""
     return (
-        f"{head}  loss {values['loss']:.3f}  accuracy {values['accuracy']:.1%}  lr {values['lr']:.4g}  "
+        f"{head}  {_learnt(values)}  lr {values['lr']:.4g}  "
         f"{values['views_per_s']:,.0f} views/s  wait {values['wait_share']:.1%}{mfu}{_bad(values)}  ETA {terminal.duration(values['eta_s'])}"
     )
+
+
+def _learnt(values: dict[str, Any]) -> str:
+    accuracy = f"  accuracy {values['accuracy']:.1%}" if "accuracy" in values else ""
+    return f"loss {values['loss']:.3f}{accuracy}"
 
 
 def _bad(values: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ class Course:
     """Where a run goes: all counts are of the whole run, over all ranks.
 
     last_step  steps in all; rows of the training set; images a step; views an image.
+    evaluate_every  epochs; evaluate_every_steps: steps instead.
     """
 
     last_step: int
@@ -32,12 +33,15 @@ class Course:
     log_every: int
     checkpoint_every: int
     evaluate_every: int
+    evaluate_every_steps: int | None
     seed: int
     rank: int
     max_bad_steps: int
 
-    def epoch_ends(self, position: int) -> bool:
-        """Whether the step that ends at stream position `position` completes an epoch to evaluate."""
+    def evaluates(self, done: int, position: int) -> bool:
+        """Whether to evaluate once `done` steps are done, the last of which ends at stream position `position`."""
+        if self.evaluate_every_steps:
+            return done % self.evaluate_every_steps == 0
         before, after = (position - self.images_per_step) // self.rows, position // self.rows
         return after > before and after % self.evaluate_every == 0
 
@@ -69,7 +73,7 @@ def run(
 
     lr_of(epoch) -> rate.  work_of(epoch) -> what a step asks of this rank's device.
     evaluate() -> held-out metrics, or None.  bad_images() -> how many were replaced so far.
-    save(steps completed, next stream position, held-out accuracy or None, whether one is due).
+    save(steps completed, next stream position, the held-out figure that judges or None, whether one is due).
     Raises Diverged where the loss was not finite for engine.max_bad_steps in a row, seen at the next line; what fp16
     skips has a finite loss.
     """
@@ -90,7 +94,7 @@ def run(
         done, position = batch.step + 1, batch.position + course.images_per_step
         last = done == course.last_step
         saving = last or done % course.checkpoint_every == 0
-        evaluating = evaluate is not None and (last or course.epoch_ends(position))
+        evaluating = evaluate is not None and (last or course.evaluates(done, position))
         due = saving or evaluating or done % course.log_every == 0
         with clock.stage("update"):
             engine.step(measure=due)
@@ -101,14 +105,15 @@ def run(
         place = {"step": batch.step, "epoch": position / course.rows}
         log.write(tally.line(place, rate, bad_images()))
         bad = tally.bad_in_a_row(batch.step, last)
-        accuracy = None
+        figure = None
         if evaluate and evaluating:
             held_out = evaluate()
-            accuracy = held_out["held_out_accuracy"]
+            judged = held_out[f"held_out_{next(iter(task.figures))}"]
+            figure = judged if math.isfinite(judged) else None
             log.write(place | held_out)
             tally.latest |= held_out
         if (saving or evaluating) and not bad:  # the checkpoint before the first bad step stays
-            save(done, position, accuracy, saving)
+            save(done, position, figure, saving)
         clock.skip()
     return tally.whole()
 

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import math
 import os
 import shutil
 import socket
@@ -21,6 +20,7 @@ from fastrot.distributed import Ranks
 from fastrot.errors import Diverged, Fault, LostPeer, UserError
 from fastrot.files import clear_scratch, replacing, write_text
 from fastrot.runs import checkpoint
+from fastrot.runs.arithmetic import steps_left
 from fastrot.runs.build import Job, set_torch_flags
 from fastrot.runs.log import RunLog, read_status, write_refusal, write_status
 from fastrot.runs.loop import run
@@ -207,8 +207,8 @@ def _admit(
     else:
         checkpoint.refuse_differences(now | files, now | files, resume_anyway, _FIXED, folder)
     step, position = (found.state.step, found.state.position) if found else (0, 0)
-    left = max(0, math.ceil((config.optim.epochs * len(manifest) - position) / config.optim.images_per_step))
-    last = max(step, min(step + left, config.run.max_steps or step + left))
+    whole = step + steps_left(config, len(manifest), step, position)
+    last = max(step, min(whole, config.run.max_steps or whole))
     for one in manifests.values():
         describe(one, log.say)
     job = make_job(config, ranks, manifest, val, folder, deepspeed_config, log.say)
@@ -228,7 +228,7 @@ def _begin(folder: Path, start: _Start, log: RunLog) -> None:
         checkpoint.make_way(folder, start.steps.start)
         for name, manifest in start.unkept.items():
             manifest.save(folder / "manifest" / name)
-        log.begin(start.steps.stop, start.steps.start, config.run.tensorboard)
+        log.begin(start.steps.stop, start.steps.start, config.run.tensorboard, next(iter(job.task.figures)))
         _write_facts(folder, job, job.train)
         write_status(folder, "running", step=start.steps.start, of=start.steps.stop)
     except OSError as error:
@@ -283,21 +283,21 @@ def _run(start: _Start, folder: Path, log: RunLog) -> dict[str, Any]:
 
     best = distributed.on_first(job.ranks, lambda: saver.best)
 
-    def save(done: int, next_position: int, accuracy: float | None, due: bool) -> None:
+    def save(done: int, next_position: int, figure: float | None, due: bool) -> None:
         nonlocal best
-        better = accuracy is not None and (best is None or accuracy > best)
+        better = figure is not None and (best is None or figure > best)
         if not (due or better):
             return
-        best = accuracy if better else best
+        best = figure if better else best
         model, momenta, scalars = job.engine.state()
         checkpoint.refuse_poisoned(model, momenta, done)
         if first:
-            saver.save(model, momenta, checkpoint.State(done, next_position, scalars, start.now), accuracy)
-            bad = job.bad_images()
-            log.status("running", step=done, of=course.last_step, held_out_accuracy=accuracy, bad_images=bad)
+            saver.save(model, momenta, checkpoint.State(done, next_position, scalars, start.now), figure)
+            facts = {f"held_out_{next(iter(job.task.figures))}": figure, "bad_images": job.bad_images()}
+            log.status("running", step=done, of=course.last_step, **facts)
 
     began = time.monotonic()
-    evaluate = job.evaluate if job.val_loader else None
+    evaluate = job.evaluate if job.val else None
     job.clock.skip()
     batches = job.batches(steps, start.position)
     try:
@@ -322,10 +322,8 @@ def _run(start: _Start, folder: Path, log: RunLog) -> dict[str, Any]:
 def _show(result: dict[str, Any], task: Task) -> None:
     """The short table a run ends with."""
     rows = [("steps", f"{result['steps_now']:,} in {terminal.duration(result['seconds'])}; {result['steps']:,} in all")]
-    if "held_out_accuracy" in result:
-        rows.append((task.says, f"{result['held_out_accuracy']:.1%}"))
-    if "held_out_top5" in result:
-        rows.append(("held-out top-5", f"{result['held_out_top5']:.1%}"))
+    held_out = {says: result.get(f"held_out_{name}") for name, says in task.figures.items()}
+    rows += [(says, f"{value:.1%}") for says, value in held_out.items() if value is not None]
     if "views_per_s" in result:
         rows += [
             ("throughput", f"{result['images_per_s']:,.0f} images/s, {result['views_per_s']:,.0f} views/s"),

@@ -1,5 +1,6 @@
 """What a backbone is trained on after pretraining, checked: the weights, the classes, the settings."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,12 @@ class TransferJob(Job):
 
 
 def start(command: str, checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks) -> Start:
-    """Load the backbone of a checkpoint, or draw one from a seed, for labelled images. Raises UserError."""
+    """What a run on labelled images begins from. Raises UserError. Arguments as in `begin`."""
+    return begin(command, checkpoint, seed, config, lambda: _classes_of_images(config, ranks))
+
+
+def begin(command: str, checkpoint: str | None, seed: int | None, config: Config, count: Callable[[], int]) -> Start:
+    """Load the backbone of a checkpoint, or draw one from a seed. count() -> how many classes. Raises UserError."""
     for wrong, line in (
         (config.rotation.views != "one", "rotation.views must be one: an image is one view, and is not turned"),
         (config.rotation.shuffle_labels, "rotation.shuffle_labels is for pretraining"),
@@ -61,12 +67,12 @@ def start(command: str, checkpoint: str | None, seed: int | None, config: Config
         if wrong:
             raise UserError(f"fastrot {command}: {line}")
     backbone, origin = backbone_of(checkpoint, seed, config.model.arch)
-    classes = _classes(config, ranks)
+    classes = count()
     model = config.model.model_copy(update={"arch": origin.arch})
     return Start(backbone, origin, config.model_copy(update={"model": model}), classes)
 
 
-def _classes(config: Config, ranks: Ranks) -> int:
+def _classes_of_images(config: Config, ranks: Ranks) -> int:
     """How many classes the training images have. Raises UserError where labels or class names do not fit together."""
     train = open_manifest(config.data.train, config, ranks, "data.train")
     classes = int(_labels(train).max()) + 1

@@ -15,13 +15,15 @@ Network = Callable[[Tensor], Any]
 class Task(Protocol):
     """A network, and from a batch its loss and metrics. It knows no loop, no kind of engine, no ranks.
 
-    title    of its runs.  says: what their held-out accuracy is, and what chance would give.
+    title    of its runs.
+    figures  held-out ones by their names in `summary` or a job's evaluation, and what a person reads; the first, within
+             0..1, chooses the best checkpoint.
     metrics  names of what `loss` sums up, in that order.
     device   where views and sums lie.
     """
 
     title: str
-    says: str
+    figures: dict[str, str]
     metrics: tuple[str, ...]
     device: torch.device
 
@@ -38,7 +40,7 @@ class Task(Protocol):
         """
 
     def summary(self, sums: Tensor) -> dict[str, float]:
-        """Means of summed metrics for the log: `loss`, `accuracy` (which chooses the best checkpoint), and others."""
+        """Means of summed metrics for the log: `loss`, `accuracy` where the task has one, and others."""
 
     def evaluate(self, module: Network, batches: Iterable[MicroBatch]) -> Tensor:
         """Metrics summed over this rank's held-out batches, as evaluation shows them; the network is in eval mode."""

@@ -37,7 +37,7 @@ class FinetuneTask(Task):
         self._backbone, self._classes, self._dtype = backbone, classes, dtype
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device)
         self._std = torch.tensor(std, dtype=torch.float32, device=device)
-        self.says = f"held-out accuracy (chance {1 / classes:.1%})"
+        self.figures = {"accuracy": f"held-out accuracy (chance {1 / classes:.1%})", "top5": "held-out top-5"}
 
     def build_model(self, arch: str, seed: int) -> nn.Module:
         """The backbone's weights under a last layer N(0, 0.01^2); all of it learns, batch norms in train mode."""

@@ -86,7 +86,7 @@ class LinearTask(Task):
         )
         self._zero, self._one = (torch.full((3,), v, device=device) for v in (0.0, 1.0))
         self.metrics = ("loss", "count", *(f"right_{tap}" for tap in taps))
-        self.says = f"held-out accuracy of the best head (chance {1 / classes:.1%})"
+        self.figures = {"accuracy": f"held-out accuracy of the best head (chance {1 / classes:.1%})"}
 
     def build_model(self, arch: str, seed: int) -> nn.Module:
         """The heads on their backbone; `arch` is the backbone's own."""

@@ -23,7 +23,6 @@ class RotationTask(Task):
     """
 
     title = "rotation pretraining"
-    says = f"held-out rotation accuracy (chance {1 / TURNS:.0%})"
     # sums a step adds up, in this order; `count` and `right` are by true turn
     metrics = ("loss", *(f"count_{t}" for t in range(TURNS)), *(f"right_{t}" for t in range(TURNS)))
 
@@ -39,6 +38,7 @@ class RotationTask(Task):
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device)
         self._std = torch.tensor(std, dtype=torch.float32, device=device)
         self.device = device
+        self.figures = {"accuracy": f"held-out rotation accuracy (chance {1 / TURNS:.0%})"}
         self._dtype, self._shuffle, self._channels = dtype, shuffle_labels, channels
 
     @staticmethod

@@ -118,10 +118,11 @@ def test_the_schema_names_and_describes_every_key_of_every_shipped_config(fastro
 
 
 def _owner(path):
-    return next((one for one in ("linear", "semi") if path.name.startswith(one)), "train").replace("semi", "finetune")
+    owners = ("linear", "semi", "detect", "segment")
+    return next((one for one in owners if path.name.startswith(one)), "train").replace("semi", "finetune")
 
 
-@pytest.mark.parametrize("command", ["train", "linear", "finetune"])
+@pytest.mark.parametrize("command", ["train", "linear", "finetune", "detect", "segment"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_a_config_of_another_command_is_refused_by_name(fastrot, path, command):
     begin = [] if command == "train" else ["--random-init", "0"]
@@ -139,11 +140,12 @@ def test_an_override_that_a_training_does_not_read_is_refused(fastrot):
     assert "does not read" in fastrot("linear", "--random-init", "0", "finetune.fraction=0.5").err
 
 
-@pytest.mark.parametrize("command", ["train", "linear", "finetune"])
+@pytest.mark.parametrize("command", ["train", "linear", "finetune", "detect", "segment"])
 @pytest.mark.parametrize("path", [path for path in CONFIGS if "photos" not in path.name], ids=lambda p: p.name)
 def test_a_resolved_config_is_no_others(tmp_path, path, command):
     """As a run folder holds it: every section is set."""
-    config, _ = configs.load(str(path), ["linear.jitter=0"] if _owner(path) == "linear" else [])
+    differs = {"linear": "linear.jitter=0", "detect": "detect.regions=64", "segment": "segment.distort=false"}
+    config, _ = configs.load(str(path), [differs[_owner(path)]] if _owner(path) in differs else [])
     file = tmp_path / "config.yaml"
     file.write_text(configs.to_yaml(config))
     if command == _owner(path):

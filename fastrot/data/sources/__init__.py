@@ -4,22 +4,29 @@ import os
 
 from fastrot.data.reading import exists
 from fastrot.data.scan import Track
-from fastrot.data.sources import beton, filelist, folder, tar, voc
+from fastrot.data.sources import beton, coco, filelist, folder, joined, segmentation, tar, voc
 from fastrot.data.sources.listing import Listing
 from fastrot.errors import UserError
 
 _SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_BY_PREFIX = {"list": filelist.open_source, "voc": voc.open_source}
+_BY_PREFIX = {"list": filelist.open_source, "voc": voc.open_source, "coco": coco.open_source}
+MASKED = ("vocseg", "cityscapes", "pairs")  # prefixes of sources whose images have masks
+_JOINED = (*_BY_PREFIX, *MASKED)
 
 
 def open_source(spec: str, track: Track) -> Listing:
-    """List the images of `spec`: a folder of class folders, list:FILE, voc:ROOT?split=S, tar shards (a name,
-    range or glob), or NAME.beton.
+    """List the images of `spec`: a folder of class folders, list:FILE, voc:ROOT?split=S, coco:FILE.json?images=DIR, a
+    source of masks (segmentation.py), several of these joined by +, tar shards (a name, range or glob), or NAME.beton.
 
     track  track(iterable, total, title) -> iterable: shows progress.
     Raises UserError where there is nothing to read.
     """
+    parts = parts_of(spec)
+    if len(parts) > 1:
+        return joined.open_source(parts, lambda part: open_source(part, track))
     prefix, colon, rest = spec.partition(":")
+    if colon and prefix in MASKED:
+        return segmentation.open_source(spec)
     if colon and prefix in _BY_PREFIX:
         return _BY_PREFIX[prefix](rest)
     if _is_shards(spec):
@@ -27,6 +34,11 @@ def open_source(spec: str, track: Track) -> Listing:
     if _is_beton(spec):
         return beton.open_source(spec)
     return folder.open_source(spec)
+
+
+def parts_of(spec: str) -> list[str]:
+    """The sources that `spec` joins."""
+    return joined.parts_of(spec, _JOINED)
 
 
 def shards_of(spec: str) -> list[bytes] | None:

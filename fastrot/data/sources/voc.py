@@ -24,7 +24,8 @@ _EXPECTED = "expected ROOT/JPEGImages and ROOT/ImageSets/Main/<class>_<split>.tx
 def open_source(rest: str) -> Listing:
     """Images by id; labels int8 [n, 20], 1 present, 0 absent, -1 ignored (difficult), over CLASSES.
 
-    rest  ROOT?split=train|val|trainval|test; ROOT, or VOC2007 below it, holds ImageSets and JPEGImages.
+    rest  ROOT?split=train|val|trainval|test; ROOT, or VOC2007 or VOC2012 below it, holds ImageSets and JPEGImages; the first
+          of these.
     Raises UserError where a class list is missing, unknown or malformed, the lists disagree about the
     images, or an image is not there.
     """
@@ -46,10 +47,13 @@ def open_source(rest: str) -> Listing:
 
 def _root(name: str) -> str:
     """`name`, or the folder of the year below it."""
-    for folder in (name, os.path.join(name, "VOC2007"), os.path.join(name, "VOCdevkit", "VOC2007")):
+    for folder in (
+        name,
+        *(os.path.join(name, kit, year) for year in ("VOC2007", "VOC2012") for kit in ("", "VOCdevkit")),
+    ):
         if os.path.isdir(os.path.join(folder, "ImageSets", "Main")):
             return folder
-    raise UserError(f"voc:{name}: no ImageSets/Main there, nor in VOC2007 below it; {_EXPECTED}")
+    raise UserError(f"voc:{name}: no ImageSets/Main there, nor in VOC2007 or VOC2012 below it; {_EXPECTED}")
 
 
 def _labels(lists: str, split: str) -> tuple[list[bytes], NDArray[np.int8]]:

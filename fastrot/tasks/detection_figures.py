@@ -1,0 +1,123 @@
+"""What a detector's findings are worth: COCO's APs by pycocotools, VOC's by both rules."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from fastrot.data.objects import Objects
+from fastrot.tasks.detect import Found
+from fastrot.tasks.voc_ap import DETECTRON2, MMDET, Detections, average_precision
+from fastrot.tasks.voc_ap import Objects as Truth
+
+VOC = {
+    "ap50": "held-out AP50, 11 points, as mmdetection",
+    "ap50_area": "held-out AP50 under the envelope",
+    "d2_ap": "held-out AP, as detectron2 on VOC",
+    "d2_ap50": "held-out AP50, as detectron2 on VOC",
+    "d2_ap75": "held-out AP75, as detectron2 on VOC",
+}
+_COCO = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+COCO_BOXES = dict(zip(_COCO, ("held-out box AP", "AP50", "AP75", "AP small", "AP medium", "AP large"), strict=True))
+COCO_MASKS = {f"mask_{name}": f"mask {says.removeprefix('held-out box ')}" for name, says in COCO_BOXES.items()}
+_TEN: list[float] = np.arange(0.5, 1.0, 0.05).tolist()
+
+
+def coco_figures(objects: Objects, sizes: NDArray[np.int32], found: Sequence[Found], masks: bool) -> dict[str, float]:
+    """Box APs, and with `masks` mask_ APs, 0..1; nan where no object of that size is there.
+
+    sizes int32 [N, 2], height and width of each image; found: one an image.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
+        truth = COCO()
+        truth.dataset = _dataset(objects, sizes)
+        truth.createIndex()
+        results = _results(objects, found)
+        if not results:
+            kinds = ("", "mask_") if masks else ("",)
+            return {kind + name: 0.0 for kind in kinds for name in _COCO}
+        figures = _judged(truth, results, "bbox", "")
+        if masks:
+            figures |= _judged(
+                truth, [{k: v for k, v in one.items() if k != "bbox"} for one in results], "segm", "mask_"
+            )
+    return figures
+
+
+def _judged(truth: COCO, results: list[dict[str, Any]], kind: str, prefix: str) -> dict[str, float]:
+    judge = COCOeval(truth, truth.loadRes(results), kind)
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    values = judge.stats[:6]
+    return {prefix + name: float(v) if v >= 0 else float("nan") for name, v in zip(_COCO, values, strict=True)}
+
+
+def _dataset(objects: Objects, sizes: NDArray[np.int32]) -> dict[str, Any]:
+    entries = []
+    for row, image in enumerate(objects.image_id.tolist()):
+        mine = objects.of(row)
+        for one in range(mine.start, mine.stop):
+            x1, y1, x2, y2 = objects.box[one].tolist()
+            entry = {
+                "id": one + 1,  # pycocotools takes a match with 0 for none
+                "image_id": image,
+                "category_id": objects.category[objects.label[one]],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": float(objects.area[one]),
+                "iscrowd": int(objects.aside[one]),
+            }
+            if objects.has_masks:
+                entry["segmentation"] = objects.rle_of(one, *sizes[row].tolist())
+            entries.append(entry)
+    return {
+        "images": [
+            {"id": image, "height": h, "width": w}
+            for image, (h, w) in zip(objects.image_id.tolist(), sizes.tolist(), strict=True)
+        ],
+        "annotations": entries,
+        "categories": [{"id": n, "name": c} for n, c in zip(objects.category, objects.classes, strict=True)],
+    }
+
+
+def _results(objects: Objects, found: Sequence[Found]) -> list[dict[str, Any]]:
+    """As COCO's results: one entry a detection."""
+    results = []
+    for one in found:
+        for at, (x1, y1, x2, y2) in enumerate(one.box.tolist()):
+            entry = {
+                "image_id": int(objects.image_id[one.row]),
+                "category_id": objects.category[one.label[at]],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": float(one.score[at]),
+            }
+            results.append(entry | ({"segmentation": one.masks[at]} if one.masks else {}))
+    return results
+
+
+def voc_figures(objects: Objects, found: Sequence[Found]) -> dict[str, float]:
+    """Mean over classes, 0..1: ap50 as mmdetection (11 points), ap50_area under the envelope; as detectron2: d2_ap (mean
+    of ten thresholds), d2_ap50, d2_ap75. Classes without an object to find are left out."""
+    image = np.concatenate([np.full(len(one.label), one.row) for one in found] or [np.zeros(0, np.int64)])
+    box, score, label = (
+        np.concatenate([getattr(one, name) for one in found]) if found else np.zeros((0, 4) if name == "box" else 0)
+        for name in ("box", "score", "label")
+    )
+    rows = np.repeat(np.arange(len(objects)), np.diff(objects.first))
+    table = []
+    for number in range(len(objects.classes)):
+        mine, true = label == number, objects.label == number
+        of = Detections(image[mine], box[mine].astype(np.float64), score[mine].astype(np.float64))
+        there = Truth(rows[true], objects.box[true].astype(np.float64), np.asarray(objects.aside[true]))
+        if not (~there.difficult).any():
+            continue
+        theirs = average_precision(of, there, 0.5, MMDET)
+        ten = [average_precision(of, there, threshold, DETECTRON2).eleven for threshold in _TEN]
+        table.append((theirs.eleven, theirs.area, float(np.mean(ten)), ten[0], ten[5]))
+    means = np.array(table).mean(0) if table else np.full(5, np.nan)
+    return dict(zip(("ap50", "ap50_area", "d2_ap", "d2_ap50", "d2_ap75"), means.tolist(), strict=True))
