@@ -3,14 +3,15 @@
 import json
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 from fastrot.errors import Fault
 from fastrot.files import Damaged, as_json
 
 
-class _Entry(TypedDict):
+@dataclass(frozen=True)
+class _Entry:
     path: str
     source: str
 
@@ -68,4 +69,4 @@ def _entry(line: str) -> tuple[str, str | None]:
         entry = as_json(line.encode(), _Entry)
     except Damaged:
         return "", None
-    return entry["path"], entry["source"]
+    return entry.path, entry.source
