@@ -19,6 +19,7 @@ from fastrot.data.objects import Objects, read_objects
 from fastrot.data.whole_objects import ObjectView, ShownObjects
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
+from fastrot.files import remove
 from fastrot.runs import transfer
 from fastrot.runs.run import train
 from fastrot.runs.transfer import Start
@@ -151,4 +152,9 @@ def _read(source: str | None, config: Config, ranks: Ranks, name: str) -> Beside
         read_objects(manifest).save(folder)
         return str(folder)
 
-    return Beside(manifest.content, Objects.load(Path(distributed.on_first(ranks, read))))
+    folder = Path(distributed.on_first(ranks, read))
+    objects = Objects.load(folder)
+    dist.barrier()  # every rank has mapped them: they need no name any more
+    if ranks.first:
+        remove(folder)
+    return Beside(manifest.content, objects)

@@ -162,6 +162,7 @@ def test_a_read_error_that_passes_leaves_no_trace(tmp_path, monkeypatch, number)
 @pytest.mark.parametrize("number, kind, tries", [(errno.EIO, Fault, 3), (errno.EACCES, UserError, 1)])
 def test_a_read_error_that_stays_ends_indexing_in_a_line_and_is_not_kept(tmp_path, monkeypatch, number, kind, tries):
     """A file that cannot be read today is no broken image: once it can be, it is a row."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})  # parts of one row
     root, cache = write_folder(tmp_path / "d"), tmp_path / "cache"
     with monkeypatch.context() as patch:
         opened = stumbling(patch, 99, number)

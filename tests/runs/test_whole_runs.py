@@ -119,7 +119,7 @@ def learnt(out):
     return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(out)]
 
 
-@pytest.mark.parametrize("kind", JUDGED)
+@pytest.mark.parametrize("kind", ["c4", "segment", pytest.param("fpn", marks=pytest.mark.slow)])
 def test_stopped_and_resumed_is_the_run_that_was_not(kind, words, tmp_path, fastrot):
     whole = fastrot(*words[kind], f"run.out={tmp_path / 'whole'}", "--json")
     assert whole.code == 0, whole.err
@@ -139,7 +139,7 @@ def test_stopped_and_resumed_is_the_run_that_was_not(kind, words, tmp_path, fast
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("kind", ["c4", "segment"])
+@pytest.mark.parametrize("kind", ["segment", pytest.param("c4", marks=pytest.mark.slow)])
 def test_two_ranks_learn_from_the_same_images_and_judge_the_same(kind, words, tmp_path, fastrot):
     out = f"run.out={tmp_path / 'r'}"
     deepspeed = ["engine.kind=deepspeed", out, "--json"]

@@ -52,6 +52,13 @@ def test_its_loss_is_the_detectors_for_each_image_and_weights_come_from_the_seed
     assert summary == pytest.approx({"loss": loss.item() / 2} | {k: v.item() for k, v in losses.items()}, rel=1e-5)
 
 
+@pytest.mark.parametrize("model", ["c4", "fpn"])
+def test_every_layer_of_a_frozen_backbone_learns(model):
+    backbone = torchvision.models.resnet18().requires_grad_(False)
+    network = DetectTask(backbone, model, 3, 16, MEAN, STD, torch.device("cpu"), VOC).build_model("resnet18", 0)
+    assert all(p.requires_grad for p in network.parameters())
+
+
 def test_what_it_finds_is_in_the_images_own_pixels():
     task = DetectTask(torchvision.models.resnet18(), "fpn", 3, 16, MEAN, STD, torch.device("cpu"), VOC)
     sample = shown(64, 80, (32, 40))

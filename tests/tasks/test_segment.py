@@ -28,6 +28,12 @@ def shown(height, width, size=None):
     return ShownMask(image, mask, size or (height, width))
 
 
+def test_every_layer_of_a_frozen_backbone_learns():
+    backbone = torchvision.models.resnet18().requires_grad_(False)
+    network = SegmentTask(backbone, 4, 32, None, False, MEAN, STD, CPU).build_model("resnet18", 0)
+    assert all(p.requires_grad for p in network.parameters())
+
+
 def test_crops_are_padded_and_padding_is_no_class():
     one = task()
     batch = WholeBatch(np.arange(2), [shown(32, 32), shown(20, 28)], 2, True)
