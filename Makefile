@@ -22,11 +22,13 @@ $(VENV)/.ready: requirements.txt requirements-ffcv.txt setup.py tools/install_ff
 	tools/install_ffcv.sh $(BIN)/python
 	$(BIN)/fastrot warmup
 	@touch $@
+	@echo 'set up. To go on: source $(VENV)/bin/activate; fastrot --help'
 
 demo: setup
 	$(BIN)/fastrot demo-data --out runs/demo-data
 	rm -rf runs/demo
 	$(BIN)/deepspeed fastrot/train.py --config configs/demo.yaml
+	@echo 'The run is in runs/demo. To go on: source $(VENV)/bin/activate; fastrot train --config configs/photos10.yaml data.train=YOUR/FOLDER'
 
 # the control: the same run on shuffled labels; held-out accuracy must stay at chance
 demo-control: setup
