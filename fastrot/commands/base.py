@@ -81,6 +81,14 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--random-init", type=int, metavar="SEED", help="the control: an untrained model.arch instead")
 
 
+def add_learning(parser: argparse.ArgumentParser, section: str) -> None:
+    """Of what is trained on from a backbone. section: of the config, its own."""
+    add_backbone(parser)
+    add_resume(parser)
+    add_dry_run(parser)
+    add_config(parser, "data", "rotation", section, "model", "optim", "engine", "run")
+
+
 def add_stores(parser: argparse.ArgumentParser) -> None:
     """Of the probes, which read feature stores: they take no config and run without ranks."""
     parser.add_argument("--train", required=True, metavar="DIR", help="feature store to fit")

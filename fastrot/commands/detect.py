@@ -5,33 +5,23 @@ import argparse
 from fastrot.commands.base import (
     Command,
     Result,
-    add_backbone,
-    add_config,
-    add_dry_run,
-    add_resume,
+    add_learning,
     among_ranks,
     settings,
 )
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    add_backbone(parser)
-    add_resume(parser)
-    add_dry_run(parser)
-    add_config(parser, "data", "rotation", "detect", "model", "optim", "engine", "run")
+    add_learning(parser, "detect")
 
 
 def _run(args: argparse.Namespace) -> Result:
     config, sources = settings(args, "detect")
     with among_ranks() as ranks:
-        from fastrot.runs import detect
+        from fastrot.runs.detect import prepared
 
-        if args.dry_run:
-            from fastrot.runs.dry_run import dry_run
-
-            begin, job, choose, _ = detect.prepared(args.checkpoint, args.random_init, config, ranks)
-            return dry_run(begin.config, sources, ranks, None, job, choose)
-        return detect.train_detector(args.checkpoint, args.random_init, config, ranks, args.resume)
+        learning = prepared(args.checkpoint, args.random_init, config, ranks)
+        return learning.dry_run(sources, ranks) if args.dry_run else learning.train(ranks, args.resume)
 
 
 COMMAND = Command(

@@ -5,11 +5,8 @@ import argparse
 from fastrot.commands.base import (
     Command,
     Result,
-    add_backbone,
-    add_config,
-    add_dry_run,
     add_fit,
-    add_resume,
+    add_learning,
     among_ranks,
     settings,
 )
@@ -17,16 +14,13 @@ from fastrot.errors import UserError
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    add_backbone(parser)
-    add_resume(parser)
-    add_dry_run(parser)
     parser.add_argument("--features", metavar="DIR", help="feature store to fit")
     parser.add_argument("--test", metavar="DIR", help="feature store to judge by")
     parser.add_argument(
         "--epochs", type=int, default=20, metavar="N", help="passes over the stored features (default: 20)"
     )
     add_fit(parser)
-    add_config(parser, "data", "rotation", "linear", "model", "optim", "engine", "run")
+    add_learning(parser, "linear")
 
 
 def _run(args: argparse.Namespace) -> Result:
@@ -37,14 +31,10 @@ def _run(args: argparse.Namespace) -> Result:
         return _on_features(args)
     config, sources = settings(args, "linear")
     with among_ranks() as ranks:
-        from fastrot.runs import heads
+        from fastrot.runs.heads import prepared
 
-        if args.dry_run:
-            from fastrot.runs.dry_run import dry_run
-
-            begin, job = heads.prepared(args.checkpoint, args.random_init, config, ranks)
-            return dry_run(begin.config, sources, ranks, None, job)
-        return heads.train_heads(args.checkpoint, args.random_init, config, ranks, args.resume)
+        learning = prepared(args.checkpoint, args.random_init, config, ranks)
+        return learning.dry_run(sources, ranks) if args.dry_run else learning.train(ranks, args.resume)
 
 
 def _on_features(args: argparse.Namespace) -> Result:

@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -14,15 +13,13 @@ from torch import nn
 from fastrot import distributed, machine
 from fastrot.config import Config
 from fastrot.data.build import open_manifest
-from fastrot.data.manifest import Manifest
 from fastrot.data.objects import Objects, read_objects
 from fastrot.data.whole_objects import ObjectView, ShownObjects
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.files import remove
 from fastrot.runs import transfer
-from fastrot.runs.run import train
-from fastrot.runs.transfer import Start
+from fastrot.runs.transfer import Learning
 from fastrot.runs.whole import Beside, WholeJob
 from fastrot.tasks.detect import DetectTask, Found
 from fastrot.tasks.detection_figures import COCO_BOXES, COCO_MASKS, VOC, coco_figures, voc_figures
@@ -93,9 +90,7 @@ def _says(objects: Objects) -> str:
     return f"{len(objects.label):,} objects in {len(objects):,} images, {aside:,} of them set aside{left}"
 
 
-def prepared(
-    checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks
-) -> tuple[Start, Callable[..., DetectJob], Callable[[Manifest], Manifest], dict[str, Any]]:
+def prepared(checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks) -> Learning:
     """What the run begins from, what makes its job, what chooses its images: those with an object to learn; and what
     else a resume must find unchanged. Raises UserError.
 
@@ -112,15 +107,7 @@ def prepared(
     manifest = open_manifest(config.data.train, config, ranks, "data.train").some(learnable)
     sets["train"] = Beside(manifest.content, sets["train"].known.some(learnable))
     more = begin.defining("detect") | {"detect.objects": sets["train"].known.content()}
-    return begin, partial(DetectJob, begin, sets), lambda every: every.some(learnable), more
-
-
-def train_detector(
-    checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks, resume: str
-) -> dict[str, Any]:
-    """Train, or go on training, in run.out. Returns what --json prints. Raises UserError. Arguments as in `prepared`."""
-    begin, job, choose, more = prepared(checkpoint, seed, config, ranks)
-    return train(begin.config, ranks, resume, [], None, job, more, choose)
+    return Learning(begin, partial(DetectJob, begin, sets), more, lambda every: every.some(learnable))
 
 
 def _sets(config: Config, ranks: Ranks) -> Sets:

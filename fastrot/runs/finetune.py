@@ -1,6 +1,5 @@
 """`fastrot finetune`: a whole network, from a pretrained backbone, learns classes from all or few of the images."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from fastrot.engine import AUTOCAST
 from fastrot.errors import UserError
 from fastrot.probes.lowshot import draw
 from fastrot.runs import transfer
-from fastrot.runs.run import train
-from fastrot.runs.transfer import Start, TransferJob
+from fastrot.runs.transfer import Learning, Start, TransferJob
 from fastrot.tasks.finetune import FinetuneTask
 
 
@@ -46,21 +44,18 @@ class FinetuneJob(TransferJob):
         )
 
 
-def prepared(
-    checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks
-) -> tuple[Start, Callable[..., FinetuneJob], Callable[[Manifest], Manifest]]:
+def prepared(checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks) -> Learning:
     """What the run begins from, what makes its job, and what chooses its images. Raises UserError.
 
     checkpoint  of the backbone, or None for the control drawn from `seed`.
     """
     begin = transfer.start("finetune", checkpoint, seed, config, ranks)
-    return begin, partial(FinetuneJob, begin), partial(subset, config=config)
+    return Learning(begin, partial(FinetuneJob, begin), begin.defining("finetune"), partial(subset, config=config))
 
 
 def fine_tune(checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks, resume: str) -> dict[str, Any]:
     """Train, or go on training, in run.out. Returns what --json prints. Raises UserError. Arguments as in `prepared`."""
-    begin, job, choose = prepared(checkpoint, seed, config, ranks)
-    return train(begin.config, ranks, resume, [], None, job, begin.defining("finetune"), choose)
+    return prepared(checkpoint, seed, config, ranks).train(ranks, resume)
 
 
 def subset(manifest: Manifest, config: Config) -> Manifest:

@@ -1,6 +1,5 @@
 """`fastrot linear --checkpoint`: the protocol's heads on a frozen backbone, trained in a run folder like any other."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,8 +7,7 @@ from fastrot.config import Config
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.runs import transfer
-from fastrot.runs.run import train
-from fastrot.runs.transfer import Start, TransferJob
+from fastrot.runs.transfer import Learning, TransferJob
 from fastrot.tasks.linear import LinearTask
 
 
@@ -34,9 +32,7 @@ class LinearJob(TransferJob):
         )
 
 
-def prepared(
-    checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks
-) -> tuple[Start, Callable[..., LinearJob]]:
+def prepared(checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks) -> Learning:
     """What the run begins from, and what makes its job. Raises UserError.
 
     checkpoint  of the backbone, or None for the control drawn from `seed`.
@@ -47,10 +43,9 @@ def prepared(
             "configs/linear_in1k.yaml has it"
         )
     begin = transfer.start("linear", checkpoint, seed, config, ranks)
-    return begin, partial(LinearJob, begin)
+    return Learning(begin, partial(LinearJob, begin), begin.defining("linear"))
 
 
 def train_heads(checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks, resume: str) -> dict[str, Any]:
     """Train, or go on training, in run.out. Returns what --json prints. Raises UserError. Arguments as in `prepared`."""
-    begin, job = prepared(checkpoint, seed, config, ranks)
-    return train(begin.config, ranks, resume, [], None, job, begin.defining("linear"))
+    return prepared(checkpoint, seed, config, ranks).train(ranks, resume)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from torch import nn
 
@@ -13,8 +12,7 @@ from fastrot.data.masks import Masks, read_masks
 from fastrot.data.whole_masks import MaskView, ShownMask
 from fastrot.distributed import Ranks
 from fastrot.runs import transfer
-from fastrot.runs.run import train
-from fastrot.runs.transfer import Start
+from fastrot.runs.transfer import Learning
 from fastrot.runs.whole import Beside, WholeJob
 from fastrot.tasks.confusion import figures
 from fastrot.tasks.segment import SegmentTask
@@ -59,9 +57,7 @@ class SegmentJob(WholeJob[ShownMask, Masks]):
         return network, self.config.segment.crop
 
 
-def prepared(
-    checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks
-) -> tuple[Start, Callable[..., SegmentJob], dict[str, Any]]:
+def prepared(checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks) -> Learning:
     """What the run begins from, what makes its job, and what else a resume must find unchanged. Raises UserError.
 
     checkpoint  of the backbone, or None for the control drawn from `seed`.
@@ -77,15 +73,7 @@ def prepared(
     begin = transfer.begin("segment", checkpoint, seed, config, classes)
     contents = distributed.on_first(ranks, lambda: {name: one.known.content() for name, one in sets.items()})
     more = begin.defining("segment") | {"segment.masks": contents["train"]}
-    return begin, partial(SegmentJob, begin, sets), more
-
-
-def train_segmenter(
-    checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks, resume: str
-) -> dict[str, Any]:
-    """Train, or go on training, in run.out. Returns what --json prints. Raises UserError. Arguments as in `prepared`."""
-    begin, job, more = prepared(checkpoint, seed, config, ranks)
-    return train(begin.config, ranks, resume, [], None, job, more)
+    return Learning(begin, partial(SegmentJob, begin, sets), more)
 
 
 def _read(source: str | None, config: Config, ranks: Ranks, name: str) -> Beside[Masks]:

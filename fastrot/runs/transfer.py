@@ -16,6 +16,8 @@ from fastrot.errors import UserError
 from fastrot.models.backbone import Origin, backbone_of
 from fastrot.profiling.roofline import Row
 from fastrot.runs.build import Job
+from fastrot.runs.dry_run import dry_run
+from fastrot.runs.run import Chooser, train
 
 # switches of engine that pretraining alone has, and what leaves them out
 _PRETRAINING = {"compile": False, "cuda_graphs": False, "norm": "torch", "stem_channels": 3, "recompute": False}
@@ -35,6 +37,24 @@ class Start:
         weights = self.origin.sha256 or f"random, seed {self.origin.seed}"
         mine = {key: value for key, value in flat(self.config).items() if key.startswith(f"{section}.")}
         return mine | {"backbone": weights}
+
+
+@dataclass(frozen=True)
+class Learning:
+    """A training from a backbone, ready to begin. make_job, more, choose: as in runs.run.train."""
+
+    begin: Start
+    make_job: Callable[..., Job]
+    more: dict[str, Any]
+    choose: Chooser | None = None
+
+    def train(self, ranks: Ranks, resume: str) -> dict[str, Any]:
+        """Train, or go on training, in run.out. Returns what --json prints. Raises UserError."""
+        return train(self.begin.config, ranks, resume, [], None, self.make_job, self.more, self.choose)
+
+    def dry_run(self, sources: dict[str, str], ranks: Ranks) -> dict[str, Any]:
+        """Say what the training would be. sources: of each config value."""
+        return dry_run(self.begin.config, sources, ranks, None, self.make_job, self.choose)
 
 
 class TransferJob(Job):
