@@ -9,7 +9,8 @@ export PATH := $(BIN):$(PATH)
 setup: $(VENV)/.ready
 
 # g++ and ninja compile DeepSpeed's host collectives, cc and libjpeg-turbo's header the turbo decoder
-# (once, kept in the cache); apt only where it may.
+# (once, kept in the cache); apt only where it may. Bytecode once here: else a process in a place that may not write it
+# compiles all of torch, 8 s of 11.
 $(VENV)/.ready: requirements.txt requirements-ffcv.txt setup.py tools/install_ffcv.sh
 	@{ command -v g++ && echo '#include <stdio.h>\n#include <jpeglib.h>' | g++ -E -; } >/dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ libjpeg-dev; } \
@@ -17,7 +18,7 @@ $(VENV)/.ready: requirements.txt requirements-ffcv.txt setup.py tools/install_ff
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { [ "$$(id -u)" = 0 ] && apt-get update -qq \
 	  && apt-get install -y -qq --no-install-recommends python3-venv && $(PYTHON) -m venv --clear $(VENV); }
 	$(BIN)/pip install -q --disable-pip-version-check uv
-	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements.txt
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
 	tools/install_ffcv.sh $(BIN)/python
 	$(BIN)/fastrot warmup

@@ -23,7 +23,8 @@ from loader_arms import ARMS, BATCH, COLD, RATIO, SCALE, SIDE, Files
 from PIL import Image
 
 from fastrot import __version__, machine
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest
 from fastrot.terminal import track
 
 # A decoder's stated error on photographs, levels against the torch decoder: mean, and the worst image's mean.

@@ -13,7 +13,8 @@ import harness
 import numpy as np
 from PIL import Image
 
-from fastrot.data.manifest import Manifest, content_hash, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest, content_hash
 from fastrot.data.order import FullOrder
 from fastrot.data.plan import Plan
 from fastrot.data.sources import open_source

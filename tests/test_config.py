@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastrot import config as configs
+from fastrot.config import fields
 from fastrot.errors import UserError
 
 # page*.yaml are suites of fastrot page: tests/page reads them
@@ -194,7 +195,7 @@ def test_a_config_file_that_is_none(tmp_path, text, words):
 
 
 def test_every_field_is_documented_where_it_stands():
-    source = Path(configs.__file__).read_text()
+    source = Path(fields.__file__).read_text()
     for key in configs.known_keys():
         name = key.split(".")[1]
         assert f"    {name}: " in source

@@ -12,7 +12,8 @@ import torch
 from conftest import runnable_decoders, write_folder
 from fastrot import config as configs
 from fastrot.data.build import crop_at, make_loader
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest
 from fastrot.data.plan import Sample, StreamHash
 from fastrot.distributed import Ranks
 

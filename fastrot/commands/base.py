@@ -151,7 +151,8 @@ def plan(
     from fastrot import machine, terminal
     from fastrot.config import flat
     from fastrot.data.build import describe, open_manifest
-    from fastrot.data.manifest import Manifest, index
+    from fastrot.data.index import index
+    from fastrot.data.manifest import Manifest
     from fastrot.errors import UserError
 
     def manifest(key: str, source: str | None) -> Manifest:

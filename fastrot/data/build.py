@@ -12,9 +12,10 @@ from fastrot.config import Config
 from fastrot.data import loader_settings
 from fastrot.data.bad_images import BadImages
 from fastrot.data.decode import make_decoder
+from fastrot.data.index import index
 from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
 from fastrot.data.loader_settings import Tuned
-from fastrot.data.manifest import Manifest, changed_files, index
+from fastrot.data.manifest import Manifest, changed_files
 from fastrot.data.order import FullOrder, WindowOrder
 from fastrot.data.plan import Plan
 from fastrot.data.sources import MASKED

@@ -15,7 +15,8 @@ from fastrot.config import Data
 from fastrot.data import beton
 from fastrot.data.bad_images import BadImages
 from fastrot.data.encode import Encoding, Sample, encode_rows, start_worker
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest
 from fastrot.errors import Fault, Unreadable, UserError
 from fastrot.files import replacing
 

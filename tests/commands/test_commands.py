@@ -12,7 +12,7 @@ from conftest import ROOT
 from fastrot import __version__
 from fastrot import config as configs
 from fastrot.commands import GROUPS, find
-from fastrot.errors import Fault
+from fastrot.errors import Fault, UserError
 
 NAMES = [name for names in GROUPS.values() for name in names]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("page"))
@@ -151,7 +151,7 @@ def test_a_resolved_config_is_no_others(tmp_path, path, command):
     if command == _owner(path):
         assert configs.load(str(file), [], command)[0] == config
     else:
-        with pytest.raises(configs.UserError, match=f"is a config of fastrot {_owner(path)}"):
+        with pytest.raises(UserError, match=f"is a config of fastrot {_owner(path)}"):
             configs.load(str(file), [], command)
 
 

@@ -14,7 +14,8 @@ from fastrot.data import beton
 from fastrot.data.decode import make_decoder
 from fastrot.data.decode.batch import Batch
 from fastrot.data.images import KINDS
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage, UserError
 

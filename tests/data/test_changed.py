@@ -11,7 +11,8 @@ import pytest
 from conftest import write_folder
 from fastrot.data import pack as packing
 from fastrot.data import reading, storage
-from fastrot.data.manifest import Manifest, changed_files, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest, changed_files
 from fastrot.data.storage import FileStorage
 from fastrot.errors import Fault, Unreadable, UserError
 
@@ -192,7 +193,7 @@ def test_a_file_that_goes_between_listing_and_looking_is_one_line(manifest, tmp_
         os.unlink(paths[3])
         return listed(paths)
 
-    monkeypatch.setattr("fastrot.data.manifest.states", gone)
+    monkeypatch.setattr("fastrot.data.index.states", gone)
     with pytest.raises(UserError, match=r"3\.jpg is gone since it was listed[^\n]*$"):
         index(str(tmp_path / "d"), tmp_path / "other", 10**8, plain)
 

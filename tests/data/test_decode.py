@@ -16,7 +16,8 @@ from fastrot.data.augment import central_boxes, crop_windows
 from fastrot.data.decode import make_decoder
 from fastrot.data.decode.batch import Batch
 from fastrot.data.images import decode_upright
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage
 from fastrot_kernels.build import BuildError

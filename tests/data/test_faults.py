@@ -15,7 +15,8 @@ from conftest import DALI_RESIZES, cpu_decoder, draw, runnable_decoders
 from corpus import BROKEN, FAULTS, SILENT, SOUND, XMP, encode, exif_block, headed, segment
 from fastrot.data.decode.batch import Batch
 from fastrot.data.images import decode_upright
-from fastrot.data.manifest import Manifest, index, scan_file
+from fastrot.data.index import index, scan_file
+from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
 from fastrot.data.verify import verify
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from conftest import draw, write_folder
 from fastrot.data.images import decode_upright
-from fastrot.data.manifest import Manifest, index, scan_file
+from fastrot.data.index import index, scan_file
+from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage, UserError
 
@@ -194,7 +195,7 @@ def test_the_content_hash_has_its_golden_value(tmp_path):
 def test_an_unchanged_source_comes_from_the_cache(tmp_path, monkeypatch):
     root = write_folder(tmp_path / "d")
     first = build(root, tmp_path / "cache")
-    monkeypatch.setattr("fastrot.data.manifest.scan_file", None)
+    monkeypatch.setattr("fastrot.data.index.scan_file", None)
     assert build(root, tmp_path / "cache").content == first.content
 
 

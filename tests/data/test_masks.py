@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from conftest import draw
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest
 from fastrot.data.masks import read_masks
 from fastrot.errors import UserError
 

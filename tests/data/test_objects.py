@@ -9,7 +9,8 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from conftest import draw
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest
 from fastrot.data.objects import Objects, read_objects
 from fastrot.errors import UserError
 

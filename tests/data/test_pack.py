@@ -14,7 +14,8 @@ from fastrot.data import beton
 from fastrot.data import pack as packing
 from fastrot.data.encode import Encoding
 from fastrot.data.images import decode_upright
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
 from fastrot.errors import UserError
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, write_folder
-from fastrot.data import manifest as manifests
+from fastrot.data import index as indexing
 from fastrot.data import reading, scan
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest
 from fastrot.data.verify import verify
 from fastrot.errors import Fault, UserError
 
@@ -24,7 +25,7 @@ BY_PROCESSES = """
 import os, sys
 from pathlib import Path
 from fastrot.data import scan
-from fastrot.data.manifest import index
+from fastrot.data.index import index
 scan._MANY, scan.ROWS = 0, 4
 def track(items, total, title):
     if title.startswith("indexing"):
@@ -80,7 +81,7 @@ def test_killed_and_started_again_only_what_was_not_done_is_looked_at(tmp_path, 
     last.unlink()
     last.write_bytes(b"")
     os.utime(last, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    looked, scan_file = [], manifests.scan_file
+    looked, scan_file = [], indexing.scan_file
 
     def spy(*words, max_pixels):
         looked.append(words[0])
@@ -89,7 +90,7 @@ def test_killed_and_started_again_only_what_was_not_done_is_looked_at(tmp_path, 
     monkeypatch.setattr(scan, "ROWS", 4)
     monkeypatch.setattr(scan, "_MANY", 0)
     monkeypatch.setattr(scan, "workers_pool", lambda processes: ThreadPoolExecutor(2))
-    monkeypatch.setattr(manifests, "scan_file", spy)
+    monkeypatch.setattr(indexing, "scan_file", spy)
     source = f"list:{root / 'files.txt'}"
     resumed = Manifest.load(index(source, cache, 10**8, plain))
     assert sorted(looked) == sorted(os.fsencode(path) for path in (root / "class2/4.jpg", last))
@@ -121,14 +122,14 @@ def test_a_damaged_part_is_one_line(tmp_path):
 
 def test_two_at_once_index_a_source_once(tmp_path, monkeypatch):
     root, count, lock = write_folder(tmp_path / "d"), [], Lock()
-    scan_file = manifests.scan_file
+    scan_file = indexing.scan_file
 
     def spy(*words, max_pixels):
         with lock:
             count.append(words)
         return scan_file(*words, max_pixels=max_pixels)
 
-    monkeypatch.setattr(manifests, "scan_file", spy)
+    monkeypatch.setattr(indexing, "scan_file", spy)
     with ThreadPoolExecutor(4) as pool:
         folders = list(pool.map(lambda _: index(str(root), tmp_path / "cache", 10**8, plain), range(4)))
     assert len(set(folders)) == 1 and len(count) == 12
@@ -136,7 +137,7 @@ def test_two_at_once_index_a_source_once(tmp_path, monkeypatch):
 
 def stumbling(monkeypatch, times: int, number: int) -> list[str]:
     """Images are opened `times` times with this error before they can be; a list that tells how often class1/2.jpg was."""
-    opened, open_image = [], manifests.open_image
+    opened, open_image = [], indexing.open_image
 
     def stumble(file):
         if file.name.endswith(b"class1/2.jpg"):
@@ -145,7 +146,7 @@ def stumbling(monkeypatch, times: int, number: int) -> list[str]:
                 raise OSError(number, os.strerror(number))
         return open_image(file)
 
-    monkeypatch.setattr(manifests, "open_image", stumble)
+    monkeypatch.setattr(indexing, "open_image", stumble)
     monkeypatch.setattr(reading, "_PAUSES_S", (0, 0))
     return opened
 
@@ -171,8 +172,8 @@ def test_a_read_error_that_stays_ends_indexing_in_a_line_and_is_not_kept(tmp_pat
     words = f"indexing {root}: {root}/class1/2.jpg: cannot be read; mend it and start again"
     assert str(error.value).startswith(words) and os.strerror(number) in str(error.value)
     assert len(opened) == tries
-    looked, scan_file = [], manifests.scan_file
-    monkeypatch.setattr(manifests, "scan_file", lambda *w, **k: looked.append(w[0]) or scan_file(*w, **k))
+    looked, scan_file = [], indexing.scan_file
+    monkeypatch.setattr(indexing, "scan_file", lambda *w, **k: looked.append(w[0]) or scan_file(*w, **k))
     assert len(Manifest.load(index(str(root), cache, 10**8, plain))) == 12
     assert looked == [os.fsencode(root / "class1/2.jpg")]  # a row a part, of so few
 

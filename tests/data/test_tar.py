@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from conftest import draw, write_folder
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest
 from fastrot.data.sources import tar as tar_source
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage, UserError

@@ -14,7 +14,8 @@ from PIL import Image
 from conftest import draw, write_folder
 from fastrot.data import verify as verifying
 from fastrot.data.images import decode_upright
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest
 from fastrot.data.verify import damage_of, verify
 from fastrot.errors import UserError
 

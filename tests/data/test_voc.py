@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from conftest import draw
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest
 from fastrot.data.sources.voc import CLASSES
 from fastrot.errors import UserError
 

@@ -8,7 +8,8 @@ from PIL import Image
 
 from conftest import write_folder
 from fastrot.data.bad_images import BadImages
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest
 from fastrot.data.order import FullOrder
 from fastrot.data.plan import Plan
 from fastrot.data.whole import WholeLoader

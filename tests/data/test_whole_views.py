@@ -11,7 +11,8 @@ from PIL import Image
 from torchvision.ops import masks_to_boxes
 
 from conftest import draw
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest
 from fastrot.data.objects import read_objects
 from fastrot.data.whole_masks import MaskView, distorted, distortion, sides_within
 from fastrot.data.whole_objects import ObjectView, sides_at

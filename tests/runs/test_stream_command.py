@@ -11,8 +11,9 @@ from PIL import Image
 from conftest import ROOT, write_folder
 from fastrot import config as configs
 from fastrot.data.build import plan_of
+from fastrot.data.index import index
 from fastrot.data.loader import Loader
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.manifest import Manifest
 from fastrot.data.plan import StreamHash
 
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "stream.json").read_text())["stream"]

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from fastrot.config import Data, load
 from fastrot.data import loader_settings
 from fastrot.data.build import make_loader
+from fastrot.data.index import index
 from fastrot.data.loader_settings import Tuned
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.runs import tune

@@ -11,7 +11,8 @@ import torchvision
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest
 from fastrot.data.objects import Objects, read_objects
 from fastrot.data.whole import WholeBatch
 from fastrot.data.whole_objects import ShownObjects

@@ -14,8 +14,9 @@ from fastrot import config as configs
 from fastrot.cli import main
 from fastrot.data.decode import make_decoder
 from fastrot.data.decode.batch import Batch
+from fastrot.data.index import index
 from fastrot.data.loader import MicroBatch
-from fastrot.data.manifest import Manifest, index
+from fastrot.data.manifest import Manifest
 from fastrot.data.order import FullOrder
 from fastrot.data.plan import Plan
 from fastrot.data.storage import FileStorage

@@ -1,0 +1,17 @@
+"""A run's settings: `fields` says what there is, `rules` what must hold between them, `read` how they are given."""
+
+from fastrot.config.fields import GRAPHING_MODES, Config, Data, Section, Tap
+from fastrot.config.read import flat, is_text, known_keys, load, to_yaml
+
+__all__ = [
+    "GRAPHING_MODES",
+    "Config",
+    "Data",
+    "Section",
+    "Tap",
+    "flat",
+    "is_text",
+    "known_keys",
+    "load",
+    "to_yaml",
+]
