@@ -149,7 +149,7 @@ def plan(
     does  (what, value): outputs and what they depend on.
     """
     from fastrot import machine, terminal
-    from fastrot.config import flat
+    from fastrot.config import flat, table
     from fastrot.data.build import describe, open_manifest
     from fastrot.data.index import index
     from fastrot.data.manifest import Manifest
@@ -172,7 +172,7 @@ def plan(
         if first:
             describe(found, terminal.console().print)
     if first:
-        terminal.table("config", [(key, f"{value}  ({sources[key]})") for key, value in flat(config).items()])
+        terminal.table("config", table(config, sources))
         images = [(key, f"{source}: {rows[key]:,} images") for key, source in data]
         terminal.table("dry run: nothing was written", images + does)
     return {"rows": rows, **dict(does), "config": flat(config), "sources": sources}
