@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrot import machine, terminal
 from fastrot.data import jpeg, png, scan
 from fastrot.data.images import KINDS, kind_of, open_image, orientation_of, upright
 from fastrot.data.manifest import FORMAT, HEAD, Manifest, content_hash, place
@@ -25,6 +26,13 @@ from fastrot.errors import BadImage, UserError
 from fastrot.files import replacing
 
 _HASHED = 4096  # files that enter the storage hash at once
+
+
+def in_cache(source: str | None, max_pixels: int, key: str) -> Path:
+    """`index` in this machine's cache, progress shown; source: what `key` of the config names. Raises as it does."""
+    if source is None:
+        raise UserError(f"{key} is not set; name an image folder, as in {key}=/path, or list:FILE")
+    return index(source, machine.cache_folder() / "manifests", max_pixels, terminal.track)
 
 
 def index(source: str, cache: Path, max_pixels: int, track: Track) -> Path:

@@ -15,8 +15,9 @@ from typing import Any
 
 from fastrot import distributed, machine, terminal
 from fastrot.config import Config, flat, to_yaml
-from fastrot.data.build import FILES, admit_changed_files, describe, open_manifest
+from fastrot.data.build import FILES, admit_changed_files, open_manifest
 from fastrot.data.manifest import Manifest
+from fastrot.data.remarks import describe
 from fastrot.distributed import Ranks
 from fastrot.errors import Diverged, Fault, LostPeer, UserError
 from fastrot.files import clear_scratch, replacing, write_text
