@@ -171,7 +171,10 @@ def _judged(file: BinaryIO, kind: str, max_pixels: int) -> tuple[int, int, int]:
     image = open_image(file)
     width, height = image.size
     _check_size(height, width, max_pixels)
-    if kind == "JPEG" and jpeg.ends(file):
+    frame = jpeg.frame_in(file) if kind == "JPEG" else None
+    if frame and jpeg.too_many_scans(file, frame):
+        raise BadImage(f"has more than {jpeg.MOST_SCANS} scans")
+    if frame and jpeg.ends(file, frame):
         orientation = orientation_of(image)
         return (width, height, orientation) if orientation >= 5 else (height, width, orientation)
     file.seek(0)
