@@ -258,6 +258,7 @@ BROKEN = {
     "truncated at 50%": cut(BASE, 0.5),
     "truncated at 99%": cut(BASE, 0.99),
     "EOI missing": BASE[:-2],
+    "EOI missing behind coded data that end with a byte": encode(draw(24, 40), restart_marker_blocks=3)[:-2],
     "progressive, truncated at 60%": cut(encode(PICTURE, progressive=True), 0.6),
     "cut behind a thumbnail's end": thumbnailed_and_cut(),
     "PNG, end chunk missing": encode(PICTURE, "PNG")[:-12],

@@ -179,6 +179,8 @@ def _judged(file: BinaryIO, kind: str, max_pixels: int) -> tuple[int, int, int]:
         return (width, height, orientation) if orientation >= 5 else (height, width, orientation)
     file.seek(0)
     data = file.read()
+    if frame and jpeg.END not in data[frame.data :]:  # Pillow shows one whose coded bits are all there, likewise
+        raise BadImage("is truncated (its end marker is missing)")
     if kind == "PNG" and not png.ends(data):  # Pillow shows one that has all its pixels, others refuse it
         raise BadImage("is truncated (its end chunk is missing)")
     image = open_image(io.BytesIO(data))

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _FRAMES = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))
-_SCAN, _END, _APP0, _APP14 = 0xDA, 0xD9, 0xE0, 0xEE
+_SCAN, _APP0, _APP14 = 0xDA, 0xE0, 0xEE
+END = b"\xff\xd9"
 _ALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # markers without a length
 _SEQUENTIAL, _USUAL = (0xC0, 0xC1), (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive; Huffman
 _SEGMENT = struct.Struct(">BBH").unpack_from  # 0xFF, marker, length from here on
@@ -89,16 +90,16 @@ def ends(file: BinaryIO, frame: Frame) -> bool:
     count."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(frame.data, size - _TAIL))
-    return b"\xff\xd9" in file.read()
+    return END in file.read()
 
 
 def too_many_scans(file: BinaryIO, frame: Frame) -> bool:
-    """Whether a JPEG has more than MOST_SCANS. One that may have several is read up to there, or to its end marker."""
+    """Whether a JPEG has more than MOST_SCANS. One that may have several is read whole."""
     if frame.one_scan:
         return False
     file.seek(0)
     data, at, scans = file.read(), frame.data, 1
-    while (found := _MARKER(data, at)) and data[found.start() + 1] != _END and scans <= MOST_SCANS:
+    while (found := _MARKER(data, at)) and found[0] != END and scans <= MOST_SCANS:
         at = found.start() + 2
         scans += data[at - 1] == _SCAN
         at += int.from_bytes(data[at : at + 2], "big")
