@@ -1,5 +1,6 @@
 """What tests share: small image folders, and running fastrot as a user does."""
 
+import fcntl
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,8 +123,39 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("images"))
+def made_once(tmp_path_factory):
+    """made_once(name, make): a folder that `make(folder)` fills once for all of pytest-xdist's processes."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if worker else root
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def images(made_once) -> Path:
+    return made_once("images", write_folder)
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    """For a module's tests model.arch=resnet18 is a small network: what is tested is not the network."""
+    import torchvision
+
+    from workers.narrow import NarrowResNet
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.models, "resnet18", NarrowResNet)
+        yield
 
 
 @pytest.fixture

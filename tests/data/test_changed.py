@@ -16,6 +16,8 @@ from fastrot.data.manifest import Manifest, changed_files
 from fastrot.data.storage import FileStorage
 from fastrot.errors import Fault, Unreadable, UserError
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 SMALL = ["engine.kind=plain", "model.arch=resnet18", "data.crop=8", "optim.images_per_step=6", "optim.epochs=2",
          "optim.warmup_epochs=0", "run.tensorboard=false", "data.decode=torch"]  # fmt: skip
 

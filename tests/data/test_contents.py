@@ -9,6 +9,8 @@ from conftest import draw, write_folder
 from fastrot.data.contents import histogram
 from fastrot.data.sources.voc import CLASSES
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def damaged(root) -> str:
     """One file of `root` cut in its middle, an end marker glued on."""

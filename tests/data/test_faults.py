@@ -169,10 +169,6 @@ def test_silent_damage_is_found_by_verify_and_breaks_no_decoder(fault, indexed, 
     ]
 
 
-def test_no_cell_of_the_matrix_is_empty(matrix):
-    assert set(matrix) == {(fault, name) for fault in FAULTS for name in DECODERS}
-
-
 ENTRIES = st.tuples(
     st.sampled_from([0x0112, 0x0112, 0x0100, 0x0213]),
     st.sampled_from([1, 3, 4, 8, 9]),

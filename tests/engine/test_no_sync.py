@@ -18,6 +18,8 @@ from fastrot.runs.log import RunLog
 from fastrot.tasks.finetune import FinetuneTask
 from fastrot.tasks.linear import LinearTask
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 STEPS = 4
 SMALL = [
     "model.arch=resnet18", "data.crop=32", "optim.images_per_step=6", "optim.epochs=3", "optim.warmup_epochs=1",

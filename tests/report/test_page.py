@@ -15,6 +15,8 @@ from fastrot.models.resnet import backbone_state, build_model
 from fastrot.report import charts, published, suite, svg, tables
 from fastrot.report.significance import accuracy
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 SUITE = """
 sets:
   - name: small

@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
 from conftest import metrics, write_folder
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 SMALL = ["model.arch=resnet18", "engine.kind=plain", "data.crop=16", "optim.images_per_step=6", "optim.lr=0.05",
          "optim.epochs=2", "optim.warmup_epochs=0", "run.log_every=1", "run.tensorboard=false", "data.max_bad=5"]  # fmt: skip

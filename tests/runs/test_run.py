@@ -42,21 +42,28 @@ def learnt(out) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def whole(images, tmp_path_factory):
+def whole(images, made_once):
     """One plain-python run over 12 images: 6 steps, 3 epochs; (folder, output)."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    code, output = launched("python", 1, *PLAIN, *over(images, out), "--json", "run.tensorboard=true")
-    assert code == 0, output
-    return out, output
+
+    def run(folder):
+        words = [*PLAIN, *over(images, folder / "run"), "--json", "run.tensorboard=true"]
+        code, output = launched("python", 1, *words)
+        assert code == 0, output
+        (folder / "output").write_text(output)
+
+    folder = made_once("whole", run)
+    return folder / "run", (folder / "output").read_text()
 
 
 @pytest.fixture(scope="module")
-def two(images, tmp_path_factory):
+def two(images, made_once):
     """The same on two ranks under the deepspeed launcher."""
-    out = tmp_path_factory.mktemp("two") / "run"
-    code, output = launched("deepspeed", 2, *SMALL, *over(images, out))
-    assert code == 0, output
-    return out
+
+    def run(folder):
+        code, output = launched("deepspeed", 2, *SMALL, *over(images, folder / "run"))
+        assert code == 0, output
+
+    return made_once("two", run) / "run"
 
 
 def test_a_run_leaves_what_it_promises(whole):
@@ -219,7 +226,7 @@ def test_a_fault_ends_the_process_and_is_the_status(images, tmp_path, fastrot):
     for path in source.rglob("*.jpg"):
         path.unlink()
         os.mkfifo(path)
-    assert launched("python", 1, *words)[0] == 2  # they are not as the run saw them
+    assert fastrot("train", *words).code == 2  # they are not as the run saw them
     code, output = launched("python", 1, *words, "data.timeout=2", "--resume-anyway", "data.files")
     assert code == 3, output
     assert "fastrot: no batch for data.timeout 2 s: the loader was reading rows" in output

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 
 import pytest
 import torch
@@ -16,6 +15,8 @@ from fastrot.runs import checkpoint
 from fastrot.runs.build import Job
 from fastrot.runs.log import RunLog
 from fastrot.tasks.rotation import RotationTask
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 WORDS = [
     "model.arch=resnet18", "data.crop=16", "optim.images_per_step=3", "optim.lr=0.05", "optim.epochs=3",
@@ -76,7 +77,7 @@ def test_a_full_disk_ends_the_run_after_three_checkpoints_and_the_last_good_one_
 
 def test_a_run_folder_that_goes_is_said_and_not_made_anew(begin, tmp_path, monkeypatch):
     run = tmp_path / "r"
-    after(monkeypatch, 3, lambda: shutil.rmtree(run))
+    after(monkeypatch, 3, lambda: run.rename(tmp_path / "elsewhere"))
     done = begin("run.checkpoint_every=1", "run.max_steps=8")
     assert done.code == 3 and "Traceback" not in done.err
     assert "cannot be written (No such file or directory); training goes on" in done.err

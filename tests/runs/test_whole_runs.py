@@ -13,6 +13,8 @@ from fastrot.cli import main
 from fastrot.data.sources.voc import CLASSES
 from workers.ranks import as_ranks
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 SMALL = [
     "--random-init", "0", "model.arch=resnet18", "rotation.views=one", "engine.kind=plain", "optim.images_per_step=2",
     "optim.lr=0.01", "optim.warmup_steps=1", "optim.steps=2", "run.log_every=1", "run.checkpoint_every=1",

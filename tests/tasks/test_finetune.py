@@ -28,6 +28,8 @@ from fastrot.runs.finetune import drawn_rows, named_rows
 from fastrot.tasks.finetune import FinetuneTask
 from workers.ranks import as_ranks
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 CONFIG = ROOT / "configs" / "semi_in1k_1.yaml"
 SMALL = (
     "--config", "configs/semi_in1k_1.yaml", "finetune.fraction=1", "finetune.head_rate=5", "optim.lr=0.002", "data.crop=64",

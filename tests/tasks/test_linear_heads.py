@@ -14,6 +14,8 @@ from fastrot.models.resnet import backbone_state, build_model
 from fastrot.tasks import colour
 from fastrot.tasks.linear import Heads, LinearTask
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)  # by the plan's numbers
 TAPS = ("feature1", "feature3", "avg")
 

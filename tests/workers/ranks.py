@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from conftest import ROOT, free_port
+from workers import narrow
 
 _TIME_OUT_S = 400
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -20,7 +21,7 @@ def as_ranks(world: int, work: Callable, *arguments) -> str:
     with tempfile.TemporaryDirectory() as folder:
         logs, port = [Path(folder) / str(rank) for rank in range(world)], free_port()
         processes = [
-            _CONTEXT.Process(target=_rank, args=(rank, world, port, log, work, arguments))
+            _CONTEXT.Process(target=_rank, args=(rank, world, port, log, narrow.is_on(), work, arguments))
             for rank, log in enumerate(logs)
         ]
         try:
@@ -38,10 +39,12 @@ def as_ranks(world: int, work: Callable, *arguments) -> str:
     return said
 
 
-def _rank(rank: int, world: int, port: str, log: Path, work: Callable, arguments: tuple) -> None:
+def _rank(rank: int, world: int, port: str, log: Path, small: bool, work: Callable, arguments: tuple) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(handle, 1), os.dup2(handle, 2)
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in here.items()}, MASTER_ADDR="127.0.0.1")
+    if small:
+        narrow.turn_on()
     code = work(*arguments)
     os._exit(code or 0)  # as the commands do: a library's thread may outlive the interpreter
