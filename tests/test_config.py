@@ -157,7 +157,7 @@ def test_all_that_is_wrong_is_told_at_once():
         ["optim.nesterov=true", "optim.momentum=0"],
         ["engine.zero=1", "engine.kind=plain"],
         ["engine.zero=1", "engine.precision=fp16"],
-        ["data.decode=torch", "data.decode_on=gpu"],
+        *(["data.decode_on=gpu", f"data.decode={name}"] for name in ("torch", "turbo", "turbo_fast", "ffcv")),
         ["engine.recompute=true", "engine.compile=true"],
         ["engine.cuda_graphs=true", "engine.zero=1"],
         ["engine.cuda_graphs=true", "engine.kind=plain", "engine.precision=fp16"],

@@ -92,5 +92,8 @@ def _in_how_it_runs(config: Config) -> tuple[tuple[bool, str], ...]:
             data.hw_decoder_load is not None and data.decode not in ("auto", "dali"),
             f"data.hw_decoder_load is dali's; data.decode is {data.decode}",
         ),
-        (data.decode == "torch" and data.decode_on == "gpu", "data.decode_on gpu is dali's; data.decode is torch"),
+        (
+            data.decode_on == "gpu" and data.decode not in ("auto", "dali"),
+            f"data.decode_on gpu is dali's; data.decode is {data.decode}, which decodes on the CPU alone",
+        ),
     )

@@ -7,8 +7,9 @@ from typing import Any
 
 from fastrot import terminal
 from fastrot.config import Config, table
-from fastrot.data.build import describe, open_manifest
+from fastrot.data.build import open_manifest
 from fastrot.data.manifest import Manifest
+from fastrot.data.remarks import describe
 from fastrot.distributed import Ranks
 from fastrot.engine.graphs import WARM_UPS
 from fastrot.runs.arithmetic import RECIPE_VIEWS, uses_graphs
