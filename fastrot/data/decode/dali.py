@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from fastrot.data.decode.plain import plain
 from fastrot.data.decode.torch import LeftToPillow, window_pixels
 from fastrot.data.images import kind_of
 from fastrot.data.jpeg import frame_of
-from fastrot.errors import BadImage
+from fastrot.errors import BadImage, Fault, UserError
 from fastrot_kernels.build import BuildError
 from fastrot_kernels.turbo import Turbo
 
@@ -44,9 +45,17 @@ _DEVICES_OWN = (torch.OutOfMemoryError, torch.AcceleratorError)  # RuntimeErrors
 def make(
     device: torch.device, threads: int, batch: int, depth: int, hw_decoder_load: float | None = None
 ) -> "DaliDecoder":
+    """Raises UserError where its pipeline cannot be built: DALI builds lazily, so one is built here."""
     if device.type == "cuda":
-        return DaliDecoder(device.index, threads, batch, depth, hw_decoder_load)
-    return DaliDecoder(None, threads, batch, depth, resampler=_resampler(threads))
+        decoder = DaliDecoder(device.index, threads, batch, depth, hw_decoder_load)
+    else:
+        decoder = DaliDecoder(None, threads, batch, depth, resampler=_resampler(threads))
+    try:
+        decoder.build(boxes=False)
+    except Fault as error:
+        decoder.close()
+        raise UserError(f"data.decode dali: {error}") from None
+    return decoder
 
 
 def _resampler(threads: int) -> Turbo | None:
@@ -198,6 +207,12 @@ class DaliDecoder:
 
     def _pipe(self, boxes: bool) -> Pipeline:
         if boxes not in self._pipes:
+            self.build(boxes)
+        return self._pipes[boxes]
+
+    def build(self, boxes: bool) -> None:
+        """The pipeline of windows or of boxes. Raises Fault where that fails: no image's doing, so none is tried alone."""
+        try:
             pipe = (_boxes if boxes else _windows)(
                 "cpu" if self._gpu is None else "mixed",
                 "cpu" if self._gpu is None else "gpu",
@@ -209,9 +224,10 @@ class DaliDecoder:
                 prefetch_queue_depth=self._depth + 1,
                 exec_dynamic=True,
             )
-            self._pipes[boxes] = pipe
             self._warm_up(pipe, boxes)
-        return self._pipes[boxes]
+        except (RuntimeError, MemoryError) as error:
+            raise Fault(f"{self.name}: its pipeline cannot be built ({shorten(str(error), 300)})") from error
+        self._pipes[boxes] = pipe
 
     def _warm_up(self, pipe: Pipeline, boxes: bool) -> None:
         """DALI's first schedule_run runs as many batches as its queue is deep, and wants them fed
