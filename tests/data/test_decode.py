@@ -1,8 +1,11 @@
 """What all decoders keep to; every kind of image through each of them: test_faults.py."""
 
 import contextlib
+import ctypes
 import io
 import re
+from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -240,6 +243,43 @@ def test_a_pipeline_that_cannot_be_built_again_ends_the_run(no_gpu_pipeline):
     with pytest.raises(Fault, match="its pipeline cannot be built"):
         run(decoder, [KINDS["baseline"][: len(KINDS["baseline"]) // 2]], window.astype(np.int32), 40)
     decoder.close()
+
+
+@pytest.mark.parametrize("found, filtered", [((13, 3), True), ((13, 2), True), ((13, 1), False), ((12, 4), False)])
+def test_an_nvjpeg_that_sends_windows_to_the_cpu_is_not_asked_to_filter_them(monkeypatch, caplog, found, filtered):
+    dali = pytest.importorskip("fastrot.data.decode.dali", reason="DALI is not installed", exc_type=ImportError)
+    loaded = []
+
+    class Library:
+        def __init__(self, path, mode):
+            loaded.append((path, mode))
+
+        def nvjpegGetProperty(self, kind, value):
+            value._obj.value = found[kind]
+
+    monkeypatch.setattr("ctypes.CDLL", Library)
+    dali.nvjpeg.filters_windows.cache_clear()
+    assert dali._on_gpu("mixed", 0.5, whole=False) == {"jpeg_fancy_upsampling": filtered, "hw_decoder_load": 0.5}
+    assert dali._on_gpu("mixed", None, whole=True) == {"jpeg_fancy_upsampling": True}
+    assert ("nvJPEG 1" in caplog.text) is not filtered and len(loaded) == 1
+    dali.nvjpeg.filters_windows.cache_clear()
+
+
+def test_the_wheels_nvjpeg_is_the_one_that_is_loaded(monkeypatch):
+    """Whichever a library path would find; a library without a wheel is found by its name."""
+    nvjpeg = pytest.importorskip("fastrot.data.decode.nvjpeg")
+    path = nvjpeg._path()
+    if path == "libnvjpeg.so.13":
+        pytest.skip("the nvJPEG wheel is not installed")
+    assert Path(path).is_file() and Path(path).name == "libnvjpeg.so.13"
+    wheels = tuple(map(int, metadata.version("nvidia-nvjpeg").split(".")[:2]))
+    assert nvjpeg.version(ctypes.CDLL(path)) == wheels and nvjpeg.filters_windows()
+
+    def none(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(nvjpeg, "files", none)
+    assert nvjpeg._path() == "libnvjpeg.so.13"
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -22,6 +22,7 @@ from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 from torch.utils.dlpack import from_dlpack
 
+from fastrot.data.decode import nvjpeg
 from fastrot.data.decode.batch import Batch
 from fastrot.data.decode.orientation import stored_window, upright
 from fastrot.data.decode.plain import plain
@@ -76,11 +77,13 @@ class _Work:
     stored: NDArray[np.int32] | NDArray[np.float64]
 
 
-def _on_gpu(place: str, hw_decoder_load: float | None) -> dict[str, Any]:
+def _on_gpu(place: str, hw_decoder_load: float | None, whole: bool) -> dict[str, Any]:
     """Options of `mixed` alone: libjpeg-turbo's chroma filter, elsewhere the only one; the hardware decoder's share."""
     if place != "mixed":
         return {}
-    return {"jpeg_fancy_upsampling": True} | ({} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load})
+    filtered = nvjpeg.filters_windows()  # loads nvJPEG, so before DALI does
+    share = {} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load}
+    return {"jpeg_fancy_upsampling": filtered or whole} | share
 
 
 def _source(name: str, kind: types.DALIDataType = types.FLOAT) -> DataNode:
@@ -98,7 +101,7 @@ def _windows(place: str, device: str, hw_decoder_load: float | None, resized: bo
         device=place,
         output_type=types.RGB,
         adjust_orientation=False,
-        **_on_gpu(place, hw_decoder_load),
+        **_on_gpu(place, hw_decoder_load, whole=False),
     )
     if not resized:
         return pixels
@@ -113,7 +116,7 @@ def _boxes(place: str, device: str, hw_decoder_load: float | None, resized: bool
         device=place,
         output_type=types.RGB,
         adjust_orientation=False,
-        **_on_gpu(place, hw_decoder_load),
+        **_on_gpu(place, hw_decoder_load, whole=True),
     )
     if not resized:
         return pixels
