@@ -101,6 +101,16 @@ def assert_block_as_exact(device, kind, dtype, layout, times):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_weight_gradients_are_not_rounded_to_the_maps_dtype(device):
+    """Of the 1x1 convolutions: a sum over all views, added up and kept in float32."""
+    block = fused_block(block_of("wider").to(device))
+    got = step(block, torch.randn(3, 32, 9, 9, device=device), torch.randn(3, 64, 9, 9, device=device), torch.bfloat16)
+    for name in ("conv1", "conv3", "downsample.0"):
+        dw = got[f"{name}.weight.grad"]
+        assert (dw != dw.bfloat16()).float().mean() > 0.5, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_network_is_as_exact_as_the_plain_one_and_shares_its_checkpoint(device):
     plain = bottlenecks().to(device)
     fused, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
