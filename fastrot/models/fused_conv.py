@@ -87,6 +87,7 @@ class _Step(torch.autograd.Function):
         ctx.save_for_backward(rows, w1, y1, h1, w2, y2, a2, w3, y3, out, *down, *moments, *parameters)
         ctx.conv2, ctx.stride, ctx.eps, ctx.over_ranks = conv2, stride, eps, over_ranks
         ctx.mark_non_differentiable(*moments)
+        ctx.set_materialize_grads(False)  # of the moments there is none: no zeros for them
         return out, *moments
 
     @staticmethod
@@ -109,7 +110,7 @@ class _Step(torch.autograd.Function):
             dyd, _, sumsd = shortcut[0].gradients(dresidual, yd, None, md[0], False, over_ranks)
             gradients += [pointwise.weight_gradient(dyd, thinned, None), *sumsd]
             dx = maps_of(dy1 @ w1, h1)
-            dx[:, :, :: ctx.stride, :: ctx.stride] += maps_of(dyd @ wd, out)
+            dx[:, :, :: ctx.stride, :: ctx.stride].add_(maps_of(dyd @ wd, out))  # += would copy it to itself after
         else:
             dx = maps_of(dresidual.addmm_(dy1, w1), h1)
         mine = (value.view_as(p).to(p.dtype) for value, p in zip(gradients, parameters, strict=True))
