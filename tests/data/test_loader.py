@@ -23,7 +23,6 @@ from fastrot.data.plan import Plan
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage, Fault
 
-
 CPU = torch.device("cpu")
 
 
