@@ -37,6 +37,7 @@ def set_torch_flags(config: Config) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(e.deterministic)
     torch.backends.cudnn.benchmark = not e.deterministic
+    torch.backends.cudnn.benchmark_limit = 0  # all of its algorithms, of which torch measures 10
     torch.backends.cudnn.allow_tf32 = e.precision != "fp32"  # torch's own default is True
     torch.set_float32_matmul_precision("highest" if e.precision == "fp32" else "high")
     if e.compile:

@@ -1,6 +1,7 @@
 """Decoders: a batch of buffers, orientations and windows -> uint8 pixels. One file and one line here adds another."""
 
 import importlib
+from itertools import chain, repeat
 from typing import Protocol
 
 import torch
@@ -72,13 +73,13 @@ def make_decoder(
 def _first(
     names: list[str], device: torch.device, threads: int, batch: int, depth: int, hw_decoder_load: float | None = None
 ) -> tuple[Decoder, list[str]]:
-    """The first of these decoders that runs here, and why those before it do not."""
+    """The first of these decoders that runs here, the first on `device`, others on the CPU; why those before do not."""
     refusals: list[str] = []
-    for name in names:
+    for name, where in zip(names, chain([device], repeat(_CPU)), strict=False):
         module, _, maker = DECODERS[name].partition(":")
         gpu_only = {"hw_decoder_load": hw_decoder_load} if name == _ON_GPU else {}
         try:
-            decoder = getattr(importlib.import_module(module), maker)(device, threads, batch, depth, **gpu_only)
+            decoder = getattr(importlib.import_module(module), maker)(where, threads, batch, depth, **gpu_only)
         except ImportError as error:
             refusals.append(f"data.decode {name}: cannot be imported ({error})")
         except UserError as error:
