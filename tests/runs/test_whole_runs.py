@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from conftest import draw, metrics
 from fastrot.cli import main
 from fastrot.data.sources.voc import CLASSES
+from fastrot.models.backbone import load_backbone
 from workers.ranks import as_ranks
 
 SMALL = [
@@ -111,6 +112,11 @@ def words(voc, tmp_path_factory):
     }
 
 
+WHERE = {  # a network keeps its backbone, and stage 4
+    "c4": ("backbone.body.", "roi_heads.box_head."),
+    "fpn": ("backbone.stem.body.",) * 2,
+    "segment": ("backbone.",) * 2,
+}
 JUDGED = {"c4": "held_out_ap50", "fpn": "held_out_ap", "segment": "held_out_mean_iou"}
 
 
@@ -137,6 +143,11 @@ def test_stopped_and_resumed_is_the_run_that_was_not(kind, words, tmp_path, fast
     for name in ("model.safetensors", "optimizer.safetensors"):
         ours, theirs = (load_file(tmp_path / run / "checkpoints/step-00000002" / name) for run in ("parts", "whole"))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    theirs = load_file(tmp_path / "whole/checkpoints/step-00000002/model.safetensors")
+    backbone, _ = load_backbone(str(tmp_path / "whole"))
+    for key, value in backbone.state_dict().items():
+        body, stage_4 = WHERE[kind]
+        assert torch.equal(value, theirs[(stage_4 if key.startswith("layer4") else body) + key]), key
 
 
 @pytest.mark.parametrize("kind", ["segment", pytest.param("c4", marks=pytest.mark.slow)])
