@@ -146,7 +146,7 @@ class AlignedPool(nn.Module):
 
     def __init__(self, maps: tuple[str, ...], side: int, strides: tuple[int, ...]):
         super().__init__()
-        self._maps, self._side, self._strides = maps, side, strides
+        self._maps, self.side, self._strides = maps, side, strides
 
     def forward(self, features: dict[str, Tensor], boxes: list[Tensor], _sizes: object) -> Tensor:
         """Maps [N, C, side, side] of all boxes, image after image."""
@@ -157,11 +157,11 @@ class AlignedPool(nn.Module):
         regions = torch.cat([image[:, None].to(every), every], 1)
         area = (every[:, 2] - every[:, 0]) * (every[:, 3] - every[:, 1])
         level = (area.sqrt() / 56 + 1e-6).log2().floor().clamp(0, len(self._maps) - 1)
-        out = features[self._maps[0]].new_zeros(len(every), features[self._maps[0]].shape[1], self._side, self._side)
+        out = features[self._maps[0]].new_zeros(len(every), features[self._maps[0]].shape[1], self.side, self.side)
         for number, (name, stride) in enumerate(zip(self._maps, self._strides, strict=True)):
             here = torch.where(level == number)[0]
             maps = features[name]
-            read = roi_align(maps.float(), regions[here], self._side, 1 / stride, -1, aligned=True)
+            read = roi_align(maps.float(), regions[here], self.side, 1 / stride, -1, aligned=True)
             out = out.index_copy(0, here, read.to(maps.dtype))
         return out
 
@@ -336,6 +336,33 @@ def mask_rcnn_fpn(resnet: nn.Module, classes: int, regions: int = 512) -> Genera
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     return GeneralizedRCNN(pyramid, rpn, heads, Batched())
+
+
+class WithRegions(nn.Module):
+    """A detector's maps, and its heads' of as many regions an image as it samples, wherever they lie: what the estimate
+    of memory traces."""
+
+    def __init__(self, network: GeneralizedRCNN):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        heads, sampler = self.network.roi_heads, self.network.roi_heads.fg_bg_sampler
+        maps: list[Tensor] = [*self.network.backbone(images).values()]
+
+        def of(pool: AlignedPool, regions: int) -> Tensor:
+            boxes = maps[0].new_zeros(len(images) * regions, 5)
+            read: Tensor = roi_align(maps[0], boxes, pool.side, 1.0, -1, aligned=True)
+            return read
+
+        regions = sampler.batch_size_per_image
+        of_regions = [*heads.box_predictor(heads.box_head(of(heads.box_roi_pool, regions)))]
+        if heads.has_mask():
+            positive = max(1, int(regions * sampler.positive_fraction))
+            masks = heads.mask_predictor(heads.mask_head(of(heads.mask_roi_pool, positive)))
+            of_regions.append(masks.mean((2, 3)))
+        scores, deltas = self.network.rpn.head(maps)
+        return *maps, *scores, *deltas, *(one.unflatten(0, (len(images), -1)).mT[..., None] for one in of_regions)
 
 
 def _heads(pool: nn.Module, head: nn.Module, predictor: nn.Module, regions: int) -> Heads:

@@ -7,11 +7,15 @@ import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 from safetensors.torch import load_file
+from torchvision.models import resnet18
 
 from conftest import draw, metrics
 from fastrot.cli import main
 from fastrot.data.sources.voc import CLASSES
 from fastrot.models.backbone import load_backbone
+from fastrot.models.detector import WithRegions, faster_rcnn_c4, mask_rcnn_fpn
+from fastrot.profiling.memory import peak_of_step
+from fastrot.runs.whole import Averaged
 from workers.ranks import as_ranks
 
 SMALL = [
@@ -204,3 +208,22 @@ def test_a_resume_refuses_other_masks_and_other_objects(tmp_path, fastrot):
     for key, line in runs.items():
         done = fastrot(*line, f"run.out={tmp_path / key}")
         assert done.code == 2 and len(done.errors) == 1 and f"{key} was" in done.errors[0], done.err
+
+
+@pytest.mark.parametrize("build", [faster_rcnn_c4, mask_rcnn_fpn])
+def test_the_estimate_of_memory_counts_what_a_detectors_heads_keep(build):
+    network, side = build(resnet18(), 3, 32).train(), 96
+    box = torch.tensor([[8.0, 8, 60, 60]])
+    target = {"boxes": box, "labels": torch.tensor([1]), "masks": torch.ones(1, side, side, dtype=torch.uint8)}
+    kept = {t.untyped_storage().data_ptr() for t in network.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        if tensor.is_floating_point() and (of := tensor.untyped_storage()).data_ptr() not in kept:
+            saved[of.data_ptr()] = of.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = network([torch.randn(3, side, side)] * 2, [target] * 2)
+    estimate = peak_of_step(Averaged(network, WithRegions(network)), 2, 3, side, torch.float32)
+    assert losses and 0.9 < estimate / sum(saved.values()) < 1.6
