@@ -1,6 +1,9 @@
 """Detection and segmentation as a user runs them, on drawn images: resume, ranks, dry run, every refusal's one line."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from pycocotools import mask as rle
 from safetensors.torch import load_file
 from torchvision.models import resnet18
 
-from conftest import draw, metrics
+from conftest import ROOT, draw, metrics
 from fastrot.cli import main
 from fastrot.data.sources.voc import CLASSES
 from fastrot.models.backbone import load_backbone
@@ -25,6 +28,7 @@ SMALL = [
 ]  # fmt: skip
 DETECT = ["detect", *SMALL, "detect.shorts=[48,64]", "detect.test_short=48", "detect.longest=96", "detect.regions=16"]
 SEGMENT = ["segment", *SMALL, "segment.base=[80,48]", "segment.crop=48", "segment.classes=3"]
+COMMAND = "import sys; from fastrot.cli import main; sys.exit(main(sys.argv[1:]))"
 SIZES = ((60, 80), (64, 64), (90, 60), (60, 100), (72, 64))
 TIMES = {
     "images_per_s", "views_per_s", "step_s", "wait_share", "copy_share", "rotate_share", "compute_share", "update_share",
@@ -129,6 +133,15 @@ def learnt(out):
     return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(out)]
 
 
+def same_weights(one, other, step):
+    """Whether two runs hold the same bits after so many steps, momenta too."""
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (load_file(run / f"checkpoints/step-{step:08}" / name) for run in (one, other))
+        if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
+            return False
+    return True
+
+
 @pytest.mark.parametrize("kind", ["c4", "segment", pytest.param("fpn", marks=pytest.mark.slow)])
 def test_stopped_and_resumed_is_the_run_that_was_not(kind, words, tmp_path, fastrot):
     whole = fastrot(*words[kind], f"run.out={tmp_path / 'whole'}", "--json")
@@ -144,14 +157,28 @@ def test_stopped_and_resumed_is_the_run_that_was_not(kind, words, tmp_path, fast
     ours, theirs = learnt(tmp_path / "parts"), learnt(tmp_path / "whole")
     last = {1: [line for line in ours if line["step"] == 0 and "loss" not in line]}  # evaluated where it stopped
     assert json.dumps([line for line in ours if line not in last[1]]) == json.dumps(theirs)
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        ours, theirs = (load_file(tmp_path / run / "checkpoints/step-00000002" / name) for run in ("parts", "whole"))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert same_weights(tmp_path / "parts", tmp_path / "whole", 2)
     theirs = load_file(tmp_path / "whole/checkpoints/step-00000002/model.safetensors")
     backbone, _ = load_backbone(str(tmp_path / "whole"))
     for key, value in backbone.state_dict().items():
         body, stage_4 = WHERE[kind]
         assert torch.equal(value, theirs[(stage_4 if key.startswith("layer4") else body) + key]), key
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_begun_again_is_the_run_that_was_not(words, tmp_path, fastrot):
+    longer = [*words["c4"], "optim.steps=8", "run.checkpoint_every=3", "run.evaluate_every_steps=8"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert fastrot(*longer, f"run.out={whole}").code == 0
+    process = subprocess.Popen([sys.executable, "-c", COMMAND, *longer, f"run.out={killed}"], cwd=ROOT)
+    while process.poll() is None and not (killed / "checkpoints/latest").exists():
+        pass
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 3 <= len(metrics(killed)) < 8
+    done = fastrot(*longer, f"run.out={killed}")
+    assert done.code == 0 and "resumed from step-0000000" in done.err, done.err
+    assert json.dumps(learnt(killed)) == json.dumps(learnt(whole)) and same_weights(killed, whole, 8)
 
 
 @pytest.mark.parametrize("kind", ["segment", pytest.param("c4", marks=pytest.mark.slow)])
