@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastrot.errors import Diverged, Fault, UserError
 from fastrot.files import Sealed, clear_scratch, read_json, remove, replacing, sha256_of, write_text
+from fastrot.models.key_names import backbone_in
 
 _NAME = re.compile(r"step-(\d{8,})")
 _FAILURES = 3  # checkpoints in a row that may fail before the run ends
@@ -221,7 +222,7 @@ class Saver:
         tensors = {
             "model.safetensors": _copied(model),
             "optimizer.safetensors": _copied(optimizer),
-            "backbone.safetensors": _copied({k: v for k, v in model.items() if not k.startswith("fc.")}),
+            "backbone.safetensors": _copied(backbone_in(model)),
         }
         self._thread = threading.Thread(target=self._write, args=(tensors, state, accuracy), name="checkpoint")
         self._thread.start()
