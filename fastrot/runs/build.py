@@ -46,6 +46,15 @@ def set_torch_flags(config: Config) -> None:
         torch._dynamo.config.recompile_limit = 64
 
 
+def fitted(model: torch.nn.Module, config: Config, over_ranks: bool) -> torch.nn.Module:
+    """A network computed as the config wants it, in place; over_ranks: batch norm over all ranks' views."""
+    if config.engine.norm in FUSED:
+        FUSED[config.engine.norm](model, over_ranks)
+    if config.engine.stem_channels > 3:
+        pad_stem(model)
+    return synchronise_batchnorm(model) if over_ranks else model
+
+
 class Job:
     """The parts of one run, for training and for --dry-run alike; each is made when it is first asked for.
 
@@ -145,11 +154,7 @@ class Job:
     def network(self, over_ranks: bool) -> torch.nn.Module:
         """What the config trains, on the CPU; over_ranks: batch norm over all ranks' views."""
         model = self.task.build_model(self.config.model.arch, self.config.run.seed)
-        if self.config.engine.norm in FUSED:
-            FUSED[self.config.engine.norm](model, over_ranks)
-        if self.config.engine.stem_channels > 3:
-            pad_stem(model)
-        return synchronise_batchnorm(model) if over_ranks else model
+        return fitted(model, self.config, over_ranks)
 
     def _model(self, over_ranks: bool | None = None) -> torch.nn.Module:
         """The network as it is trained, on the CPU; over_ranks: default, as the config says."""

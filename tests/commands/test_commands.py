@@ -19,7 +19,8 @@ CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.
 OWN = {  # an option that no other command's help may show
     "index": "--verify",
     "pack": "--raw-share",
-    "tune": "--seconds",
+    "profile": "--try",
+    "estimate": "--nodes",
     "train": "--deepspeed_config",
     "linear": "--features",
     "features": "--taps",
