@@ -183,7 +183,7 @@ def _written(
     for row, shown, found in terminal.track(flow, len(manifest), f"predicting {manifest.source}"):
         images += 1
         if isinstance(found, Found):
-            found = _sure(found, least)
+            found = sure(found, least)
             every.append(found)
         else:
             _save_mask(found, folder / "masks" / Path(names[row]).with_suffix(".png"))
@@ -220,7 +220,7 @@ def _names(manifest: Manifest, source: str, distinct: bool) -> list[str]:
     return names
 
 
-def _sure(found: Found, least: float) -> Found:
+def sure(found: Found, least: float) -> Found:
     """Those of a score of at least `least`."""
     keep = np.flatnonzero(found.score >= least)
     masks = [found.masks[at] for at in keep.tolist()] if found.masks else []

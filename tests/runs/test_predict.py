@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from torch import nn
@@ -22,30 +21,10 @@ from fastrot.errors import UserError
 from fastrot.models.detector import faster_rcnn_c4, mask_rcnn_fpn
 from fastrot.models.segmenter import Segmenter
 from fastrot.report.contact_sheet import ContactSheet
-from fastrot.runs.checkpoint import Saver, State
 from fastrot.runs.predict import predict
+from trained import WORDS, backbone, write_run
 
-WORDS = ["model.arch=resnet18", "data.train=pairs:a,b", "data.threads=1", "detect.test_short=32", "detect.longest=48",
-         "segment.base=[48,32]", "segment.classes=5"]  # fmt: skip
 CLASSES = [[7, "red"], [9, "blue"]]
-
-
-def backbone():
-    resnet = torchvision.models.resnet18()
-    resnet.fc = nn.Identity()
-    return resnet
-
-
-def write_run(root, network, defining, more=(), steps=(2,)):
-    """A run's folder, as training leaves it; the last of its checkpoints was the worst of them on held-out images."""
-    root.mkdir()
-    (root / "config.yaml").write_text(to_yaml(load(None, [*WORDS, *more])[0]))
-    (root / "checkpoints").mkdir()
-    saver = Saver(root, 3, print)
-    for step in steps:
-        saver.save(network.state_dict(), {}, State(step, 0, {}, defining), 1 / step)
-        saver.finish()
-    return root
 
 
 @pytest.fixture(scope="module")

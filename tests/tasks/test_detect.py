@@ -130,6 +130,17 @@ def test_coco_figures_are_pycocotools_on_its_own_file_and_random_detections(shar
         del one["bbox"]
     assert [got[f"mask_{name}"] for name in names] == pytest.approx(judged(truth, written, "segm"), abs=1e-12)
     assert 0.2 < got["ap"] < 0.9
+    for label in (0, int(objects.label[0])):
+        alone = [one for one in written if one["category_id"] == objects.category[label]]
+        with contextlib.redirect_stdout(io.StringIO()):
+            judge = COCOeval(truth, truth.loadRes(alone), "segm")
+            judge.params.catIds = [objects.category[label]]
+            judge.evaluate()
+            judge.accumulate()
+            judge.summarize()
+        assert got[f"mask_ap_{label}"] == pytest.approx(judge.stats[0], abs=1e-12)
+    each = [got[f"mask_ap_{label}"] for label in range(len(objects.classes))]
+    assert np.nanmean(each) == pytest.approx(got["mask_ap"]) and len(set(each)) > 5
 
 
 def test_perfect_findings_are_perfect_and_none_are_nothing(shared_data, tmp_path):
@@ -144,6 +155,8 @@ def test_perfect_findings_are_perfect_and_none_are_nothing(shared_data, tmp_path
     assert set(voc_figures(objects, whole).values()) == {1.0}
     assert set(voc_figures(objects, []).values()) == {0.0}
     half = voc_figures(objects, whole[::2])
+    each = [half[f"ap50_{label}"] for label in range(20)]
+    assert np.mean(each) == pytest.approx(half["ap50"]) and len(set(each)) > 5
     assert 0.3 < half["ap50"] < 0.7 and half["ap50"] == pytest.approx(half["d2_ap50"], abs=1e-9)
 
 
