@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 
-from fastrot.data.masks import PALETTE
 from fastrot.files import write_text
-from fastrot.report.drawn import drawn
+from fastrot.report.drawn import drawn, legend
 from fastrot.runs.predict import Mask, Shown
 from fastrot.tasks.detect import Found
 
@@ -36,6 +35,6 @@ class ContactSheet:
         """Write index.html into `folder`."""
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         template = environment.from_string(files("fastrot.report").joinpath("contact_sheet.html").read_text("utf-8"))
-        colours = [(self._classes[label], "#" + PALETTE[label].tobytes().hex()) for label in sorted(self._there)]
+        colours = legend(self._there, self._classes)
         html = template.render(pictures=self._pictures, of=len(self._names), colours=colours)
         write_text(folder / "index.html", html)

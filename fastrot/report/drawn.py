@@ -1,6 +1,7 @@
 """Objects and classes of pixels drawn on their images."""
 
 import colorsys
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -31,6 +32,12 @@ def drawn(shown: Shown, found: Found | Mask, classes: list[str]) -> str:
     return data_uri(Image.fromarray(over.permute(1, 2, 0).numpy()), "JPEG")
 
 
+def legend(labels: Iterable[int], classes: list[str]) -> list[tuple[str, str]]:
+    """(class, colour as a page writes it) of these classes of pixels."""
+    known = sorted(label for label in set(labels) if label < len(classes))
+    return [(classes[label], "#" + PALETTE[label].tobytes().hex()) for label in known]
+
+
 def _objects(image: Tensor, found: Found, scale: float, classes: list[str]) -> Tensor:
     """The surest on top."""
     if not len(found.label):
@@ -40,7 +47,8 @@ def _objects(image: Tensor, found: Found, scale: float, classes: list[str]) -> T
     if found.masks:
         masks = torch.from_numpy(rle.decode([found.masks[at] for at in order.tolist()])).permute(2, 0, 1)
         masks = V.resize(masks, list(image.shape[-2:]), InterpolationMode.NEAREST).bool()
-        image = draw_segmentation_masks(image, masks, _OVER, colours)
+        for mask, colour in zip(masks, colours, strict=True):  # together they would be black where they overlap
+            image = draw_segmentation_masks(image, mask, _OVER, colour)
     names = [classes[label] for label in found.label[order].tolist()]
     scores = [f" {score:.2f}" if score < 1 else "" for score in found.score[order].tolist()]
     boxed: Tensor = draw_bounding_boxes(

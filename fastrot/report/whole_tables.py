@@ -50,7 +50,8 @@ def _table(
     notes: list[str],
 ) -> Table:
     rows = [_row(name, label, theirs, pair) for name, label in labels.items() if f"held_out_{name}" in pair[0]]
-    counted = _COUNTED.format(classes=data.classes, test=data.test)
+    first = rows[0].pretrained or rows[0].random
+    counted = _COUNTED.format(classes=first.n if first else data.classes, test=data.test)
     said = ["The last step's.", *tables.choice(pair), *notes]
     return Table(title, unit, asks, rows, counted, None, tables.source(theirs), said, stands=rows[0].label)
 

@@ -38,10 +38,6 @@ def coco_figures(objects: Objects, sizes: NDArray[np.int32], found: Sequence[Fou
         truth.dataset = _dataset(objects, sizes)
         truth.createIndex()
         results = _results(objects, found)
-        if not results:
-            kinds = ("", "mask_") if masks else ("",)
-            names = (*_COCO, *(f"ap_{label}" for label in range(len(objects.classes))))
-            return {kind + name: 0.0 for kind in kinds for name in names}
         figures = _judged(truth, results, "bbox", "", objects.category)
         if masks:
             figures |= _judged(
@@ -57,7 +53,13 @@ def coco_figures(objects: Objects, sizes: NDArray[np.int32], found: Sequence[Fou
 def _judged(
     truth: COCO, results: list[dict[str, Any]], kind: str, prefix: str, category: list[int]
 ) -> dict[str, float]:
-    judge = COCOeval(truth, truth.loadRes(results), kind)
+    found = COCO()
+    if results:
+        found = truth.loadRes(results)
+    else:  # which it refuses
+        found.dataset = truth.dataset | {"annotations": []}
+        found.createIndex()
+    judge = COCOeval(truth, found, kind)
     judge.evaluate()
     judge.accumulate()
     judge.summarize()

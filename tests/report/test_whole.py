@@ -2,18 +2,22 @@
 
 import base64
 import io
+import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as rle
+from safetensors.torch import save_file
 from scipy import stats
 
 from conftest import draw
 from fastrot import distributed
 from fastrot.data.whole_masks import ShownMask
+from fastrot.models.resnet import backbone_state, build_model
 from fastrot.models.segmenter import Segmenter
 from fastrot.report import drawn, markdown, predicted, published, whole_tables
 from fastrot.report.tables import Data
@@ -102,6 +106,9 @@ def test_boxes_and_masks_are_drawn_where_they_are():
     assert red[150, 50] > 60 and red[220, 100] > 60 and red[150, 150] > 60, "the border, in the first class's red"
     assert 60 < red[150, 90] < 120 and red[150, 130] < 20, "half covered by the mask"
     assert abs(red[210, 140]) < 20 and picture[50:80].max() < 20 and picture[:, 200:].max() < 20
+    twice = Found(0, found.box.repeat(2, 0), found.score.repeat(2), found.label.repeat(2), found.masks * 2)
+    again = opened(drawn.drawn(shown(120, 240), twice, ["a"]))
+    assert (again[..., 0] - again[..., 2])[150, 90] > red[150, 90] + 10, "masks that overlap cover more"
     none = Found(0, np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, int), [])
     assert opened(drawn.drawn(shown(120, 240), none, ["a"])).max() == 0
 
@@ -129,19 +136,19 @@ def pairs(tmp_path_factory):
 
 def test_predictions_of_both_networks_stand_beside_the_truth(pairs, tmp_path):
     torch.manual_seed(0)
-    runs = {}
-    for name in ("pretrained", "random"):
-        network = Segmenter(backbone(), 5, False)
-        torch.nn.init.zeros_(network.head.classifier.weight)
-        network.head.classifier.bias.data[2 if name == "random" else 1] = 9  # one class everywhere
-        runs[name] = write_run(tmp_path / name, network, {"segment.masks": "c0ffee"}, steps=(1, 2))
-        (runs[name] / "checkpoints" / "step-00000001").rename(tmp_path / f"not the newest of {name}")
+    runs, network = {}, Segmenter(backbone(), 5, False)
+    torch.nn.init.zeros_(network.head.classifier.weight)
+    for name, label in (("pretrained", 1), ("random", 2)):
+        network.head.classifier.bias.data[:] = 9 * torch.eye(5)[label]  # one class everywhere
+        runs[name] = write_run(tmp_path / name, network, {"segment.masks": "c0ffee"})
     ranks = distributed.start()
     try:
         made = predicted.beside_truth("x", pairs, runs, ranks)
     finally:
         distributed.end()
     assert made.columns == ["truth", "pretrained", "random"] and [len(row) for row in made.rows] == [3] * 6
+    assert [name for name, _ in made.colours] == ["class 0", "class 1", "class 2", "class 4"]
+    assert dict(made.colours)["class 1"] == "#800000"
     assert [row[0].name for row in made.rows] == [f"{number}.jpg" for number in (0, 1, 3, 4, 6, 7)]
     truth, first, second = (opened(one.uri) for one in made.rows[0])
     image = opened(drawn.drawn(shown(30, 40), np.zeros((60, 80), np.uint8), []))
@@ -149,3 +156,81 @@ def test_predictions_of_both_networks_stand_beside_the_truth(pairs, tmp_path):
     assert np.abs((first - second)[100, 100] - [64, -64, 0]).max() < 8, "red, which is class 1, and green, class 2"
     assert np.abs((truth - second)[100, 100] - [0, -64, 0]).max() < 8, "class 0 on the left"
     assert np.abs((truth - second)[100, 300] - [0, -64, 64]).max() < 8, "blue, class 4, on the right"
+
+
+SUITE = """
+runs:
+  - name: boxes
+    title: Boxes
+    task: detect
+    config: configs/detect_voc0712_c4_24k.yaml
+    train: {coco}
+    test: {coco}
+    overrides: [{quick}, "detect.shorts=[48]", detect.test_short=48, detect.longest=64, detect.regions=8, detect.figures=coco]
+    published: detect_coco
+  - name: pixels
+    title: Pixels
+    task: segment
+    config: configs/segment_voc12aug_fcn_20k.yaml
+    train: {pairs}
+    test: {pairs}
+    overrides: [{quick}, "segment.base=[64,48]", segment.crop=48, segment.classes=5]
+  - name: cityscapes
+    title: Cityscapes
+    task: segment
+    config: configs/segment_cityscapes_fcn_40k.yaml
+    train: cityscapes:nowhere?split=train
+    test: cityscapes:nowhere?split=val
+"""
+QUICK = "optim.images_per_step=2, run.max_steps=1, run.tensorboard=false, data.threads=1"
+
+
+@pytest.mark.slow
+def test_a_page_trains_both_and_shows_what_they_see(pairs, tmp_path, fastrot):
+    images = pairs.removeprefix("pairs:").partition(",")[0]
+    entry = {"height": 60, "width": 80}
+    content = {
+        "images": [entry | {"id": number, "file_name": f"{number}.jpg"} for number in range(8)],
+        "annotations": [
+            {
+                "id": number + 1,
+                "image_id": number,
+                "category_id": 3,
+                "bbox": [40, 0, 40, 60],
+                "area": 2400,
+                "iscrowd": 0,
+            }
+            for number in range(8)
+        ],
+        "categories": [{"id": 3, "name": "right half"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    coco = f"coco:{tmp_path}/a.json?images={images}"
+    (tmp_path / "suite.yaml").write_text(SUITE.format(coco=coco, pairs=pairs, quick=QUICK))
+    save_file(backbone_state(build_model("resnet18", 4, 5)), tmp_path / "backbone.safetensors")
+    words = [
+        "--checkpoint",
+        tmp_path / "backbone.safetensors",
+        "--suite",
+        tmp_path / "suite.yaml",
+        "--out",
+        tmp_path / "out",
+    ]
+    assert fastrot("page", *words).code == 0
+    page, html = json.loads((tmp_path / "out/page.json").read_text()), (tmp_path / "out/page.html").read_text()
+    tables = {table["title"]: table for table in page["tables"]}
+    assert list(tables) == ["Detection, Boxes", "Segmentation, Pixels"]
+    for name, title, figure in (("boxes", "Detection, Boxes", "ap"), ("pixels", "Segmentation, Pixels", "mean_iou")):
+        for start in ("pretrained", "random"):
+            (file,) = (tmp_path / "out/results" / start).glob(f"{name}-*.json")
+            value = 100 * json.loads(file.read_text())[f"held_out_{figure}"]
+            assert tables[title]["rows"][0][start]["value"] == pytest.approx(value)
+    apart = {one["title"]: one for one in page["published_apart"]}
+    assert (
+        "80 classes (here 1)" in apart["Detection, Boxes"]["why"]
+        and apart["Detection, Boxes"]["rows"]["box AP"] == 37.9
+    )
+    assert apart["Segmentation, Cityscapes"]["rows"] == {}
+    assert html.count('<div class="seen">') == 12 and len(re.findall(r"<figcaption>truth: \d.jpg", html)) == 12
+    again = fastrot("page", *words)
+    assert again.code == 0 and "step 1/" not in again.err, "what is done is not done again"
