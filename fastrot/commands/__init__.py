@@ -8,7 +8,7 @@ GROUPS = {
     "data": ("index", "pack", "tune"),
     "training": ("train", "linear", "finetune", "detect", "segment"),
     "judging a backbone": ("features", "svm", "lowshot", "knn", "page"),
-    "handing it on": ("export",),
+    "handing it on": ("predict", "export"),
     "looking behind": ("profile", "estimate", "stream", "config", "demo-data", "warmup"),
 }
 
