@@ -11,6 +11,7 @@ from fastrot import __version__
 from fastrot.commands import GROUPS, find
 from fastrot.commands.base import Command
 from fastrot.errors import Fault, UserError
+from fastrot.files import finite
 
 _OTHERS_WAIT_S = 5  # launchers end the other ranks within two
 
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(command: Command, args: argparse.Namespace) -> None:
     result = command.run(args)
     if result is not None and args.json and os.environ.get("RANK", "0") == "0":
-        print(json.dumps(result), flush=True)
+        print(json.dumps(finite(result)), flush=True)
 
 
 def _names() -> list[str]:
