@@ -331,9 +331,9 @@ def test_closing_waits_for_a_thread_that_waits_for_a_batch():
         except RuntimeError as error:
             ended.append(str(error))
 
-    worker = threading.Thread(target=work)
+    worker = threading.Thread(target=work, daemon=True)
     worker.start()
     begun.wait()
     turbo.close()
-    worker.join()
+    worker.join(60)
     assert ended == ["turbo is closed"]
