@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import Progress, TaskID
 
 from fastrot import terminal
+from fastrot.errors import why_not_there
 from fastrot.files import Damaged, as_json, finite, read_json, write_text
 
 if TYPE_CHECKING:
@@ -98,13 +99,19 @@ class RunLog:
         cut_back(self._folder / "metrics.jsonl", first_step)
         (self._folder / "metrics.jsonl").touch()
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=first_step)
+            self._board = self._opened_board(self._folder / "tensorboard", first_step)
         if self._out.is_terminal:
             self._bar = terminal.progress_bar(self._out)
             self._task = self._bar.add_task("training", total=total_steps, completed=first_step, note="")
             self._bar.start()
+
+    def _opened_board(self, folder: Path, first_step: int) -> "SummaryWriter | None":
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            self.say(f"no TensorBoard events: {why_not_there(error)}, or set run.tensorboard=false")
+            return None
+        return SummaryWriter(str(folder), purge_step=first_step)
 
     def say(self, line: str) -> None:
         """One fact a line, for a person."""
