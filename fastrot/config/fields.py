@@ -134,8 +134,7 @@ class Engine(Section):
     """Most images a rank holds at once; default: its whole share. Batch norm sees a micro-step's views."""
     bucket_mb: NonNegativeFloat = 25.0
     """Several ranks average their gradients in buckets of so many MiB while the backward pass still fills the next
-    (ZeRO 1: after it; a compiled backward pass gives all at its end, but where synchronised norms divide it);
-    0: in one piece after it."""
+    (ZeRO 1: after it; a compiled backward pass gives all at its end); 0: in one piece after it."""
     compile: Literal[False, True, "default", "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"] = False
     """torch.compile the network; true is mode `default`. The last two modes replay CUDA graphs of their own."""
     channels_last: bool = True
