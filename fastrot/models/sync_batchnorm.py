@@ -91,6 +91,9 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or dist.get_world_size() == 1:
             return super().forward(x)
+        return self._synced(x)
+
+    def _synced(self, x: Tensor) -> Tensor:
         parts: tuple[Tensor, ...] = _SyncedNorm.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]  # torch's apply
         out, mean, var, total = parts
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
