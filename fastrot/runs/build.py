@@ -22,7 +22,7 @@ from fastrot.models.resnet import pad_stem
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from fastrot.profiling import roofline
 from fastrot.profiling.clock import Clock
-from fastrot.runs.arithmetic import arithmetic, deviations, rate_at, refuse_graphs, refuse_tiny_maps
+from fastrot.runs.arithmetic import arithmetic, deviations, rate_at, refuse_graphs, refuse_tiny_maps, uses_graphs
 from fastrot.runs.loop import Course
 from fastrot.runs.memory import Memory, estimate
 from fastrot.tasks import Task
@@ -99,8 +99,9 @@ class Job:
         for line in deviations(config, self.ranks):
             self.say(line)
         model = self._model().to(self.ranks.device)
+        graphs = uses_graphs(config, self.ranks)
         settings = StepSettings(
-            e.precision, e.zero, config.optim.clip, config.optim.momentum, e.channels_last, e.cuda_graphs, e.bucket_mb
+            e.precision, e.zero, config.optim.clip, config.optim.momentum, e.channels_last, graphs, e.bucket_mb
         )
         batch = {
             "train_batch_size": n.images,

@@ -18,6 +18,7 @@ from fastrot.data.whole_objects import ObjectView, ShownObjects
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.files import remove
+from fastrot.models.detector import WithRegions
 from fastrot.runs import transfer
 from fastrot.runs.transfer import Learning
 from fastrot.runs.whole import Beside, WholeJob
@@ -71,9 +72,10 @@ class DetectJob(WholeJob[ShownObjects, Objects]):
         return coco_figures(objects, sizes, found, "mask_ap" in self.task.figures)
 
     def maps_of(self, network: nn.Module) -> tuple[nn.Module, int]:
-        """The backbone; the heads' maps are fewer."""
+        """Backbone and heads, as many regions as training samples."""
         short, most = max(self.config.detect.shorts), self.config.detect.longest
-        return network.get_submodule("backbone"), int((short * min(most, short * 4 / 3)) ** 0.5) // 32 * 32 or 32
+        side = int((short * min(most, short * 4 / 3)) ** 0.5) // 32 * 32 or 32
+        return WithRegions(network), side
 
 
 def figures_of(model: str, figures: str) -> dict[str, str]:
