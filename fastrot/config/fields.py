@@ -59,7 +59,7 @@ class Data(Section):
     prefetch: PositiveInt | None = None
     """Micro-batches decoded ahead, a rank; each holds n * crop * crop * 3 bytes. Default: as fastrot tune found, else 3."""
     hw_decoder_load: Unit | None = None
-    """Share of the JPEGs that dali gives to the GPU's hardware decoder; default: as fastrot tune found, else DALI's."""
+    """Share of the JPEGs that dali gives to the GPU's hardware decoder; default: as fastrot tune found, else 0.99."""
     max_bad: Annotated[int, Field(ge=0)] | None = None
     """Unreadable images that stop a run; default: the larger of 10 and 0.1% of the rows."""
     max_pixels: PositiveInt = 178_000_000
