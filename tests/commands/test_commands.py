@@ -19,7 +19,7 @@ CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.
 OWN = {  # an option that no other command's help may show
     "index": "--verify",
     "pack": "--raw-share",
-    "tune": "--seconds",
+    "tune": "--images-per-s",
     "train": "--deepspeed_config",
     "linear": "--features",
     "features": "--taps",
