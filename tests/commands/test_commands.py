@@ -22,6 +22,7 @@ OWN = {  # an option that no other command's help may show
     "pack": "--raw-share",
     "profile": "--try",
     "estimate": "--nodes",
+    "tune": "--images-per-s",
     "train": "--deepspeed_config",
     "linear": "--features",
     "features": "--taps",
