@@ -1,0 +1,73 @@
+"""Which switches pay on this card: a pure function of the step's arms; and the config that sets them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from fastrot import config as configs
+from fastrot.selfcheck.place import CHECKOUT
+
+# A switch of bench/step.py that leaves the recipe and is a key of the section engine; and what it is when not turned.
+SWITCHES: dict[str, Any] = {
+    "channels_last": True, "compile": False, "norm": "torch", "stem_channels": 3, "cuda_graphs": False,
+    "recompute": False,
+}  # fmt: skip
+NOISE = 0.01  # a switch must give more to pay
+
+
+@dataclass(frozen=True)
+class Arm:
+    """name: its switches, as in `norm=fused cuda_graphs=true`. speed: as a multiple of base's. equal: whether it learns
+    what base learns, seen by its losses and first gradient."""
+
+    name: str
+    speed: float
+    equal: bool
+
+    @property
+    def switches(self) -> dict[str, Any] | None:
+        """{} of base; None where it turns what is no switch of ours, or changes the recipe."""
+        words = [] if self.name == "base" else self.name.split()
+        turned = dict(word.partition("=")[::2] for word in words)
+        return {k: yaml.safe_load(v) for k, v in turned.items()} if turned.keys() <= SWITCHES.keys() else None
+
+
+BASE = Arm("base", 1.0, True)
+
+
+def choose(arms: Sequence[Arm]) -> Arm:
+    """The arm of the fewest switches among those as fast as the fastest, base where none is faster. Never one that is
+    slower than base or not equal to it."""
+    able = [BASE, *(arm for arm in arms if arm.equal and arm.switches)]
+    fastest = max(arm.speed for arm in able)
+    near = [arm for arm in able if arm.speed >= max(1.0, fastest * (1 - NOISE))]
+    return min(near, key=lambda arm: (len(arm.switches or {}), -arm.speed))
+
+
+def arms_of(result: dict[str, Any]) -> list[Arm]:
+    """The arms of bench/step.py's result. It keeps figures of equal ones alone; the others are `missing`."""
+    lines = result.get("switches", {}).items()
+    return [Arm(name, line["times_base"], name not in result.get("missing", {})) for name, line in lines]
+
+
+def engine_keys(arm: Arm) -> dict[str, Any]:
+    """Every switch of the section engine, turned or not."""
+    keys = SWITCHES | (arm.switches or {})
+    return keys | ({"kind": "plain"} if keys["cuda_graphs"] else {})
+
+
+def fast_config(arm: Arm, device: str) -> str:
+    """configs/in1k_fast.yaml with the arm's switches, as YAML."""
+    overrides = [f"engine.{key}={yaml.safe_dump(value).split()[0]}" for key, value in engine_keys(arm).items()]
+    config, sources = configs.load(str(CHECKOUT / "configs" / "in1k_fast.yaml"), overrides)
+    tree: dict[str, dict[str, Any]] = {}
+    for key, value in configs.flat(config).items():
+        if sources[key] != "default":
+            section, _, name = key.partition(".")
+            tree.setdefault(section, {})[name] = list(value) if isinstance(value, tuple) else value
+    says = f"# configs/in1k_fast.yaml with the switches that pay on {device}: {arm.name}, {arm.speed:.2f} times base.\n"
+    if arm.name != "base" and engine_keys(arm)["cuda_graphs"]:
+        says += "# Measured on one GPU. Where several refuse engine.cuda_graphs, set it to false.\n"
+    return says + yaml.safe_dump(tree, sort_keys=False)
