@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -27,15 +28,15 @@ class Part:
 
 PARTS = (
     Part("tests", "do the tests that need CUDA pass?", 900, 120, "correctness:tests"),
-    Part("decoders", "do decoders show Pillow's pixels, and write nowhere else?", 180, 60, "correctness:decoders"),
-    Part("rotation", "is the views' kernel right, and how near a copy's speed?", 300, 60, "speed:rotation"),
-    Part("losses", "does a short training learn as on the CPU?", 420, 120, "correctness:losses"),
-    Part("resume", "is a resumed run the whole one, bit for bit?", 420, 120, "correctness:resume"),
-    Part("step", "which switches make the step faster than plain PyTorch's?", 1500, 120, "speed:step"),
-    Part("loader", "how many images a second does the loader give?", 300, 120, "speed:loader"),
-    Part("end_to_end", "does a training wait for data?", 300, 60, "speed:end_to_end"),
-    Part("probes", "how fast are features, SVM and k-NN, and are they the CPU's?", 240, 60, "speed:probes"),
-    Part("ranks", "what do several GPUs give, and what do norms and buckets cost?", 420, 60, "speed:ranks"),
+    Part("decoders", "do decoders show Pillow's pixels, and write nowhere else?", 180, 120, "correctness:decoders"),
+    Part("rotation", "is the views' kernel right, and how near a copy's speed?", 300, 120, "speed:rotation"),
+    Part("losses", "does a short training learn as on the CPU?", 420, 180, "correctness:losses"),
+    Part("resume", "is a resumed run the whole one, bit for bit?", 420, 180, "correctness:resume"),
+    Part("step", "which switches make the step faster than plain PyTorch's?", 1500, 180, "speed:step"),
+    Part("loader", "how many images a second does the loader give?", 300, 180, "speed:loader"),
+    Part("end_to_end", "does a training wait for data?", 300, 120, "speed:end_to_end"),
+    Part("probes", "how fast are features, SVM and k-NN, and are they the CPU's?", 240, 120, "speed:probes"),
+    Part("ranks", "what do several GPUs give, and what do norms and buckets cost?", 420, 120, "speed:ranks"),
 )
 
 
@@ -55,9 +56,13 @@ def main() -> None:
     if not args.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     module, _, name = next(part.check for part in PARTS if part.name == args.part).partition(":")
-    check: Callable[[Place], Found] = getattr(import_module(f"fastrot.selfcheck.{module}"), name)
-    found = check(Place(args.gpu, args.bundle, args.work, time.monotonic() + args.seconds))
-    write_text(args.out, json.dumps(asdict(found)))
+    check: Callable[[Place, Found], None] = getattr(import_module(f"fastrot.selfcheck.{module}"), name)
+    found = Found()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    try:
+        check(Place(args.gpu, args.bundle, args.work, time.monotonic() + args.seconds), found)
+    finally:
+        write_text(args.out, json.dumps(asdict(found)))
 
 
 if __name__ == "__main__":

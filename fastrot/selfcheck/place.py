@@ -22,6 +22,7 @@ class Found:
     failures  what is wrong, a line each: one of them and the part has failed.
     skipped   what was not done here, and why.
     raw       whatever was measured, as JSON.
+    A part fills it as it goes: where it is stopped, what it has found is kept.
     """
 
     figures: list[tuple[str, str]] = field(default_factory=list)
@@ -56,13 +57,15 @@ class Place:
             return f"{_name(words)} was stopped after {stopped.timeout:.0f} s"
         return f"{_name(words)} ended with code {code}" if code else None
 
-    def bench(self, script: str, *words: object, before: Sequence[object] = (sys.executable,)) -> Found:
-        """A script of bench/: its result as `raw`, what there is of it where it was stopped."""
-        out, found = self.work / f"{script}-{len(list(self.work.iterdir()))}.json", Found()
-        failure = self.call([*before, f"bench/{script}.py", *words, "--out", out])
-        found.failures += [failure] if failure else []
-        found.raw = json.loads(out.read_text()) if out.exists() else {}
-        return found
+    def bench(
+        self, found: Found, script: str, *words: object, before: Sequence[object] = (sys.executable,)
+    ) -> dict[str, Any]:
+        """A script of bench/: its result, what there is of it where it was stopped."""
+        out = self.work / f"{script}-{len(list(self.work.iterdir()))}.json"
+        if failure := self.call([*before, f"bench/{script}.py", *words, "--out", out]):
+            found.failures.append(failure)
+        result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+        return result
 
     def train(self, name: str, *words: object, hide_gpu: bool = False) -> tuple[list[dict[str, Any]], str | None]:
         """`fastrot train` into work/name: the lines of metrics.jsonl, and why it failed or None.

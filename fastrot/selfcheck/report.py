@@ -21,9 +21,9 @@ def write(bundle: Path) -> dict[str, Any]:
     device = environment["gpus"][0] if environment["gpus"] else "CPU (a rehearsal: no figure counts)"
     said = {"device": device, **_verdict(parts)}
     if said["switches"] is not None:
-        arm = verdict.Arm(said["arm"], said["times_base"], True)
+        arm = verdict.Arm(said["arm"], said["times_base"], said["times_base"], True)
         said["config"] = f"in1k_fast_{name_of(environment['gpus'])}.yaml"
-        write_text(bundle / said["config"], verdict.fast_config(arm, device))
+        write_text(bundle / said["config"], verdict.fast_config(arm, device, said["images"]))
     write_text(bundle / "verdict.json", json.dumps(said, indent=1))
     write_text(bundle / "report.html", page(said, parts, environment))
     return said
@@ -44,9 +44,8 @@ def _parts(bundle: Path) -> list[dict[str, Any]]:
 
 def _verdict(parts: list[dict[str, Any]]) -> dict[str, Any]:
     raw = {one["part"]: one["raw"] for one in parts}
-    arms, chosen = verdict.arms_of(raw.get("step", {})), None
-    if arms:
-        chosen = verdict.choose(arms)
+    arms = verdict.arms_of(raw.get("step", {}))
+    chosen = verdict.choose(arms) if arms else None
     line = raw["step"]["switches"].get(chosen.name, {}) if chosen else {}
     return {
         "parts": {one["part"]: one["status"] for one in parts},
@@ -54,6 +53,7 @@ def _verdict(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "skipped": sum(len(one["skipped"]) for one in parts),
         "arm": chosen and chosen.name,
         "switches": chosen and verdict.engine_keys(chosen),
+        "images": raw.get("step", {}).get("images", 128),
         "times_base": chosen and chosen.speed,
         "times_plain": line.get("times_plain"),
         "views_per_s": line.get("views_per_s"),

@@ -14,16 +14,17 @@ SWITCHES: dict[str, Any] = {
     "channels_last": True, "compile": False, "norm": "torch", "stem_channels": 3, "cuda_graphs": False,
     "recompute": False,
 }  # fmt: skip
-NOISE = 0.01  # a switch must give more to pay
+NOISE = 0.01  # more switches must give more to pay
 
 
 @dataclass(frozen=True)
 class Arm:
-    """name: its switches, as in `norm=fused cuda_graphs=true`. speed: as a multiple of base's. equal: whether it learns
-    what base learns, seen by its losses and first gradient."""
+    """name: its switches, as in `norm=fused cuda_graphs=true`. speed: as a multiple of base's, by medians; least: its
+    slowest round's over base's fastest. equal: whether it learns what base learns, by its losses and first gradient."""
 
     name: str
     speed: float
+    least: float
     equal: bool
 
     @property
@@ -34,22 +35,26 @@ class Arm:
         return {k: yaml.safe_load(v) for k, v in turned.items()} if turned.keys() <= SWITCHES.keys() else None
 
 
-BASE = Arm("base", 1.0, True)
+BASE = Arm("base", 1.0, 1.0, True)
 
 
 def choose(arms: Sequence[Arm]) -> Arm:
-    """The arm of the fewest switches among those as fast as the fastest, base where none is faster. Never one that is
-    slower than base or not equal to it."""
-    able = [BASE, *(arm for arm in arms if arm.equal and arm.switches)]
-    fastest = max(arm.speed for arm in able)
-    near = [arm for arm in able if arm.speed >= max(1.0, fastest * (1 - NOISE))]
+    """The arm of the fewest switches among those about as fast as the fastest; base where none is faster in every
+    round. Never one that is slower than base or not equal to it."""
+    able = [BASE, *(arm for arm in arms if arm.equal and arm.switches and arm.speed >= arm.least > 1)]
+    near = [arm for arm in able if arm.speed >= max(one.speed for one in able) * (1 - NOISE)]
     return min(near, key=lambda arm: (len(arm.switches or {}), -arm.speed))
 
 
 def arms_of(result: dict[str, Any]) -> list[Arm]:
     """The arms of bench/step.py's result. It keeps figures of equal ones alone; the others are `missing`."""
-    lines = result.get("switches", {}).items()
-    return [Arm(name, line["times_base"], name not in result.get("missing", {})) for name, line in lines]
+    arms = []
+    for name, line in result.get("switches", {}).items():
+        if name != "base":
+            step, base, speed = line["step"], line["base_step"], line["times_base"]
+            least = speed * step["median_s"] / step["most_s"] * base["least_s"] / base["median_s"]
+            arms.append(Arm(name, speed, least, name not in result.get("missing", {})))
+    return arms
 
 
 def engine_keys(arm: Arm) -> dict[str, Any]:
@@ -58,9 +63,10 @@ def engine_keys(arm: Arm) -> dict[str, Any]:
     return keys | ({"kind": "plain"} if keys["cuda_graphs"] else {})
 
 
-def fast_config(arm: Arm, device: str) -> str:
-    """configs/in1k_fast.yaml with the arm's switches, as YAML."""
+def fast_config(arm: Arm, device: str, images: int) -> str:
+    """configs/in1k_fast.yaml with the arm's switches, as YAML. images: that the card holds at once."""
     overrides = [f"engine.{key}={yaml.safe_dump(value).split()[0]}" for key, value in engine_keys(arm).items()]
+    overrides.append(f"engine.images_per_micro_step={images}")
     config, sources = configs.load(str(CHECKOUT / "configs" / "in1k_fast.yaml"), overrides)
     tree: dict[str, dict[str, Any]] = {}
     for key, value in configs.flat(config).items():
