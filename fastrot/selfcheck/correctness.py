@@ -183,7 +183,7 @@ def losses(place: Place, found: Found) -> None:
         found.failures.append(f"the reference on the CPU: {failure}")
         return
     found.raw["cpu"] = want
-    near, bf16 = {"loss": 0.005, "grad_norm": 0.02}, {"loss": 0.02, "grad_norm": 0.1}
+    near, bf16 = (0.005, 0.01), (0.02, 0.2)  # of the losses; of the first gradient's norm, before weights part
     ways = {"fp32, fused, CUDA graphs": (near, ["norm=fused", "cuda_graphs=true"]), "bf16": (bf16, ["precision=bf16"])}
     if place.gpu:
         fast = ["precision=bf16", "norm=fused_conv", "stem_channels=4", "cuda_graphs=true"]
@@ -201,11 +201,14 @@ def losses(place: Place, found: Found) -> None:
         if failure or len(got) != len(want):
             found.failures.append(f"{says}: {failure or f'{len(got)} losses for {len(want)}'}")
             continue
-        apart = {name: max(abs(a[name] - b[name]) / b[name] for a, b in zip(got, want, strict=True)) for name in most}
-        line = f"losses within {apart['loss']:.2%} of the CPU's over {steps} steps, gradients' norms {apart['grad_norm']:.2%}"
+        losses_apart = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(got, want, strict=True))
+        norm_apart = abs(got[0]["grad_norm"] - want[0]["grad_norm"]) / want[0]["grad_norm"]
+        line = (
+            f"losses {losses_apart:.2%} from the CPU's over {steps} steps, the first gradient's norm {norm_apart:.2%}"
+        )
         found.figures.append((says, line))
-        if not all(apart[name] < share for name, share in most.items()):
-            found.failures.append(f"{says}: {line}; more than {most['loss']:.1%} and {most['grad_norm']:.0%}")
+        if not (losses_apart < most[0] and norm_apart < most[1]):
+            found.failures.append(f"{says}: {line}; more than {most[0]:.1%} and {most[1]:.0%}")
 
 
 def resume(place: Place, found: Found) -> None:

@@ -53,6 +53,9 @@ def run(
     prepare(bundle)
     files.write_text(bundle / "environment.json", json.dumps(environment(gpu), indent=1))
     say, began, outcomes = terminal.console().print, time.monotonic(), []
+    most = sum(part.gpu_s if gpu else part.cpu_s for part in parts)
+    most = most if budget is None else min(most, budget)
+    say(f"{len(parts)} parts, at most {terminal.duration(most)}; the evidence is kept in {bundle}", soft_wrap=True)
     with tempfile.TemporaryDirectory(prefix="fastrot-selfcheck-") as work:
         for number, part in enumerate(parts, 1):
             limit = part.gpu_s if gpu else part.cpu_s

@@ -16,6 +16,7 @@ from conftest import ROOT
 from fastrot import config as configs
 from fastrot.selfcheck import correctness, report, run, speed, verdict
 from fastrot.selfcheck.parts import PARTS, Part
+from fastrot.selfcheck.place import Found, Place
 from fastrot.selfcheck.verdict import Arm
 
 GOOD = {"figures": [["speed", "3 views/s"]], "failures": [], "skipped": [], "raw": {}}
@@ -165,6 +166,42 @@ def test_every_parts_check_is_there_and_a_card_has_a_files_name():
         module, _, name = part.check.partition(":")
         assert callable(getattr(importlib.import_module(f"fastrot.selfcheck.{module}"), name))
     assert report.name_of(["NVIDIA H100 80GB HBM3"]) == "nvidia-h100-80gb-hbm3"
+
+
+class Told(Place):
+    """A GPU's place whose trainings only read their words; the run `odd` writes other weights and losses."""
+
+    odd = None
+
+    def train(self, name, *words, hide_gpu=False):
+        config, _ = configs.load(None, [*map(str, words), f"run.out={self.work / name}"], "train")
+        steps, other = config.run.max_steps, name == self.odd
+        folder = self.work / name / "checkpoints" / f"step-{steps:08d}"
+        folder.mkdir(parents=True)
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            (folder / file).write_text(str(other))
+        line = {"loss": 1.0 + other, "grad_norm": 2.0, "wait_share": 0.02 if other else 0.001, "views_per_s": 900.0}
+        return [line] * steps, None
+
+
+@pytest.mark.parametrize(
+    "check, odd, says",
+    [
+        (correctness.losses, "losses-1", "bf16: losses 100.00% from the CPU's"),
+        (correctness.resume, "resume-0-again", "bf16, deepspeed: model.safetensors of the resumed run differ"),
+        (speed.end_to_end, "end-to-end", "waits for data 2.00% of its time, more than 1%"),
+    ],
+)
+def test_a_gpus_trainings_are_given_words_that_training_reads_and_are_judged(tmp_path, monkeypatch, check, odd, says):
+    for module in (correctness, speed):
+        monkeypatch.setattr(module, "drawn", lambda work, count: work)
+    monkeypatch.setattr(speed, "at_once", lambda place: 128)
+    for name in (None, odd):
+        found, place = Found(), Told(True, tmp_path, tmp_path / str(name), 0.0)
+        monkeypatch.setattr(Told, "odd", name)
+        check(place, found)
+        assert found.figures
+        assert (found.failures == []) if name is None else says in found.failures[0]
 
 
 def test_a_decoder_that_writes_into_other_tensors_or_its_own_given_ones_is_seen():
