@@ -33,8 +33,8 @@ PARTS = (
     Part("losses", "does a short training learn as on the CPU?", 300, 180, "correctness:losses"),
     Part("resume", "is a resumed run the whole one, bit for bit?", 300, 180, "correctness:resume"),
     Part("step", "which switches make the step faster than plain PyTorch's?", 1200, 180, "speed:step"),
-    Part("loader", "how many images a second does the loader give?", 180, 180, "speed:loader"),
-    Part("end_to_end", "does a training wait for data?", 240, 120, "speed:end_to_end"),
+    Part("loader", "how many images a second does the loader give?", 240, 180, "speed:loader"),
+    Part("end_to_end", "does a training wait for data?", 180, 120, "speed:end_to_end"),
     Part("probes", "how fast are features, SVM and k-NN, and are they the CPU's?", 180, 120, "speed:probes"),
     Part("ranks", "what do several GPUs give, and what do norms and buckets cost?", 240, 120, "speed:ranks"),
 )

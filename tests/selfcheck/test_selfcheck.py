@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from conftest import ROOT
 from fastrot import config as configs
-from fastrot.selfcheck import correctness, report, run, speed, verdict
+from fastrot.selfcheck import correctness, report, run, speed, stand_in, verdict
 from fastrot.selfcheck.parts import PARTS, Part
 from fastrot.selfcheck.place import Found, Place
 from fastrot.selfcheck.verdict import Arm
@@ -35,6 +36,7 @@ STEP = {
     "plain": {"plain PyTorch": {"times_base": 2.0, "views_per_s": 200.0}},
     "missing": {"compile=true": "<b>no compiler</b>"},
 }
+ITS_OWN = f"99.{os.getpid()}"  # seconds: a process that no other test starts
 BODIES = {  # what a tiny part does with `out`, the file of what it found
     "good": f"out.write_text({json.dumps(json.dumps(GOOD))})",
     "step": f"out.write_text({json.dumps(json.dumps(GOOD | {'raw': STEP}))})",
@@ -45,7 +47,7 @@ BODIES = {  # what a tiny part does with `out`, the file of what it found
     "silent": "pass",
     "other": "out.write_text('[1]')",
     "hangs": "import subprocess, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-    "subprocess.Popen(['sleep', '77123']); time.sleep(99)",
+    f"subprocess.Popen(['sleep', '{ITS_OWN}']); time.sleep(99)",
 }
 
 
@@ -73,7 +75,7 @@ def test_what_fails_hangs_or_says_rubbish_is_listed_and_the_rest_goes_on(tmp_pat
     assert why["hangs"] == ["was stopped at its limit of 1 s"] and why["wrong"] == ["2 < 3"]
     assert why["silent"] == ["wrote no result"] and "not JSON" in why["rubbish"][0]
     assert "cannot be read" in why["other"][0]
-    assert not [line for line in _processes() if "sleep\x0077123" in line]
+    assert not [line for line in _processes() if f"sleep\0{ITS_OWN}" in line]
     failed = json.loads((tmp_path / "verdict.json").read_text())["failed"]
     assert {one["part"] for one in failed} == {"raises", "hangs", "rubbish", "silent", "other", "wrong"}
     assert all((tmp_path / one["open"]).exists() for one in failed)
@@ -159,6 +161,16 @@ def test_the_arms_are_the_benchs(monkeypatch):
     assert all(step.able(step.BASE | step.SWITCHES[name], 1, cuda=True) for name in speed.ARMS)
     assert all(step.able(step.BASE | step.SWITCHES[name], 2, cuda=True) for name in speed._RANKS_ARMS)
     assert {key: step.BASE[key] for key in verdict.SWITCHES} == verdict.SWITCHES
+
+
+def test_the_stand_in_finds_what_it_takes_the_place_of(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert stand_in.main(["config", "--json"]) == 0
+    assert "cuda_graphs" in capsys.readouterr().out
+
+
+def test_all_parts_take_an_hour_at_most():
+    assert sum(part.gpu_s for part in PARTS) <= 3600
 
 
 def test_every_parts_check_is_there_and_a_card_has_a_files_name():
