@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,6 +82,18 @@ def write_text(path: Path, text: str) -> None:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """What a manifest of ours says of a file, so that damage to it is seen."""
+
+    sha256: str
+    bytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Sealed":
+        return cls(sha256_of(path), path.stat().st_size)
 
 
 def read_json(path: Path, schema: type[T]) -> T:

@@ -10,8 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def cache_folder() -> Path:
     """Where caches lie: $FASTROT_CACHE, else the user's XDG cache."""
@@ -22,6 +20,8 @@ def cache_folder() -> Path:
 def compiled_folder(name: str) -> Path:
     """Where what is compiled on this machine lies: hosts that share a cache, but not a processor, a C library or a
     torch, share no file. torch compiles for the processor at hand."""
+    import torch  # seconds, which those who ask for the cache alone need not pay
+
     try:
         cpu = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
     except OSError:
@@ -95,6 +95,8 @@ _PACKAGES = (
 
 def environment(ranks_line: str) -> dict[str, Any]:
     """What a result depends on: versions, machine, command."""
+    import torch
+
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:

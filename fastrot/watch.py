@@ -3,7 +3,9 @@
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 
 from fastrot.errors import Fault
@@ -60,10 +62,24 @@ def die_with_launcher() -> None:
     """End this process when a launcher above it is gone: a killed launcher leaves no orphans."""
     watched = _python_ancestors()
 
-    def watch() -> None:
+    def wait() -> None:
         while all(process.lives for process in watched):
             time.sleep(1)
-        os._exit(Fault.exit_code)
 
     if watched:
-        threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+        _end_after(wait)
+
+
+def die_with_parent() -> None:
+    """End this worker of a pool when the process that made it is gone: it would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None, "a worker has one"
+    _end_after(parent.join)
+
+
+def _end_after(wait: Callable[[], None]) -> None:
+    def watch() -> None:
+        wait()
+        os._exit(Fault.exit_code)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

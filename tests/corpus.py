@@ -130,6 +130,18 @@ def top_down(bmp: bytes) -> bytes:
     return bmp[:22] + struct.pack("<i", -HEIGHT) + bmp[26:54] + rows.tobytes()
 
 
+def of_scans(count: int) -> bytes:
+    """A gray block in a progressive JPEG of so many scans, each as it should be: pass by pass a bit more of one coefficient
+    after the other, all of them 0."""
+    first = encode(Image.new("L", (8, 8), 90), progressive=True)
+    end = first.index(b"\xff", first.index(b"\xff\xda") + 10)  # of the scan of the block's mean
+    table = segment(0xC4, b"\x10\x01" + bytes(15) + b"\0")  # one code, of one bit: no more coefficients
+    passes = [(0, 12), *((bit + 1, bit) for bit in reversed(range(12)))]
+    scans = [(k, before << 4 | now) for before, now in passes for k in range(1, 64)][: count - 1]
+    body = b"".join(segment(0xDA, bytes([1, 1, 0, k, k, bits])) + b"\x7f" for k, bits in scans)
+    return first[:end] + table + body + b"\xff\xd9"
+
+
 OTHER = draw(HEIGHT, WIDTH, 9)
 _FADING = np.dstack([WHOLE, np.tile(np.arange(WIDTH, dtype=np.uint8), (HEIGHT, 1))])
 FADING = Image.fromarray(_FADING)
@@ -205,6 +217,7 @@ SOUND = {
     "TIFF floats": encode(Image.fromarray(GRAY.astype(np.float32)), "TIFF"),
     "TIFF of two pages": encode(PICTURE, "TIFF", save_all=True, append_images=[OTHER]),
     "PGM 16 bits": b"P5 %d %d 65535\n" % (WIDTH, HEIGHT) + (GRAY.astype(">u2") * 256 + 9).tobytes(),
+    "256 scans": of_scans(256),
     "1x1": encode(draw(1, 1)),
     "1x5000": encode(draw(5000, 1)),
     "5000x1": encode(draw(1, 5000)),
@@ -245,6 +258,7 @@ BROKEN = {
     "truncated at 50%": cut(BASE, 0.5),
     "truncated at 99%": cut(BASE, 0.99),
     "EOI missing": BASE[:-2],
+    "EOI missing behind coded data that end with a byte": encode(draw(24, 40), restart_marker_blocks=3)[:-2],
     "progressive, truncated at 60%": cut(encode(PICTURE, progressive=True), 0.6),
     "cut behind a thumbnail's end": thumbnailed_and_cut(),
     "PNG, end chunk missing": encode(PICTURE, "PNG")[:-12],
@@ -252,6 +266,7 @@ BROKEN = {
     "garbage": bytes(np.random.default_rng(0).integers(0, 256, 4000, np.uint8)),
     "header only": BASE[: BASE.index(b"\xff\xda") + 2],
     "12 bits": patched(BASE, FRAME + 4, b"\x0c"),
+    "257 scans": of_scans(257),
     "lossless process": patched(BASE, FRAME, b"\xff\xc3"),
     "bomb, PNG": header_of(60_000),
     "bomb, JPEG": patched(BASE, FRAME + 5, struct.pack(">HH", 60_000, 60_000)),

@@ -28,7 +28,7 @@ def test_every_shipped_config_is_valid_and_reads_back(path, tmp_path):
 
 def test_in1k_is_the_published_recipe():
     """protocols.md, "Rotation pretraining", row by row."""
-    config, _ = configs.load(str(FILES[0].parent / "in1k.yaml"), [])
+    config, _ = configs.load(str(FILES[0].parent / "in1k_fp32.yaml"), [])
     o = config.optim
     assert (o.name, o.images_per_step, o.lr, o.momentum, o.nesterov, o.weight_decay) == (
         "sgd",
@@ -51,7 +51,10 @@ def test_in1k_is_the_published_recipe():
     d = config.data
     assert (d.crop, d.scale, d.ratio, d.flip) == (224, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
     assert (d.mean, d.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert config.engine.precision == "fp32"
+    assert (config.engine.precision, config.engine.norm) == ("fp32", "torch")
+    fast, _ = configs.load(str(FILES[0].parent / "in1k.yaml"), [])
+    ours = {"engine.precision": "bf16", "engine.norm": "fused_conv", "engine.stem_channels": 4, "run.out": "runs/in1k"}
+    assert configs.flat(fast) == configs.flat(config) | ours | {"engine.cuda_graphs": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -154,9 +157,9 @@ def test_all_that_is_wrong_is_told_at_once():
         ["optim.nesterov=true", "optim.momentum=0"],
         ["engine.zero=1", "engine.kind=plain"],
         ["engine.zero=1", "engine.precision=fp16"],
-        ["data.decode=torch", "data.decode_on=gpu"],
+        *(["data.decode_on=gpu", f"data.decode={name}"] for name in ("torch", "turbo", "turbo_fast", "ffcv")),
         ["engine.recompute=true", "engine.compile=true"],
-        ["engine.cuda_graphs=true"],  # DeepSpeed is the default
+        ["engine.cuda_graphs=true", "engine.zero=1"],
         ["engine.cuda_graphs=true", "engine.kind=plain", "engine.precision=fp16"],
         ["engine.cuda_graphs=true", "engine.kind=plain", "engine.compile=reduce-overhead"],
         ["engine.cuda_graphs=true", "engine.kind=plain", "rotation.shuffle_labels=true"],

@@ -148,21 +148,18 @@ def plan(
     data  (key, source) of each; indexed, since a wrong source is what a dry run is there to find.
     does  (what, value): outputs and what they depend on.
     """
-    from fastrot import machine, terminal
-    from fastrot.config import flat
-    from fastrot.data.build import describe, open_manifest
-    from fastrot.data.index import index
+    from fastrot import terminal
+    from fastrot.config import flat, table
+    from fastrot.data.index import in_cache
     from fastrot.data.manifest import Manifest
-    from fastrot.errors import UserError
+    from fastrot.data.remarks import describe
 
     def manifest(key: str, source: str | None) -> Manifest:
-        if ranks is not None:
-            return open_manifest(source, config, ranks, key)
-        if source is None:
-            raise UserError(f"{key} is not set; name an image folder, as in {key}=/path, or list:FILE")
-        return Manifest.load(
-            index(source, machine.cache_folder() / "manifests", config.data.max_pixels, terminal.track)
-        )
+        if ranks is None:
+            return Manifest.load(in_cache(source, config.data.max_pixels, key))
+        from fastrot.data.build import open_manifest
+
+        return open_manifest(source, config, ranks, key)
 
     first = ranks is None or ranks.first
     rows = {}
@@ -172,7 +169,7 @@ def plan(
         if first:
             describe(found, terminal.console().print)
     if first:
-        terminal.table("config", [(key, f"{value}  ({sources[key]})") for key, value in flat(config).items()])
+        terminal.table("config", table(config, sources))
         images = [(key, f"{source}: {rows[key]:,} images") for key, source in data]
         terminal.table("dry run: nothing was written", images + does)
     return {"rows": rows, **dict(does), "config": flat(config), "sources": sources}

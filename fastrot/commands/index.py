@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from fastrot.commands.base import Command, Result, add_config, add_dry_run, among_ranks, plan, settings
+from fastrot.commands.base import Command, Result, add_config, add_dry_run, plan, settings
 from fastrot.errors import UserError
 
 
@@ -30,13 +30,12 @@ def _run(args: argparse.Namespace) -> Result:
         raise UserError(f"{places[1]!r}: expected section.key=value; one source at a time is indexed")
     config, sources = settings(args)
     source = places[0] if places else config.data.train
-    with among_ranks() as ranks:
-        if args.dry_run:
-            by = "decode every image, quarantine what is damaged" if args.verify else "say what is in it"
-            return plan(config, sources, ranks, [("data.train", source)], [("would", by)])
-        from fastrot.data.contents import describe_source
+    if args.dry_run:
+        by = "decode every image, quarantine what is damaged" if args.verify else "say what is in it"
+        return plan(config, sources, None, [("data.train", source)], [("would", by)])
+    from fastrot.data.contents import describe_source
 
-        return describe_source(source, config, ranks, args.verify)
+    return describe_source(source, config.data.max_pixels, args.verify)
 
 
 COMMAND = Command(

@@ -1,7 +1,7 @@
 """A run's settings: `fields` says what there is, `rules` what must hold between them, `read` how they are given."""
 
 from fastrot.config.fields import GRAPHING_MODES, Config, Data, Section, Tap
-from fastrot.config.read import flat, is_text, known_keys, load, to_yaml
+from fastrot.config.read import flat, is_text, known_keys, load, table, to_yaml
 
 __all__ = [
     "GRAPHING_MODES",
@@ -13,5 +13,6 @@ __all__ = [
     "is_text",
     "known_keys",
     "load",
+    "table",
     "to_yaml",
 ]

@@ -140,8 +140,10 @@ class Engine(Section):
     """torch.compile the network; true is mode `default`. The last two modes replay CUDA graphs of their own."""
     channels_last: bool = True
     """Keep the network's weights and maps channels-last."""
-    cuda_graphs: bool = False
-    """Replay forward and backward from a CUDA graph for each shape (plain engine): the host launches nothing."""
+    cuda_graphs: Literal[False, True, "auto", "collectives"] = False
+    """Replay forward and backward from a CUDA graph for each shape: the host launches nothing. auto: where there is a
+    GPU and no norm to synchronise; collectives: over ranks with synchronised norms too, whose communication NCCL then
+    captures (not yet seen on GPUs)."""
     norm: Literal["torch", "fused", "fused_conv"] = "torch"
     """Batch norm, addition and ReLU as torch's modules; or as one function of fewer passes (Triton on a GPU); or, in
     a Bottleneck, as parts of its 1x1 convolutions besides."""

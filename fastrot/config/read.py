@@ -191,6 +191,13 @@ def flat(config: Config) -> dict[str, Any]:
     }
 
 
+def table(config: Config, sources: dict[str, str]) -> list[tuple[str, str]]:
+    """(key, value and where it is from) for a person, without the sections of other commands that nobody has set."""
+    told = {name for name in Config.model_fields if name not in _OWN}
+    told |= {key.partition(".")[0] for key, source in sources.items() if source != "default"}
+    return [(key, f"{value}  ({sources[key]})") for key, value in flat(config).items() if key.partition(".")[0] in told]
+
+
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that `load` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

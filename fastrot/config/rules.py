@@ -58,6 +58,7 @@ def _in_the_recipe(config: Config) -> tuple[tuple[bool, str], ...]:
 def _in_how_it_runs(config: Config) -> tuple[tuple[bool, str], ...]:
     """The same of the engine and the decoder."""
     data, optim, engine = config.data, config.optim, config.engine
+    graphs = engine.cuda_graphs not in (False, "auto")
     return (
         (engine.zero == 1 and engine.kind == "plain", "engine.zero 1 is DeepSpeed's; engine.kind is plain"),
         (
@@ -73,26 +74,26 @@ def _in_how_it_runs(config: Config) -> tuple[tuple[bool, str], ...]:
             engine.recompute and bool(engine.compile),
             "engine.recompute with engine.compile: the compiler chooses what to compute again; set one to false",
         ),
+        (graphs and engine.zero == 1, "engine.cuda_graphs keeps whole gradients; use engine.zero 0"),
         (
-            engine.cuda_graphs and engine.kind != "plain",
-            "engine.cuda_graphs is the plain engine's; set engine.kind=plain",
-        ),
-        (
-            engine.cuda_graphs and engine.compile in GRAPHING_MODES,
+            graphs and engine.compile in GRAPHING_MODES,
             f"engine.cuda_graphs would capture the CUDA graphs that engine.compile {engine.compile} makes; set one of them "
             "to false, or engine.compile=max-autotune-no-cudagraphs",
         ),
         (
-            engine.cuda_graphs and engine.precision == "fp16",
+            graphs and engine.precision == "fp16",
             "engine.cuda_graphs with engine.precision fp16: the loss scale changes from step to step; use bf16",
         ),
         (
-            engine.cuda_graphs and config.rotation.shuffle_labels,
+            graphs and config.rotation.shuffle_labels,
             "engine.cuda_graphs would replay one shuffle of rotation.shuffle_labels; set one of them to false",
         ),
         (
             data.hw_decoder_load is not None and data.decode not in ("auto", "dali"),
             f"data.hw_decoder_load is dali's; data.decode is {data.decode}",
         ),
-        (data.decode == "torch" and data.decode_on == "gpu", "data.decode_on gpu is dali's; data.decode is torch"),
+        (
+            data.decode_on == "gpu" and data.decode not in ("auto", "dali"),
+            f"data.decode_on gpu is dali's; data.decode is {data.decode}, which decodes on the CPU alone",
+        ),
     )

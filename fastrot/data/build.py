@@ -5,26 +5,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fastrot import distributed, machine, terminal
+from fastrot import distributed, machine
 from fastrot.config import Config
 from fastrot.data import loader_settings
 from fastrot.data.bad_images import BadImages
 from fastrot.data.decode import make_decoder
-from fastrot.data.index import index
+from fastrot.data.index import in_cache
 from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
 from fastrot.data.loader_settings import Tuned
 from fastrot.data.manifest import Manifest, changed_files
 from fastrot.data.order import FullOrder, WindowOrder
 from fastrot.data.plan import Plan
-from fastrot.data.sources import MASKED
 from fastrot.data.storage import FileStorage
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 
 FILES = "data.files"  # what --resume-anyway calls files that changed since they were indexed
-_SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 _CHANGED_SHOWN = 10  # of them named when a resume is refused
 
 
@@ -53,17 +50,9 @@ def plan_of(config: Config, manifest: Manifest) -> Plan:
     )
 
 
-def manifest_folder(source: str | None, config: Config, ranks: Ranks, key: str) -> Path:
-    """Index a source on rank 0; the folder of its manifest in the cache."""
-    if source is None:
-        raise UserError(f"{key} is not set; name an image folder, as in {key}=/path, or list:FILE")
-    cache = machine.cache_folder() / "manifests"
-    return distributed.on_first(ranks, lambda: index(source, cache, config.data.max_pixels, terminal.track))
-
-
 def open_manifest(source: str | None, config: Config, ranks: Ranks, key: str) -> Manifest:
     """Index a source on rank 0 and map the result on every rank."""
-    return Manifest.load(manifest_folder(source, config, ranks, key))
+    return Manifest.load(distributed.on_first(ranks, lambda: in_cache(source, config.data.max_pixels, key)))
 
 
 def admit_changed_files(manifest: Manifest, allowed: bool, say: Callable[[str], None]) -> bool:
@@ -84,47 +73,6 @@ def admit_changed_files(manifest: Manifest, allowed: bool, say: Callable[[str], 
         raise UserError("\n".join([f"{line}; {todo}", *named]))
     say(f"{line}, the first: {': '.join(changed[0])}; goes on with them as they are, by --resume-anyway {FILES}")
     return True
-
-
-def describe(manifest: Manifest, say: Callable[[str], None]) -> None:
-    """What an index left out, and what is odd about the rest: a line each kind."""
-    if manifest.skipped:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(manifest.skipped.items()))
-        say(f"{manifest.source}: passed over {kinds}")
-    if manifest.quarantined:
-        path, reason = manifest.quarantined[0]
-        what = "are listed with what is wrong with them; what is no sound image is left out"
-        say(f"{manifest.source}: {len(manifest.quarantined)} files {what}, the first: {path}: {reason}")
-    for line in remarks(manifest):
-        say(f"{manifest.source}: {line}")
-
-
-def remarks(manifest: Manifest) -> list[str]:
-    """What a person may not expect of these rows, a line each."""
-    lines = []
-    none = unlabelled(manifest)
-    if manifest.source.partition(":")[0] in ("coco", *MASKED):
-        pass  # what is learnt lies in their files
-    elif len(none) == len(manifest):
-        lines.append("no image has a label; rotation needs none, so this trains")
-    elif len(none):
-        lines.append(
-            f"{len(none):,} of {len(manifest):,} images have no label, the first: {manifest.name(int(none[0]))}"
-        )
-    if len(manifest.classes) == 1:
-        lines.append(f"one class ({manifest.classes[0]}); rotation needs no labels, so this trains")
-    splits = [name for name in manifest.classes if name.lower() in _SPLITS]
-    if len(splits) > 1:
-        example = Path(manifest.source) / splits[0]
-        lines.append(
-            f"its folders {', '.join(splits)} look like splits, and are all in here; name one, as in {example}"
-        )
-    return lines
-
-
-def unlabelled(manifest: Manifest) -> NDArray[np.int64]:
-    """Rows without a label, ascending; none where images have many."""
-    return np.flatnonzero(manifest.label < 0) if manifest.label.ndim == 1 else np.zeros(0, np.int64)
 
 
 def settings_of(config: Config, ranks: Ranks) -> Tuned:

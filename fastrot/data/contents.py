@@ -7,28 +7,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrot import distributed, terminal
-from fastrot.config import Config
-from fastrot.data.build import manifest_folder, remarks, unlabelled
+from fastrot import terminal
 from fastrot.data.images import KINDS
+from fastrot.data.index import in_cache
 from fastrot.data.manifest import Manifest
+from fastrot.data.remarks import remarks, unlabelled
 from fastrot.data.verify import verify
-from fastrot.distributed import Ranks
 
 _SHOWN = 10  # quarantined images named in the terminal
 _BAR = 30  # characters of a histogram's longest bar
 
 
-def describe_source(source: str | None, config: Config, ranks: Ranks, decode: bool) -> dict[str, Any]:
+def describe_source(source: str | None, max_pixels: int, decode: bool) -> dict[str, Any]:
     """Counts, sizes, classes, kinds, histograms and what is quarantined of a source.
 
     decode  first decode every image in full and quarantine what is damaged: the manifest in the cache
             then holds the sound rows alone, with the content hash of those.
     """
-    folder = manifest_folder(source, config, ranks, "data.train")
-    broken = None
-    if decode:
-        broken = distributed.on_first(ranks, lambda: verify(folder, terminal.track))
+    folder = in_cache(source, max_pixels, "data.train")
+    broken = verify(folder, terminal.track) if decode else None
     manifest = Manifest.load(folder)
     result = {
         "source": manifest.source,
@@ -51,8 +48,7 @@ def describe_source(source: str | None, config: Config, ranks: Ranks, decode: bo
         "verified": broken,
         "manifest": str(folder),
     }
-    if ranks.first:
-        _show(result)
+    _show(result)
     return result
 
 

@@ -4,11 +4,8 @@ Imports no torch, so that a process starts quickly.
 """
 
 import io
-import os
 import signal
-import threading
 from dataclasses import dataclass
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,6 +19,7 @@ from fastrot.data.jpeg import frame_of
 from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage, Unreadable, UserError
+from fastrot.watch import die_with_parent
 
 _JPEG = KINDS.index("JPEG")
 
@@ -122,16 +120,9 @@ def start_worker(folder: Path, encoding: Encoding) -> None:
     """Make this process ready for `encode_rows` of the manifest in `folder`; it ends with its parent."""
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    die_with_parent()
     manifest = Manifest.load(folder)
     _work = manifest, FileStorage(manifest), encoding
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None, "a worker has one"
-    parent.join()
-    os._exit(1)
 
 
 def encode_rows(rows: range) -> list[Sample | str]:

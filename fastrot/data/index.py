@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrot import machine, terminal
 from fastrot.data import jpeg, png, scan
 from fastrot.data.images import KINDS, kind_of, open_image, orientation_of, upright
 from fastrot.data.manifest import FORMAT, HEAD, Manifest, content_hash, place
@@ -25,6 +26,13 @@ from fastrot.errors import BadImage, UserError
 from fastrot.files import replacing
 
 _HASHED = 4096  # files that enter the storage hash at once
+
+
+def in_cache(source: str | None, max_pixels: int, key: str) -> Path:
+    """`index` in this machine's cache, progress shown; source: what `key` of the config names. Raises as it does."""
+    if source is None:
+        raise UserError(f"{key} is not set; name an image folder, as in {key}=/path, or list:FILE")
+    return index(source, machine.cache_folder() / "manifests", max_pixels, terminal.track)
 
 
 def index(source: str, cache: Path, max_pixels: int, track: Track) -> Path:
@@ -163,11 +171,16 @@ def _judged(file: BinaryIO, kind: str, max_pixels: int) -> tuple[int, int, int]:
     image = open_image(file)
     width, height = image.size
     _check_size(height, width, max_pixels)
-    if kind == "JPEG" and jpeg.ends(file):
+    frame = jpeg.frame_in(file) if kind == "JPEG" else None
+    if frame and jpeg.too_many_scans(file, frame):
+        raise BadImage(f"has more than {jpeg.MOST_SCANS} scans")
+    if frame and jpeg.ends(file, frame):
         orientation = orientation_of(image)
         return (width, height, orientation) if orientation >= 5 else (height, width, orientation)
     file.seek(0)
     data = file.read()
+    if frame and jpeg.END not in data[frame.data :]:  # Pillow shows one whose coded bits are all there, likewise
+        raise BadImage("is truncated (its end marker is missing)")
     if kind == "PNG" and not png.ends(data):  # Pillow shows one that has all its pixels, others refuse it
         raise BadImage("is truncated (its end chunk is missing)")
     image = open_image(io.BytesIO(data))

@@ -1,6 +1,7 @@
-"""A JPEG's frame header and its end, without a decoder."""
+"""A JPEG's frame header, its scans and its end, without a decoder."""
 
 import os
+import re
 import struct
 from typing import BinaryIO, NamedTuple
 
@@ -9,23 +10,28 @@ from numpy.typing import NDArray
 
 _FRAMES = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))
 _SCAN, _APP0, _APP14 = 0xDA, 0xE0, 0xEE
+END = b"\xff\xd9"
 _ALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # markers without a length
 _SEQUENTIAL, _USUAL = (0xC0, 0xC1), (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive; Huffman
 _SEGMENT = struct.Struct(">BBH").unpack_from  # 0xFF, marker, length from here on
 _FRAME = struct.Struct(">BHHB").unpack_from  # bits, height, width, components
-_HEADS = (4096, 1 << 18)  # bytes that hold nearly every header, and all but a few
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]").search  # one that is no part of a scan's coded bytes
+_HEADS = (4096, 1 << 18, -1)  # bytes that hold nearly every header, all but a few, every
 _TAIL = 1024  # the end marker is looked for in the last bytes
+MOST_SCANS = 256  # as many as DALI decodes; more are an attack, since each goes through all coefficients
 
 
 class Frame(NamedTuple):
     """As stored, before any turn: height, width, pixels; components; usual: 8 bits, Huffman-coded, gray or three
-    colours, with nothing in its header that libjpeg warns of; data: where its first scan's coded bytes begin."""
+    colours, with nothing in its header that libjpeg warns of; data: where its first scan's coded bytes begin; one_scan:
+    whether that scan is the only one."""
 
     height: int
     width: int
     components: int
     usual: bool
     data: int
+    one_scan: bool
 
 
 def frame_of(data: bytes | NDArray[np.uint8]) -> Frame | None:
@@ -45,7 +51,9 @@ def frame_of(data: bytes | NDArray[np.uint8]) -> Frame | None:
         after = at + 2 + length
         if marker == _SCAN:
             plain = not sequential or bytes(view[after - 3 : after]) == b"\x00\x3f\x00"
-            return Frame(*found, usual and plain, after) if found else None
+            if not found or after > end:
+                return None
+            return Frame(*found, usual and plain, after, sequential and view[at + 4] == found[2])
         if marker in _FRAMES:
             if found or at + 10 > end:
                 return None
@@ -66,15 +74,33 @@ def _odd(application: bytes) -> bool:
     return jfif or (application[:5] == b"Adobe" and application[11] > 1)
 
 
-def ends(file: BinaryIO) -> bool:
-    """Whether an end marker stands in a JPEG's last KiB, behind the header of its first scan: a thumbnail's does not
-    count. False where only decoding tells."""
+def frame_in(file: BinaryIO) -> Frame | None:
+    """`frame_of` a file, of which no more is read than holds its header."""
     size = file.seek(0, os.SEEK_END)
     for some in _HEADS:
         file.seek(0)
-        if frame := frame_of(file.read(some)):
-            file.seek(max(frame.data, size - _TAIL))
-            return b"\xff\xd9" in file.read()
-        if some >= size:
-            break
-    return False
+        frame = frame_of(file.read(some))
+        if frame or some >= size:
+            return frame
+    return None
+
+
+def ends(file: BinaryIO, frame: Frame) -> bool:
+    """Whether an end marker stands in a JPEG's last KiB, behind the header of its first scan: a thumbnail's does not
+    count."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(frame.data, size - _TAIL))
+    return END in file.read()
+
+
+def too_many_scans(file: BinaryIO, frame: Frame) -> bool:
+    """Whether a JPEG has more than MOST_SCANS. One that may have several is read whole."""
+    if frame.one_scan:
+        return False
+    file.seek(0)
+    data, at, scans = file.read(), frame.data, 1
+    while (found := _MARKER(data, at)) and found[0] != END and scans <= MOST_SCANS:
+        at = found.start() + 2
+        scans += data[at - 1] == _SCAN
+        at += int.from_bytes(data[at : at + 2], "big")
+    return scans > MOST_SCANS

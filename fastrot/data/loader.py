@@ -45,7 +45,7 @@ class MicroBatch:
     last: bool = False
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """On `device`, copied beside what it is doing where the pixels are pinned."""
+        """On `device`, without waiting for what it is doing where memory is pinned."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("pixels", "flips", "turns")}
         return replace(self, **moved)
 
@@ -87,6 +87,7 @@ class Loader:
         self._storage, self._decoder, self._bad = storage, decoder, bad
         self._device, self._depth, self._timeout = device, depth, timeout
         self._stage = "starting"
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def train(
         self,
@@ -163,7 +164,7 @@ class Loader:
 
     def _batch(self, request: _Request, pixels: torch.Tensor, images: int, last: bool = False) -> MicroBatch:
         sample = request.sample
-        flips, turns = torch.from_numpy(sample.flips), torch.from_numpy(sample.turns)
+        flips, turns = self._pinned(torch.from_numpy(sample.flips)), self._pinned(torch.from_numpy(sample.turns))
         return MicroBatch(
             pixels,
             flips,
@@ -226,10 +227,24 @@ class Loader:
     def _mended(
         self, request: _Request, pixels: torch.Tensor, bad: dict[int, str], remake: Remake
     ) -> tuple[_Request, torch.Tensor]:
-        """Bad images replaced; pixels pinned where a GPU will copy them, so that the copy runs beside the step."""
+        """Bad images replaced; pixels on the device."""
         for at, reason in sorted(bad.items()):
             request = self._replaced(request, at, reason, pixels, remake)
-        return request, pixels.pin_memory() if self._device.type == "cuda" and not pixels.is_cuda else pixels
+        return request, self._moved(pixels)
+
+    def _moved(self, pixels: torch.Tensor) -> torch.Tensor:
+        """On the device: a CPU decoder's by a stream of its own, since torch's default one is busy with training."""
+        if self._copies is None or pixels.is_cuda:
+            return pixels
+        with torch.cuda.stream(self._copies):
+            moved = self._pinned(pixels).to(self._device, non_blocking=True)
+        self._copies.record_event().synchronize()  # of this copy alone: torch's sync debug mode lets it pass
+        moved.record_stream(torch.cuda.default_stream(self._device))
+        return moved
+
+    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where a GPU will copy it, so that no copy waits for the host."""
+        return tensor if self._copies is None else tensor.pin_memory()
 
     def _replaced(self, request: _Request, at: int, reason: str, pixels: torch.Tensor, remake: Remake) -> _Request:
         """The request with image `at` replaced by the next sound row in manifest order, with that

@@ -15,7 +15,7 @@ from fastrot.config import Data
 from fastrot.data import beton
 from fastrot.data.bad_images import BadImages
 from fastrot.data.encode import Encoding, Sample, encode_rows, start_worker
-from fastrot.data.index import index
+from fastrot.data.index import in_cache
 from fastrot.data.manifest import Manifest
 from fastrot.errors import Fault, Unreadable, UserError
 from fastrot.files import replacing
@@ -39,7 +39,7 @@ def pack(source: str, out: str, encoding: Encoding, workers: int | None, data: D
         raise UserError(f"{out}: exists; remove it or name another")
     if not path.parent.is_dir():
         raise UserError(f"{out}: no such folder {path.parent}; make it first")
-    folder = index(source, machine.cache_folder() / "manifests", data.max_pixels, terminal.track)
+    folder = in_cache(source, data.max_pixels, "SOURCE")
     manifest = Manifest.load(folder)
     if manifest.label.ndim != 1:
         raise UserError(f"{source}: has several labels an image; a .beton holds one int")

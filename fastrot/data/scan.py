@@ -2,13 +2,12 @@
 
 import json
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from fastrot.data.reading import again, refusal
 from fastrot.errors import Fault, Unreadable, UserError
 from fastrot.files import as_json, replacing
+from fastrot.watch import die_with_parent
 
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 """track(items, total, title) -> the items: shows progress."""
@@ -109,19 +109,8 @@ def workers_pool(processes: bool) -> Executor:
     """As many workers as this process has cores: processes, which end with this one, or threads."""
     workers = len(os.sched_getaffinity(0))
     if processes:
-        return ProcessPoolExecutor(workers, get_context("forkserver"), initializer=_die_with_parent)
+        return ProcessPoolExecutor(workers, get_context("forkserver"), initializer=die_with_parent)
     return ThreadPoolExecutor(workers)
-
-
-def _die_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-
-    def watch() -> None:
-        if parent := parent_process():
-            parent.join()
-        os._exit(Fault.exit_code)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def _parts(

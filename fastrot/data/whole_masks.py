@@ -74,7 +74,7 @@ class MaskView:
         factor = self.scales[0] + (self.scales[1] - self.scales[0]) * u
         to = sides_within(size, (int(self.base[0] * factor), int(self.base[1] * factor)))
         image = V.resize(pixels, list(to), antialias=True)
-        mask = np.asarray(Image.fromarray(mask).resize(to[::-1], Image.Resampling.NEAREST))
+        mask = np.array(Image.fromarray(mask).resize(to[::-1], Image.Resampling.NEAREST))
         top, left = self._place(mask, row, epoch)
         image = image[:, top : top + self.crop, left : left + self.crop]
         mask = mask[top : top + self.crop, left : left + self.crop]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from fastrot.distributed import Ranks
-from fastrot.engine import StepSettings
+from fastrot.engine import AUTOCAST, StepSettings
 from fastrot.engine.buckets import Buckets
 from fastrot.engine.optimizers import clip_and_measure
 
@@ -31,6 +31,7 @@ class Engine:
         self.module: Callable[..., Any] = model
         self.grad_norm: Tensor | float = 0.0
         self._settings, self._ranks = settings, ranks
+        self._autocast = AUTOCAST.get(settings.precision)
         self._buckets: Buckets | None = None
         self._measure = True
 
@@ -44,6 +45,10 @@ class Engine:
         if last and self._buckets:
             self._buckets.expect()
         self._backward(loss * (self._ranks.world / views_of_step))
+
+    def _forward(self, *views: Any) -> Any:
+        with torch.autocast(self._ranks.device.type, self._autocast, enabled=self._autocast is not None):
+            return self.model(*views)
 
     def _backward(self, loss: Tensor) -> None:
         raise NotImplementedError
@@ -62,6 +67,14 @@ class Engine:
         """Average the gradients over ranks, or wait for what the backward pass has sent."""
         if self._buckets:
             self._buckets.finish()
+
+    def _average_in_one_piece(self) -> None:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        flat = torch._utils._flatten_dense_tensors(grads)
+        dist.all_reduce(flat)
+        flat /= self._ranks.world
+        for grad, mean in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
+            grad.copy_(mean)
 
     def _step(self) -> None:
         """Clip, update, forget; DeepSpeed averages here what has no buckets."""

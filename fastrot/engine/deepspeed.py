@@ -85,7 +85,8 @@ def merged(ours: dict[str, Any], path: str, batch: dict[str, int], clip: float |
 
 
 class DeepSpeedEngine(Engine):
-    module: Any  # DeepSpeed's own engine
+    """Under cuda_graphs (ZeRO 0) the network is called without DeepSpeed, whose forward and backward pass add hooks and
+    counters that no graph replays, and its step keeps the gradients' memory."""
 
     def __init__(
         self,
@@ -112,34 +113,50 @@ class DeepSpeedEngine(Engine):
             optimizer.register_step_pre_hook(self._measure_and_clip)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.module, *_ = deepspeed.initialize(
+            self._deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )
+        self.module = self._forward if settings.cuda_graphs else self._deepspeed
         if settings.channels_last and not settings.zero:  # not before: DeepSpeed's broadcast wants rows
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not among torch's overloads
-        if not settings.zero:
+        if not settings.zero and not settings.cuda_graphs:
             self._make_buckets()
-            self.module.enable_backward_allreduce = self._buckets is None  # it would be a second one
+        # where we average, it would do so a second time
+        self._deepspeed.enable_backward_allreduce = self._buckets is None and not settings.cuda_graphs
         if settings.zero and settings.momentum:
             self._make_momentum()
 
     def _make_momentum(self) -> None:
         """ZeRO links the state of a parameter at its first step: give it zeros to link now."""
-        zero = self.module.optimizer
+        zero = self._deepspeed.optimizer
         for flat in zero.single_partition_of_fp32_groups:
             zero.optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat)
         zero._lazy_init_hp_params_optimizer_state()
 
     def _backward(self, loss: Tensor) -> None:
-        self.module.backward(loss)
+        if self.cuda_graphs:
+            loss.backward()
+        else:
+            self._deepspeed.backward(loss)
 
     def train(self, on: bool) -> None:
-        self.module.train(on)
+        self._deepspeed.train(on)
+
+    def _average(self) -> None:
+        if self.cuda_graphs and self._ranks.world > 1:
+            self._average_in_one_piece()
+        super()._average()
 
     def _step(self) -> None:
-        self.module.step()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = [p.grad for p in trained]
+        self._deepspeed.step()
+        if self.cuda_graphs:  # DeepSpeed has dropped them
+            torch._foreach_zero_([gradient for gradient in gradients if gradient is not None])
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient
         if self._settings.zero:
-            self.grad_norm = self.module.get_global_grad_norm() or 0.0
+            self.grad_norm = self._deepspeed.get_global_grad_norm() or 0.0
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         if not self._settings.zero:
@@ -159,4 +176,5 @@ class DeepSpeedEngine(Engine):
             safe_set_full_optimizer_state(parameter, momentum.to(parameter), "momentum_buffer")
 
     def _scaler(self) -> GradScaler | None:
-        return None if self._settings.zero else self.module.torch_autocast_z0_gradscaler
+        scaler: GradScaler | None = None if self._settings.zero else self._deepspeed.torch_autocast_z0_gradscaler
+        return scaler

@@ -1,6 +1,4 @@
-"""Plain torch: DeepSpeed's oracle, and the base for CUDA graphs."""
-
-from typing import Any
+"""Plain torch: DeepSpeed's oracle."""
 
 import torch
 import torch.distributed as dist
@@ -8,7 +6,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from fastrot.distributed import Ranks
-from fastrot.engine import AUTOCAST, StepSettings
+from fastrot.engine import StepSettings
 from fastrot.engine.base import Engine
 
 
@@ -16,7 +14,6 @@ class PlainEngine(Engine):
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: StepSettings, ranks: Ranks):
         super().__init__(model, optimizer, settings, ranks)
         self.module = self._forward
-        self._autocast = AUTOCAST.get(settings.precision)
         self._grad_scaler = GradScaler(ranks.device.type) if settings.precision == "fp16" else None
         optimizer.register_step_pre_hook(self._measure_and_clip)
         for tensor in model.state_dict().values():
@@ -26,21 +23,12 @@ class PlainEngine(Engine):
         if not settings.cuda_graphs:  # they add gradients where those lay at capture
             self._make_buckets()
 
-    def _forward(self, *views: Any) -> Any:
-        with torch.autocast(self._ranks.device.type, self._autocast, enabled=self._autocast is not None):
-            return self.model(*views)
-
     def _backward(self, loss: Tensor) -> None:
         (self._grad_scaler.scale(loss) if self._grad_scaler else loss).backward()
 
     def _average(self) -> None:
         if self._ranks.world > 1 and not self._buckets:
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            flat = torch._utils._flatten_dense_tensors(grads)
-            dist.all_reduce(flat)
-            flat /= self._ranks.world
-            for grad, mean in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
-                grad.copy_(mean)
+            self._average_in_one_piece()
         super()._average()
 
     def _step(self) -> None:

@@ -19,11 +19,12 @@ from torchvision.models import ResNet
 from fastrot import distributed, terminal
 from fastrot.config import Config
 from fastrot.data.bad_images import BadImages
-from fastrot.data.build import describe, open_manifest, plan_of, settings_of, short_side
+from fastrot.data.build import open_manifest, plan_of, settings_of, short_side
 from fastrot.data.decode import Decoder, make_decoder, squash
 from fastrot.data.loader import DECODES_IN_FLIGHT, Loader, MicroBatch
 from fastrot.data.manifest import Manifest
 from fastrot.data.plan import slice_of
+from fastrot.data.remarks import describe
 from fastrot.data.storage import FileStorage
 from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from fastrot.data.manifest import Manifest
 from fastrot.errors import Fault, UserError
 from fastrot.features.read import BFLOAT16, DTYPES, mapped
-from fastrot.files import read_json, sha256_of, write_text
+from fastrot.files import Sealed, read_json, write_text
 
 _DONE = re.compile(r"block (\d+) of (\d+) rows is on disk")
 _COMMIT_S = 1.0  # between two fsyncs: what a kill may cost
@@ -89,17 +89,11 @@ def _damaged(folder: Path, what: str) -> UserError:
 
 
 @dataclass(frozen=True)
-class _File:
-    sha256: str
-    bytes: int
-
-
-@dataclass(frozen=True)
 class _Finished:
     """Of manifest.json, what a finished store is checked by."""
 
     taps: dict[str, Any]
-    files: dict[str, _File]
+    files: dict[str, Sealed]
 
 
 def _refuse_damage(folder: Path) -> None:
@@ -232,8 +226,7 @@ def finish(folder: Path, facts: dict[str, Any]) -> None:
     """Hash what was written and turn the plan into the manifest."""
     paths = sorted(folder.glob("*.npy"))
     with ThreadPoolExecutor(4) as pool:
-        hashes = list(pool.map(sha256_of, paths))
-    files = {path.name: {"sha256": sha, "bytes": path.stat().st_size} for path, sha in zip(paths, hashes, strict=True)}
+        files = {path.name: asdict(seal) for path, seal in zip(paths, pool.map(Sealed.of, paths), strict=True)}
     write_text(folder / "manifest.json", json.dumps(facts | {"files": files}, indent=1) + "\n")
     _clear(folder)
 

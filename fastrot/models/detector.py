@@ -63,7 +63,7 @@ class Anchors(AnchorGenerator):
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         first = feature_maps[0]
-        self.set_cell_anchors(first.dtype, first.device)
+        self.set_cell_anchors(torch.float32, first.device)  # bf16 keeps whole multiples of 8 of a box's thousand pixels
         grids = [[*one.shape[-2:]] for one in feature_maps]
         strides = [[torch.tensor(s, device=first.device)] * 2 for s in self._strides]
         every = torch.cat(self.grid_anchors(grids, strides))
@@ -83,13 +83,21 @@ class FloorMatcher(Matcher):
             matches[quality[box] == best[box]] = box
 
 
+class FloatHead(RPNHead):
+    """torchvision's, but fp32 out under autocast too: what is decoded from it are pixels."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        scores, deltas = super().forward(x)
+        return [one.float() for one in scores], [one.float() for one in deltas]
+
+
 class Proposals(RegionProposalNetwork):
     """The protocol's region proposals: L1 on boxes, and, with `inside`, no target for anchors that cross the border."""
 
     def __init__(
         self, anchors: Anchors, channels: int, inside: bool, before_nms: tuple[int, int], after: tuple[int, int]
     ):
-        head = RPNHead(channels, anchors.num_anchors_per_location()[0])
+        head = FloatHead(channels, anchors.num_anchors_per_location()[0])
         numbers = ({"training": train, "testing": test} for train, test in (before_nms, after))
         super().__init__(anchors, head, 0.7, 0.3, 256, 0.5, *numbers, nms_thresh=0.7)
         self.proposal_matcher = FloorMatcher(0.7, 0.3, 0.3)
@@ -138,7 +146,7 @@ class AlignedPool(nn.Module):
 
     def __init__(self, maps: tuple[str, ...], side: int, strides: tuple[int, ...]):
         super().__init__()
-        self._maps, self._side, self._strides = maps, side, strides
+        self._maps, self.side, self._strides = maps, side, strides
 
     def forward(self, features: dict[str, Tensor], boxes: list[Tensor], _sizes: object) -> Tensor:
         """Maps [N, C, side, side] of all boxes, image after image."""
@@ -149,17 +157,17 @@ class AlignedPool(nn.Module):
         regions = torch.cat([image[:, None].to(every), every], 1)
         area = (every[:, 2] - every[:, 0]) * (every[:, 3] - every[:, 1])
         level = (area.sqrt() / 56 + 1e-6).log2().floor().clamp(0, len(self._maps) - 1)
-        out = features[self._maps[0]].new_zeros(len(every), features[self._maps[0]].shape[1], self._side, self._side)
+        out = features[self._maps[0]].new_zeros(len(every), features[self._maps[0]].shape[1], self.side, self.side)
         for number, (name, stride) in enumerate(zip(self._maps, self._strides, strict=True)):
             here = torch.where(level == number)[0]
             maps = features[name]
-            read = roi_align(maps, regions[here].to(maps.dtype), self._side, 1 / stride, -1, aligned=True)
-            out = out.index_copy(0, here, read)
+            read = roi_align(maps.float(), regions[here], self.side, 1 / stride, -1, aligned=True)
+            out = out.index_copy(0, here, read.to(maps.dtype))
         return out
 
 
 class Predictor(nn.Module):
-    """Features [n, D] -> class logits [n, 1 + classes], box deltas [n, 4 * (1 + classes)], zero for the background."""
+    """Features [n, D] -> class logits [n, 1 + classes], box deltas [n, 4 * (1 + classes)], zero for the background; fp32."""
 
     def __init__(self, features: int, classes: int):
         super().__init__()
@@ -169,11 +177,11 @@ class Predictor(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cls_score(x), F.pad(self.bbox_pred(x), (4, 0))
+        return self.cls_score(x).float(), F.pad(self.bbox_pred(x).float(), (4, 0))
 
 
 class MaskPredictor(nn.Module):
-    """Maps [n, 256, 14, 14] -> mask logits [n, 1 + classes, 28, 28], zero for the background."""
+    """Maps [n, 256, 14, 14] -> mask logits fp32 [n, 1 + classes, 28, 28], zero for the background."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -184,7 +192,7 @@ class MaskPredictor(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(self.logits(F.relu(self.up(x))), (0, 0, 0, 0, 1, 0))
+        return F.pad(self.logits(F.relu(self.up(x))).float(), (0, 0, 0, 0, 1, 0))
 
 
 class Heads(RoIHeads):
@@ -328,6 +336,33 @@ def mask_rcnn_fpn(resnet: nn.Module, classes: int, regions: int = 512) -> Genera
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     return GeneralizedRCNN(pyramid, rpn, heads, Batched())
+
+
+class WithRegions(nn.Module):
+    """A detector's maps, and its heads' of as many regions an image as it samples, wherever they lie: what the estimate
+    of memory traces."""
+
+    def __init__(self, network: GeneralizedRCNN):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        heads, sampler = self.network.roi_heads, self.network.roi_heads.fg_bg_sampler
+        maps: list[Tensor] = [*self.network.backbone(images).values()]
+
+        def of(pool: AlignedPool, regions: int) -> Tensor:
+            boxes = maps[0].new_zeros(len(images) * regions, 5)
+            read: Tensor = roi_align(maps[0], boxes, pool.side, 1.0, -1, aligned=True)
+            return read
+
+        regions = sampler.batch_size_per_image
+        of_regions = [*heads.box_predictor(heads.box_head(of(heads.box_roi_pool, regions)))]
+        if heads.has_mask():
+            positive = max(1, int(regions * sampler.positive_fraction))
+            masks = heads.mask_predictor(heads.mask_head(of(heads.mask_roi_pool, positive)))
+            of_regions.append(masks.mean((2, 3)))
+        scores, deltas = self.network.rpn.head(maps)
+        return *maps, *scores, *deltas, *(one.unflatten(0, (len(images), -1)).mT[..., None] for one in of_regions)
 
 
 def _heads(pool: nn.Module, head: nn.Module, predictor: nn.Module, regions: int) -> Heads:

@@ -87,6 +87,7 @@ class _Step(torch.autograd.Function):
         ctx.save_for_backward(rows, w1, y1, h1, w2, y2, a2, w3, y3, out, *down, *moments, *parameters)
         ctx.conv2, ctx.stride, ctx.eps, ctx.over_ranks = conv2, stride, eps, over_ranks
         ctx.mark_non_differentiable(*moments)
+        ctx.set_materialize_grads(False)  # of the moments there is none: no zeros for them
         return out, *moments
 
     @staticmethod
@@ -103,13 +104,13 @@ class _Step(torch.autograd.Function):
             maps_of(dy2, out), h1, w2, None, *ctx.conv2[:3], False, [0, 0], ctx.conv2[3], [True, True, False]
         )
         dy1, _, sums1 = n1.gradients(rows_of(dh1), y1, None, m1, True, over_ranks)
-        gradients = [dy1.t() @ rows, *sums1, dw2, *sums2, dw3, *sums3]
+        gradients = [pointwise.weight_gradient(dy1, rows, None), *sums1, dw2, *sums2, dw3, *sums3]
         if shortcut:
             thinned, wd, yd = down
             dyd, _, sumsd = shortcut[0].gradients(dresidual, yd, None, md[0], False, over_ranks)
-            gradients += [dyd.t() @ thinned, *sumsd]
+            gradients += [pointwise.weight_gradient(dyd, thinned, None), *sumsd]
             dx = maps_of(dy1 @ w1, h1)
-            dx[:, :, :: ctx.stride, :: ctx.stride] += maps_of(dyd @ wd, out)
+            dx[:, :, :: ctx.stride, :: ctx.stride].add_(maps_of(dyd @ wd, out))  # += would copy it to itself after
         else:
             dx = maps_of(dresidual.addmm_(dy1, w1), h1)
         mine = (value.view_as(p).to(p.dtype) for value, p in zip(gradients, parameters, strict=True))

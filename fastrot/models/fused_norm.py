@@ -37,6 +37,7 @@ class _NormAddRelu(torch.autograd.Function):
         ctx.save_for_backward(x, None if residual is None else out, weight, bias, moments)
         ctx.eps, ctx.relu, ctx.over_ranks = eps, relu, over_ranks
         ctx.mark_non_differentiable(moments)
+        ctx.set_materialize_grads(False)  # of the moments there is none: no zeros for them
         return out, moments
 
     @staticmethod

@@ -14,6 +14,7 @@ from fastrot.errors import UserError
 _STEM = r"(conv1|bn1)\."
 _STAGE = r"layer([1-4])\."
 BACKBONE = re.compile(rf"{_STEM}|{_STAGE}")
+_OURS = re.compile(r"^(backbone\.(stem\.)?(body\.)?|roi_heads\.box_head\.)")  # C4's box head holds stage 4
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ EXPORTS = {
     "torchvision": Library(),
     "timm": Library(),
     "mmpretrain": Library(prefix="backbone."),
+    "mmdetection": Library(),  # its backbone and its shared head each load what bears their names
     "detectron2": Library(rules=_DETECTRON2, back=_FROM_DETECTRON2),
 }
 
@@ -78,6 +80,12 @@ def rewritten(key: str, rules: tuple[tuple[str, str], ...]) -> str:
     for pattern, replacement in rules:
         key = re.sub(pattern, replacement, key)
     return key
+
+
+def backbone_in(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone in the state of a network that fastrot trains, by torchvision's names."""
+    named = {_OURS.sub("", key): value for key, value in state.items()}
+    return {key: value for key, value in named.items() if BACKBONE.match(key)}
 
 
 def to_library(state: dict[str, Tensor], library: str) -> dict[str, Tensor]:

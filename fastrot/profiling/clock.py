@@ -15,8 +15,8 @@ class Clock:
     """Seconds since the last `read`: waiting for data, its copy to the device, making views, forward +
     backward, update (communication included).
 
-    `wait` is the host's. On a GPU the other stages are
-    read from CUDA events when a line is due, so that nothing waits in between.
+    On a GPU all are the device's, from CUDA events that are read when a line is due, so that nothing waits in between:
+    a host that runs ahead and waits for a batch while the device is busy counts no `wait`.
     """
 
     def __init__(self, device: torch.device):
@@ -31,7 +31,7 @@ class Clock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add what runs inside to stage `name`."""
-        if self._cuda and name != "wait":
+        if self._cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             yield

@@ -96,8 +96,13 @@ def deviations(config: Config, ranks: Ranks) -> list[str]:
         ),
         (e.zero and e.precision in AUTOCAST, f"engine.zero 1 communicates gradients in {e.precision}"),
         (
-            e.cuda_graphs and not alone,
+            uses_graphs(config, ranks) and not alone,
             "engine.cuda_graphs averages gradients in one piece after the backward pass, not by engine.bucket_mb",
+        ),
+        (
+            e.cuda_graphs == "auto" and ranks.device.type == "cuda" and _norms_talk(config, ranks),
+            "engine.cuda_graphs auto: off, since ranks synchronise their norms; engine.cuda_graphs=collectives captures "
+            "that too",
         ),
         (
             e.compile,
@@ -112,19 +117,35 @@ def deviations(config: Config, ranks: Ranks) -> list[str]:
     return [line for holds, line in lines if holds]
 
 
+def uses_graphs(config: Config, ranks: Ranks) -> bool:
+    """Whether forward and backward are replayed from CUDA graphs of ours."""
+    e = config.engine
+    if e.cuda_graphs != "auto":
+        return bool(e.cuda_graphs)
+    can = (
+        not e.zero and e.compile not in GRAPHING_MODES and e.precision != "fp16" and not config.rotation.shuffle_labels
+    )
+    return can and ranks.device.type == "cuda" and not _norms_talk(config, ranks)
+
+
+def _norms_talk(config: Config, ranks: Ranks) -> bool:
+    return ranks.world > 1 and config.model.sync_batchnorm
+
+
 def refuse_graphs(config: Config, ranks: Ranks, micro_steps: int) -> None:
     """Raise UserError where a step cannot be, or is not shown to be, replayed rightly from CUDA graphs: ours, or
     those of torch.compile's mode."""
     mode = config.engine.compile
-    if mode not in GRAPHING_MODES and not config.engine.cuda_graphs:
+    if mode not in GRAPHING_MODES and not uses_graphs(config, ranks):
         return
     switch = f"engine.compile {mode}" if mode in GRAPHING_MODES else "engine.cuda_graphs"
     if ranks.device.type != "cuda":
         raise UserError(f"{switch} needs a CUDA device, and there is none; set it to false")
-    if ranks.world > 1 and config.model.sync_batchnorm:
+    if _norms_talk(config, ranks) and config.engine.cuda_graphs != "collectives":
         raise UserError(
             f"{switch} over {ranks.world} ranks would capture batch norm's communication, or cut its graphs there, which "
-            "is not shown to work; set it to false, or model.sync_batchnorm=false (another recipe)"
+            "is not shown to work; set it to false, or model.sync_batchnorm=false (another recipe), or try "
+            "engine.cuda_graphs=collectives"
         )
     if mode in GRAPHING_MODES and micro_steps > 1:
         raise UserError(

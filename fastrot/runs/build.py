@@ -22,7 +22,7 @@ from fastrot.models.resnet import pad_stem
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from fastrot.profiling import roofline
 from fastrot.profiling.clock import Clock
-from fastrot.runs.arithmetic import arithmetic, deviations, rate_at, refuse_graphs, refuse_tiny_maps
+from fastrot.runs.arithmetic import arithmetic, deviations, rate_at, refuse_graphs, refuse_tiny_maps, uses_graphs
 from fastrot.runs.loop import Course
 from fastrot.runs.memory import Memory, estimate
 from fastrot.tasks import Task
@@ -37,12 +37,22 @@ def set_torch_flags(config: Config) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(e.deterministic)
     torch.backends.cudnn.benchmark = not e.deterministic
+    torch.backends.cudnn.benchmark_limit = 0  # all of its algorithms, of which torch measures 10
     torch.backends.cudnn.allow_tf32 = e.precision != "fp32"  # torch's own default is True
     torch.set_float32_matmul_precision("highest" if e.precision == "fp32" else "high")
     if e.compile:
         # two slices of each crop, the held-out batches: few shapes, but beyond dynamo's own limit of 8 it would
         # run the network uncompiled
         torch._dynamo.config.recompile_limit = 64
+
+
+def fitted(model: torch.nn.Module, config: Config, over_ranks: bool) -> torch.nn.Module:
+    """A network computed as the config wants it, in place; over_ranks: batch norm over all ranks' views."""
+    if config.engine.norm in FUSED:
+        FUSED[config.engine.norm](model, over_ranks)
+    if config.engine.stem_channels > 3:
+        pad_stem(model)
+    return synchronise_batchnorm(model) if over_ranks else model
 
 
 class Job:
@@ -98,8 +108,9 @@ class Job:
         for line in deviations(config, self.ranks):
             self.say(line)
         model = self._model().to(self.ranks.device)
+        graphs = uses_graphs(config, self.ranks)
         settings = StepSettings(
-            e.precision, e.zero, config.optim.clip, config.optim.momentum, e.channels_last, e.cuda_graphs, e.bucket_mb
+            e.precision, e.zero, config.optim.clip, config.optim.momentum, e.channels_last, graphs, e.bucket_mb
         )
         batch = {
             "train_batch_size": n.images,
@@ -143,11 +154,7 @@ class Job:
     def network(self, over_ranks: bool) -> torch.nn.Module:
         """What the config trains, on the CPU; over_ranks: batch norm over all ranks' views."""
         model = self.task.build_model(self.config.model.arch, self.config.run.seed)
-        if self.config.engine.norm in FUSED:
-            FUSED[self.config.engine.norm](model, over_ranks)
-        if self.config.engine.stem_channels > 3:
-            pad_stem(model)
-        return synchronise_batchnorm(model) if over_ranks else model
+        return fitted(model, self.config, over_ranks)
 
     def _model(self, over_ranks: bool | None = None) -> torch.nn.Module:
         """The network as it is trained, on the CPU; over_ranks: default, as the config says."""

@@ -8,6 +8,7 @@ each file, written last). `latest` and `best` are text files beside the folders.
 import difflib
 import itertools
 import json
+import math
 import re
 import threading
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastrot.errors import Diverged, Fault, UserError
-from fastrot.files import clear_scratch, read_json, remove, replacing, sha256_of, write_text
+from fastrot.files import Sealed, clear_scratch, read_json, remove, replacing, sha256_of, write_text
+from fastrot.models.key_names import backbone_in
 
 _NAME = re.compile(r"step-(\d{8,})")
 _FAILURES = 3  # checkpoints in a row that may fail before the run ends
@@ -54,14 +56,8 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class _File:
-    sha256: str
-    bytes: int
-
-
-@dataclass(frozen=True)
 class _Manifest:
-    files: dict[str, _File]
+    files: dict[str, Sealed]
 
 
 @dataclass(frozen=True)
@@ -103,6 +99,25 @@ def load(folder: Path) -> Checkpoint:
         )
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{folder}: cannot be read ({error}); name another checkpoint") from None
+
+
+def find_best(run: Path) -> Path:
+    """The sound checkpoint of a run that was best on its held-out images, or, where nothing was held out, the newest.
+
+    Raises UserError where there is none, or the note of the best is damaged.
+    """
+    root = run / "checkpoints"
+    folders = _folders(root)[::-1]
+    try:
+        folders.insert(0, root / read_json(root / "best", _Best).name)
+    except FileNotFoundError:
+        pass  # nothing was held out
+    except (OSError, ValueError) as error:
+        raise UserError(f"{root / 'best'}: cannot be read ({error}); name a checkpoint, {root}/step-...") from None
+    sound = next((folder for folder in folders if not verify(folder)), None)
+    if sound is None:
+        raise UserError(f"{run}: holds no sound checkpoint; train first, or name another run")
+    return sound
 
 
 def _folders(root: Path) -> list[Path]:
@@ -184,19 +199,25 @@ def refuse_poisoned(model: dict[str, Tensor], optimizer: dict[str, Tensor], step
         raise Diverged(f"the weights or their momentum are not finite after {step:,} steps and are not saved")
 
 
-class Saver:
-    """Writes checkpoints beside the training: tensors are copied at once, files by a thread.
+def better(figure: float | None, best: float | None) -> bool:
+    """Whether a held-out figure makes its checkpoint the best; one that is not finite never does."""
+    return figure is not None and math.isfinite(figure) and (best is None or figure > best)
 
-    best  held-out figure, 0..1, of the checkpoint kept as best, None before there is one; on disk its name is accuracy.
-    """
+
+class Saver:
+    """Writes checkpoints beside the training: tensors are copied at once, files by a thread."""
 
     def __init__(self, run: Path, keep_last: int, say: Callable[[str], None]):
         self._root, self._keep, self._say = run / "checkpoints", keep_last, say
         self._thread: threading.Thread | None = None
         self._failures = 0
         self._error: Exception | None = None
-        best = self._read_best()
-        self.best: float | None = best.accuracy if best else None
+        self._best = self._read_best()
+
+    @property
+    def best(self) -> float | None:
+        """Held-out figure, 0..1, of the checkpoint kept as best, None before there is one; on disk it is `accuracy`."""
+        return self._best.accuracy if self._best else None
 
     def _read_best(self) -> _Best | None:
         try:
@@ -220,7 +241,7 @@ class Saver:
         tensors = {
             "model.safetensors": _copied(model),
             "optimizer.safetensors": _copied(optimizer),
-            "backbone.safetensors": _copied({k: v for k, v in model.items() if not k.startswith("fc.")}),
+            "backbone.safetensors": _copied(backbone_in(model)),
         }
         self._thread = threading.Thread(target=self._write, args=(tensors, state, accuracy), name="checkpoint")
         self._thread.start()
@@ -247,15 +268,13 @@ class Saver:
                 for name, content in tensors.items():
                     save_file(content, scratch / name)
                 (scratch / "state.json").write_text(json.dumps(asdict(state), indent=1))
-                files = {
-                    path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size}
-                    for path in sorted(scratch.iterdir())
-                }
+                files = {path.name: asdict(Sealed.of(path)) for path in sorted(scratch.iterdir())}
                 (scratch / "manifest.json").write_text(json.dumps({"files": files}, indent=1))
             write_text(self._root / "latest", folder.name + "\n")
-            if accuracy is not None and (self.best is None or accuracy > self.best):
-                self.best = accuracy
-                write_text(self._root / "best", json.dumps({"name": folder.name, "accuracy": accuracy}) + "\n")
+            if accuracy is not None and better(accuracy, self.best):
+                best = _Best(folder.name, accuracy)
+                write_text(self._root / "best", json.dumps(asdict(best)) + "\n")
+                self._best = best
             self._thin_out()
             self._failures = 0
         except (OSError, SafetensorError) as error:
@@ -268,9 +287,8 @@ class Saver:
             self._error = error
 
     def _thin_out(self) -> None:
-        best = self._read_best()
         for folder in _folders(self._root)[: -self._keep]:
-            if best is None or folder.name != best.name:
+            if self._best is None or folder.name != self._best.name:
                 remove(folder)
 
 

@@ -6,12 +6,13 @@ from functools import partial
 from typing import Any
 
 from fastrot import terminal
-from fastrot.config import Config, flat
-from fastrot.data.build import describe, open_manifest
+from fastrot.config import Config, table
+from fastrot.data.build import open_manifest
 from fastrot.data.manifest import Manifest
+from fastrot.data.remarks import describe
 from fastrot.distributed import Ranks
 from fastrot.engine.graphs import WARM_UPS
-from fastrot.runs.arithmetic import RECIPE_VIEWS
+from fastrot.runs.arithmetic import RECIPE_VIEWS, uses_graphs
 from fastrot.runs.build import Job, set_torch_flags
 from fastrot.runs.loop import run
 from fastrot.runs.memory import GIB, Memory, running_out_is_a_fault
@@ -47,7 +48,7 @@ def dry_run(
         partial(terminal.console().print, soft_wrap=True, markup=False) if ranks.first else lambda line: None
     )
     if ranks.first:
-        terminal.table("config", [(key, f"{value}  ({sources[key]})") for key, value in flat(config).items()])
+        terminal.table("config", table(config, sources))
     train = open_manifest(config.data.train, config, ranks, "data.train")
     train = choose(train) if choose else train
     val = open_manifest(config.data.val, config, ranks, "data.val") if config.data.val else None
@@ -88,7 +89,7 @@ def _plan(job: Job) -> dict[str, Any]:
 def _measured(job: Job) -> dict[str, Any]:
     """A few steps: their rate, memory, and how near they come to the roof."""
     last = _Last()
-    untimed = WARM_UPS + 1 if job.config.engine.cuda_graphs else 2  # a graph is captured once it is warm
+    untimed = WARM_UPS + 1 if uses_graphs(job.config, job.ranks) else 2  # a graph is captured once it is warm
     steps = untimed + _TIMED
     try:
         with running_out_is_a_fault(job.memory):

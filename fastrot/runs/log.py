@@ -63,7 +63,7 @@ def _here() -> dict[str, Any]:
 
 
 def _put_status(folder: Path, content: dict[str, Any]) -> None:
-    path, text = folder / "STATUS.json", json.dumps(content, indent=1) + "\n"
+    path, text = folder / "STATUS.json", json.dumps(_finite(content), indent=1) + "\n"
     try:
         write_text(path, text)
     except OSError as error:
@@ -72,6 +72,11 @@ def _put_status(folder: Path, content: dict[str, Any]) -> None:
         with path.open("r+", encoding="utf-8") as file:  # a full disk has no room for a second file beside it
             file.write(text)
             file.truncate()
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no other numbers: what is not finite is null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 class RunLog:
@@ -134,8 +139,7 @@ class RunLog:
             self.say(line)
 
     def _record(self, folder: Path, values: dict[str, Any]) -> None:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        line = json.dumps(finite).encode() + b"\n"
+        line = json.dumps(_finite(values)).encode() + b"\n"
         with (folder / "metrics.jsonl").open("r+b", buffering=0) as file:  # not made anew where it is gone
             end = file.seek(0, os.SEEK_END)
             if file.write(line) < len(line):

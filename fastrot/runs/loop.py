@@ -108,8 +108,7 @@ def run(
         figure = None
         if evaluate and evaluating:
             held_out = evaluate()
-            judged = held_out[f"held_out_{next(iter(task.figures))}"]
-            figure = judged if math.isfinite(judged) else None
+            figure = held_out[f"held_out_{next(iter(task.figures))}"]
             log.write(place | held_out)
             tally.latest |= held_out
         if (saving or evaluating) and not bad:  # the checkpoint before the first bad step stays

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
@@ -14,8 +15,9 @@ from typing import Any
 
 from fastrot import distributed, machine, terminal
 from fastrot.config import Config, flat, to_yaml
-from fastrot.data.build import FILES, admit_changed_files, describe, open_manifest
+from fastrot.data.build import FILES, admit_changed_files, open_manifest
 from fastrot.data.manifest import Manifest
+from fastrot.data.remarks import describe
 from fastrot.distributed import Ranks
 from fastrot.errors import Diverged, Fault, LostPeer, UserError
 from fastrot.files import clear_scratch, replacing, write_text
@@ -279,13 +281,14 @@ def _find(resume: str, folder: Path) -> str | None:
 def _run(start: _Start, folder: Path, log: RunLog) -> dict[str, Any]:
     job, steps = start.job, start.steps
     saver = checkpoint.Saver(folder, job.config.run.keep_last, log.say)
-    course, first = job.course(steps.stop), job.ranks.first
-
+    course, first, judge = job.course(steps.stop), job.ranks.first, next(iter(job.task.figures))
     best = distributed.on_first(job.ranks, lambda: saver.best)
 
     def save(done: int, next_position: int, figure: float | None, due: bool) -> None:
         nonlocal best
-        better = figure is not None and (best is None or figure > best)
+        if figure is not None and not math.isfinite(figure):
+            log.say(f"held-out {judge.replace('_', ' ')} is {figure} after {done:,} steps; it cannot be the best")
+        better = checkpoint.better(figure, best)
         if not (due or better):
             return
         best = figure if better else best
@@ -293,7 +296,7 @@ def _run(start: _Start, folder: Path, log: RunLog) -> dict[str, Any]:
         checkpoint.refuse_poisoned(model, momenta, done)
         if first:
             saver.save(model, momenta, checkpoint.State(done, next_position, scalars, start.now), figure)
-            facts = {f"held_out_{next(iter(job.task.figures))}": figure, "bad_images": job.bad_images()}
+            facts = {f"held_out_{judge}": figure, "bad_images": job.bad_images()}
             log.status("running", step=done, of=course.last_step, **facts)
 
     began = time.monotonic()

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fastrot.config import Config, flat
-from fastrot.data.build import open_manifest, unlabelled
+from fastrot.data.build import open_manifest
 from fastrot.data.manifest import Manifest
+from fastrot.data.remarks import unlabelled
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.models.backbone import Origin, backbone_of

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from fastrot import distributed, machine, terminal
 from fastrot.config import Config
 from fastrot.data import loader_settings
-from fastrot.data.build import crop_at, describe, make_loader, open_manifest, settings_of
+from fastrot.data.build import crop_at, make_loader, open_manifest, settings_of
 from fastrot.data.loader_settings import Tuned
 from fastrot.data.manifest import Manifest
+from fastrot.data.remarks import describe
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.runs.arithmetic import arithmetic

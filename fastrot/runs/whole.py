@@ -101,7 +101,7 @@ class WholeJob(TransferJob, Generic[T, K]):
         maps, side = self.maps_of(network)
         data = self.config.data.model_copy(update={"crop": side, "crop_by_epoch": {}})
         config = self.config.model_copy(update={"data": data})
-        return estimate(config, self.numbers, self.ranks, _Averaged(network, maps), self._dtype)
+        return estimate(config, self.numbers, self.ranks, Averaged(network, maps), self._dtype)
 
     def build(self) -> None:
         _ = self.whole, self.engine, self._work
@@ -129,7 +129,7 @@ class WholeJob(TransferJob, Generic[T, K]):
                 loader.close()
 
 
-class _Averaged(nn.Module):
+class Averaged(nn.Module):
     """A network whose maps alone are computed, and averaged to [n, C]: what the estimate of memory traces."""
 
     def __init__(self, network: nn.Module, maps: nn.Module):

@@ -67,15 +67,18 @@ class Place:
         result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
         return result
 
-    def train(self, name: str, *words: object, hide_gpu: bool = False) -> tuple[list[dict[str, Any]], str | None]:
+    def train(
+        self, name: str, *words: object, hide_gpu: bool = False, ranks: int = 1
+    ) -> tuple[list[dict[str, Any]], str | None]:
         """`fastrot train` into work/name: the lines of metrics.jsonl, and why it failed or None.
 
         On the CPU CUDA graphs are played by the host.
         """
         out = self.work / name
         module = "fastrot.cli" if self.gpu else "fastrot.selfcheck.stand_in"
+        before = launcher(ranks) if ranks > 1 else [sys.executable]
         failure = self.call(
-            [sys.executable, "-m", module, "train", *words, f"run.out={out}", "run.tensorboard=false"], hide_gpu
+            [*before, "-m", module, "train", *words, f"run.out={out}", "run.tensorboard=false"], hide_gpu
         )
         lines = out / "metrics.jsonl"
         return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else [], failure
@@ -85,6 +88,11 @@ class Place:
         file = self.bundle / f"{part}.json"
         raw: dict[str, Any] = json.loads(file.read_text())["raw"] if file.exists() else {}
         return raw
+
+
+def launcher(ranks: int) -> list[str]:
+    """What starts a script, or -m a module, once a rank."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
 
 
 def _name(words: Sequence[object]) -> str:

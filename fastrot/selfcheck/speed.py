@@ -17,8 +17,9 @@ from fastrot.data.build import make_loader, open_manifest
 from fastrot.probes.knn import knn
 from fastrot.probes.svm import voc_svm
 from fastrot.selfcheck import verdict
+from fastrot.selfcheck.correctness import SAME, small
 from fastrot.selfcheck.images import drawn
-from fastrot.selfcheck.place import CHECKOUT, Found, Place
+from fastrot.selfcheck.place import CHECKOUT, Found, Place, launcher
 
 POINTS = 0.1  # of a percentage, that a probe may be from the CPU's
 WAIT = 0.01  # of a training's time, at most, for data on a GPU
@@ -195,15 +196,15 @@ def _features(place: Place, found: Found) -> None:
 
 
 def ranks(place: Place, found: Found) -> None:
-    """bench/step.py over all GPUs, and over two: scaling, synchronised norms, buckets."""
+    """bench/step.py over all GPUs, and over two: scaling, synchronised norms, buckets; and whether graphs that capture
+    the norms' collectives learn as steps without."""
     gpus = torch.cuda.device_count() if place.gpu else 2
     if gpus < 2:
         found.skipped.append("scaling, synchronised norms, buckets: need two GPUs, and there is one")
         return
     size = ["--rounds", 3, "--images", at_once(place)] if place.gpu else ["--quick"]
     for world in sorted({2, gpus}):
-        launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}")
-        result = place.bench(found, "step", *size, "--only", *_RANKS_ARMS, before=launch)
+        result = place.bench(found, "step", *size, "--only", *_RANKS_ARMS, before=launcher(world))
         found.failures += [f"{world} ranks, {arm}: {why}" for arm, why in result.get("missing", {}).items()]
         found.raw[f"{world} ranks"] = result
         arms = result.get("switches", {})
@@ -216,3 +217,19 @@ def ranks(place: Place, found: Found) -> None:
             found.figures.append((f"{world} ranks, of {world} times one's speed", f"{share:.0%}"))
             communicate = arms["base"]["communicate"]["median_s"]
             found.figures.append((f"{world} ranks, averaging after the backward pass", f"{1000 * communicate:.2f} ms"))
+    _captured_collectives(place, found)
+
+
+def _captured_collectives(place: Place, found: Found) -> None:
+    words, runs = [*small(place), "run.max_steps=6", "engine.kind=deepspeed"], []
+    for graphs in ("false", "collectives"):
+        lines, failure = place.train(f"ranks-{graphs}", *words, f"engine.cuda_graphs={graphs}", ranks=2)
+        if failure:
+            found.failures.append(f"2 ranks, engine.cuda_graphs={graphs}: {failure}")
+            return
+        runs.append([line["loss"] for line in lines])
+    apart = max(abs(got - want) / want for want, got in zip(*runs, strict=True))
+    line = f"2 ranks, engine.cuda_graphs=collectives: losses {apart:.2%} from those without graphs"
+    found.figures.append((line.partition(": ")[0], line.partition(": ")[2]))
+    if not apart < SAME:
+        found.failures.append(f"{line}, more than {SAME:.1%}")

@@ -1,4 +1,4 @@
-"""`fastrot` or a bench where there is no GPU, with CUDA graphs played on the host: as tests/engine/test_graphs.py does."""
+"""`fastrot` or a bench where there is no GPU, with CUDA graphs played on the host: as the tests do."""
 
 import sys
 from contextlib import ExitStack
@@ -11,7 +11,7 @@ from fastrot.selfcheck.place import CHECKOUT
 def main(words: list[str]) -> int:
     """A command's words, or a script of bench/ and its words."""
     sys.path[:0] = [str(CHECKOUT / "tests"), str(CHECKOUT / "bench")]
-    played = import_module("engine.test_graphs").OnTheHost
+    played = import_module("workers.graphs").OnTheHost
     with ExitStack() as stack:
         stack.enter_context(mock.patch("fastrot.engine.graphs.Capture", lambda device: played()))
         stack.enter_context(mock.patch("fastrot.runs.build.refuse_graphs", lambda *_: None))

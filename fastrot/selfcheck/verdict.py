@@ -59,13 +59,14 @@ def arms_of(result: dict[str, Any]) -> list[Arm]:
 
 def engine_keys(arm: Arm) -> dict[str, Any]:
     """Every switch of the section engine, turned or not."""
-    keys = SWITCHES | (arm.switches or {})
-    return keys | ({"kind": "plain"} if keys["cuda_graphs"] else {})
+    return SWITCHES | (arm.switches or {})
 
 
 def fast_config(arm: Arm, device: str, images: int) -> str:
     """configs/in1k_fast.yaml with the arm's switches, as YAML. images: that the card holds at once."""
-    overrides = [f"engine.{key}={yaml.safe_dump(value).split()[0]}" for key, value in engine_keys(arm).items()]
+    keys = engine_keys(arm)
+    keys["cuda_graphs"] = "auto" if keys["cuda_graphs"] else False  # over several ranks as far as they can be captured
+    overrides = [f"engine.{key}={yaml.safe_dump(value).split()[0]}" for key, value in keys.items()]
     overrides.append(f"engine.images_per_micro_step={images}")
     config, sources = configs.load(str(CHECKOUT / "configs" / "in1k_fast.yaml"), overrides)
     tree: dict[str, dict[str, Any]] = {}
@@ -74,6 +75,4 @@ def fast_config(arm: Arm, device: str, images: int) -> str:
             section, _, name = key.partition(".")
             tree.setdefault(section, {})[name] = list(value) if isinstance(value, tuple) else value
     says = f"# configs/in1k_fast.yaml with the switches that pay on {device}: {arm.name}, {arm.speed:.2f} times base.\n"
-    if arm.name != "base" and engine_keys(arm)["cuda_graphs"]:
-        says += "# Measured on one GPU. Where several refuse engine.cuda_graphs, set it to false.\n"
     return says + yaml.safe_dump(tree, sort_keys=False)

@@ -73,6 +73,9 @@ def choose(name: str, device: torch.device) -> tuple[str, str]:
 def _automatic(device: torch.device) -> tuple[str, str]:
     candidates = CANDIDATES.get(device.type, ())
     obstacles = {name: obstacle(name, device) for name in candidates}
+    if device.type == "cuda":
+        for name in [name for name in candidates if not obstacles[name]]:
+            obstacles[name] = contest.obstacle(load(name).rotate_views, device)
     able = [name for name in candidates if not obstacles[name]]
     missing = "; ".join(f"{name}: {why}" for name, why in obstacles.items() if why)
     if not able:

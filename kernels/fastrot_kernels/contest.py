@@ -3,6 +3,7 @@
 import hashlib
 import json
 import statistics
+import textwrap
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,17 @@ def times(backends: dict[str, Callable[[Crops], Tensor]], device: torch.device) 
     return known
 
 
+def obstacle(rotate_views: Callable[[Crops], Tensor], device: torch.device) -> str:
+    """Why a backend does not compile or launch on this GPU, found by doing it; empty if it does."""
+    try:
+        rotate_views(_crops(1, 32, device))
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # the device's own, no compiler's
+    except Exception as error:  # Triton's, its C compiler's and the driver's have no class in common
+        return f"cannot be compiled and run ({type(error).__name__}: {textwrap.shorten(str(error), 200)})"
+    return ""
+
+
 def _key(names: list[str], device: torch.device) -> str:
     """Hash of all that a timing depends on: GPU, compilers, and the kernels themselves."""
     parts = [names, torch.cuda.get_device_name(device), torch.__version__, version("triton")]
@@ -41,11 +53,7 @@ def _key(names: list[str], device: torch.device) -> str:
 
 
 def _measured(backends: dict[str, Callable[[Crops], Tensor]], device: torch.device) -> dict[str, float]:
-    x = torch.zeros(IMAGES, SIDE, SIDE, 3, dtype=torch.uint8, device=device)
-    flips = torch.arange(IMAGES, device=device).to(torch.uint8) % 2
-    turns = torch.arange(VIEWS, device=device).to(torch.uint8).repeat(IMAGES, 1)
-    ones = torch.ones(3, device=device)
-    crops = Crops(x, flips, turns, ones, ones, torch.bfloat16, 3)
+    crops = _crops(IMAGES, SIDE, device)
     rounds: dict[str, list[float]] = {name: [] for name in backends}
     for _ in range(1 + ROUNDS):  # the first warms up
         for name, rotate_views in backends.items():
@@ -58,3 +66,12 @@ def _measured(backends: dict[str, Callable[[Crops], Tensor]], device: torch.devi
                 end.synchronize()
             rounds[name].append(begin.elapsed_time(end) / LAUNCHES)
     return {name: statistics.median(ms[1:]) for name, ms in rounds.items()}
+
+
+def _crops(images: int, side: int, device: torch.device) -> Crops:
+    """Black images, every other one flipped, as views of bfloat16."""
+    x = torch.zeros(images, side, side, 3, dtype=torch.uint8, device=device)
+    flips = torch.arange(images, device=device).to(torch.uint8) % 2
+    turns = torch.arange(VIEWS, device=device).to(torch.uint8).repeat(images, 1)
+    ones = torch.ones(3, device=device)
+    return Crops(x, flips, turns, ones, ones, torch.bfloat16, 3)

@@ -19,7 +19,8 @@ CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.
 OWN = {  # an option that no other command's help may show
     "index": "--verify",
     "pack": "--raw-share",
-    "tune": "--seconds",
+    "profile": "--try",
+    "estimate": "--nodes",
     "train": "--deepspeed_config",
     "linear": "--features",
     "features": "--taps",
@@ -199,13 +200,16 @@ HEAVY = {"torchvision", "deepspeed", "nvidia.dali", "torch._dynamo", "torch._ind
         (["--help"], HEAVY | {"torch"}),
         (["knn", "--help"], HEAVY | {"torch"}),
         (["config"], HEAVY | {"torch"}),
-        (["index", "IMAGES"], HEAVY),
+        (["index", "IMAGES", "--verify"], HEAVY | {"torch"}),
+        (["index", "IMAGES", "--dry-run"], HEAVY | {"torch"}),
+        (["pack", "IMAGES", "OUT/x.beton"], HEAVY | {"torch"}),
+        (["pack", "IMAGES", "OUT/x.beton", "--dry-run"], HEAVY | {"torch"}),
         (["stream", "--steps", "1", "data.train=IMAGES"], HEAVY),
     ],
     ids=lambda words: words[0] if isinstance(words, list) else "",
 )
-def test_a_command_imports_what_it_uses(images, words, absent):
-    words = [word.replace("IMAGES", str(images)) for word in words]
+def test_a_command_imports_what_it_uses(images, tmp_path, words, absent):
+    words = [word.replace("IMAGES", str(images)).replace("OUT", str(tmp_path)) for word in words]
     code = f"""import sys
 from fastrot.cli import main
 try:

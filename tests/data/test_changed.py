@@ -11,7 +11,7 @@ import pytest
 from conftest import write_folder
 from fastrot.data import pack as packing
 from fastrot.data import reading, storage
-from fastrot.data.index import index
+from fastrot.data.index import in_cache, index
 from fastrot.data.manifest import Manifest, changed_files
 from fastrot.data.storage import FileStorage
 from fastrot.errors import Fault, Unreadable, UserError
@@ -142,11 +142,11 @@ def test_an_image_that_cannot_be_read_ends_packing(tmp_path, fastrot, monkeypatc
     root = write_folder(tmp_path / "d", classes=1, per_class=3)
 
     def then_gone(*words):
-        folder = index(*words)
+        folder = in_cache(*words)
         (root / "class0/1.jpg").unlink()
         return folder
 
-    monkeypatch.setattr(packing, "index", then_gone)
+    monkeypatch.setattr(packing, "in_cache", then_gone)
     done = fastrot("pack", root, tmp_path / "d.beton")
     assert done.code == 3 and "class0/1.jpg: cannot be opened" in done.errors[0]
     assert not list(tmp_path.glob("*.beton"))

@@ -1,7 +1,11 @@
 """What all decoders keep to; every kind of image through each of them: test_faults.py."""
 
 import contextlib
+import ctypes
 import io
+import re
+from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +23,7 @@ from fastrot.data.images import decode_upright
 from fastrot.data.index import index
 from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
-from fastrot.errors import BadImage
+from fastrot.errors import BadImage, Fault, UserError
 from fastrot_kernels.build import BuildError
 
 DECODERS = [*runnable_decoders(), DALI_RESIZES]
@@ -197,6 +201,85 @@ def test_dali_resizes_where_turbo_cannot_be_compiled_and_says_so(monkeypatch, ca
     assert line == "decoding with dali on the CPU, 2 threads"
     assert "turbo cannot be built (no compiler): DALI resizes" in caplog.text
     assert not bad and pixels.shape == (1, 40, 40, 3)
+
+
+@pytest.fixture
+def no_gpu_pipeline(monkeypatch):
+    """DALI, whose pipelines can be built on the CPU alone, and of those `left[0]`."""
+    dali = pytest.importorskip("fastrot.data.decode.dali", reason="DALI is not installed", exc_type=ImportError)
+    build, left = dali._windows, [0]
+
+    def windows(place, *arguments, **options):
+        if place == "mixed" or not left[0]:
+            raise RuntimeError("nvJPEG is not there")
+        left[0] -= 1
+        return build(place, *arguments, **options)
+
+    monkeypatch.setattr(dali, "_windows", windows)
+    monkeypatch.setattr("torch.cuda.Stream", lambda device: None)
+    return left
+
+
+def test_auto_steps_over_a_dali_that_cannot_build_its_pipeline_and_says_so(no_gpu_pipeline, monkeypatch):
+    gpu, why = torch.device("cuda", 0), r"data.decode dali: dali on GPU 0 \(mixed\): .* \(nvJPEG is not there\)"
+    with pytest.raises(UserError, match=why):
+        make_decoder("dali", "auto", gpu, 2, 64, 2)
+    with pytest.raises(UserError, match=why):
+        make_decoder("auto", "gpu", gpu, 2, 64, 2)
+    monkeypatch.setattr("fastrot.data.decode._ON_CPU", ["dali", "torch"])
+    decoder, line = make_decoder("auto", "auto", gpu, 2, 64, 2)
+    assert decoder.name == "torch on the CPU" and re.search(f"auto: {why}.*; .*dali on the CPU", line)
+    decoder.close()
+    no_gpu_pipeline[0] = 1
+    decoder, line = make_decoder("auto", "auto", gpu, 2, 64, 2)
+    assert decoder.name.startswith("dali on the CPU") and re.search(f"auto: {why}", line)
+    decoder.close()
+
+
+def test_a_pipeline_that_cannot_be_built_again_ends_the_run(no_gpu_pipeline):
+    """No image is bad for it."""
+    no_gpu_pipeline[0] = 1
+    decoder, window = make_decoder("dali", "cpu", torch.device("cpu"), 2, 64, 2)[0], np.array([(0, 0, 61, 83)])
+    with pytest.raises(Fault, match="its pipeline cannot be built"):
+        run(decoder, [KINDS["baseline"][: len(KINDS["baseline"]) // 2]], window.astype(np.int32), 40)
+    decoder.close()
+
+
+@pytest.mark.parametrize("found, filtered", [((13, 3), True), ((13, 2), True), ((13, 1), False), ((12, 4), False)])
+def test_an_nvjpeg_that_sends_windows_to_the_cpu_is_not_asked_to_filter_them(monkeypatch, caplog, found, filtered):
+    dali = pytest.importorskip("fastrot.data.decode.dali", reason="DALI is not installed", exc_type=ImportError)
+    loaded = []
+
+    class Library:
+        def __init__(self, path, mode):
+            loaded.append((path, mode))
+
+        def nvjpegGetProperty(self, kind, value):
+            value._obj.value = found[kind]
+
+    monkeypatch.setattr("ctypes.CDLL", Library)
+    dali.nvjpeg.filters_windows.cache_clear()
+    assert dali._on_gpu("mixed", 0.5, whole=False) == {"jpeg_fancy_upsampling": filtered, "hw_decoder_load": 0.5}
+    assert dali._on_gpu("mixed", None, whole=True) == {"jpeg_fancy_upsampling": True}
+    assert ("nvJPEG 1" in caplog.text) is not filtered and len(loaded) == 1
+    dali.nvjpeg.filters_windows.cache_clear()
+
+
+def test_the_wheels_nvjpeg_is_the_one_that_is_loaded(monkeypatch):
+    """Whichever a library path would find; a library without a wheel is found by its name."""
+    nvjpeg = pytest.importorskip("fastrot.data.decode.nvjpeg")
+    path = nvjpeg._path()
+    if path == "libnvjpeg.so.13":
+        pytest.skip("the nvJPEG wheel is not installed")
+    assert Path(path).is_file() and Path(path).name == "libnvjpeg.so.13"
+    wheels = tuple(map(int, metadata.version("nvidia-nvjpeg").split(".")[:2]))
+    assert nvjpeg.version(ctypes.CDLL(path)) == wheels and nvjpeg.filters_windows()
+
+    def none(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(nvjpeg, "files", none)
+    assert nvjpeg._path() == "libnvjpeg.so.13"
 
 
 @pytest.mark.parametrize("name", DECODERS)

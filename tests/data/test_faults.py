@@ -231,6 +231,7 @@ def test_an_image_of_just_max_pixels_is_taken_and_one_pixel_more_is_not(path, ki
 WHOLE_FILES = {
     "JPEG": encode(SMALL),
     "progressive": encode(SMALL, progressive=True),
+    "restart markers": encode(SMALL, restart_marker_blocks=1),
     "thumbnail": headed(segment(0xE1, b"Exif\0\0" + exif_block("II", [[]]) + encode(draw(9, 9))), picture=SMALL),
     "PNG": encode(SMALL, "PNG"),
     "WebP": encode(SMALL, "WEBP", lossless=True),

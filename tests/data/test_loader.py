@@ -2,6 +2,8 @@
 
 import json
 import os
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,13 +23,15 @@ from fastrot.data.plan import Plan
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage, Fault
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
 def source(tmp_path):
     return Manifest.load(index(str(write_folder(tmp_path / "d")), tmp_path / "cache", 10**8, lambda i, n, t: i))
 
 
-def loader(manifest, decode="torch", views="all", bad=None, storage=None, timeout=60.0):
+def loader(manifest, decode="torch", views="all", bad=None, storage=None, timeout=60.0, device=CPU):
     plan = Plan(5, manifest.height, manifest.width, FullOrder(len(manifest), 5), views)
     decoder, _ = make_decoder(decode, "cpu", torch.device("cpu"), 2, 16, DECODES_IN_FLIGHT)
     return Loader(
@@ -36,7 +40,7 @@ def loader(manifest, decode="torch", views="all", bad=None, storage=None, timeou
         storage or FileStorage(manifest),
         decoder,
         bad or BadImages(None, "d", 10),
-        torch.device("cpu"),
+        device,
         2,
         timeout,
     )
@@ -69,6 +73,45 @@ def test_any_number_of_ranks_and_micro_steps_sees_the_same_steps(source, decode,
         assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
         np.testing.assert_array_equal(a[3], b[3])
         np.testing.assert_array_equal(a[4], b[4])
+
+
+def test_a_cpu_decoders_crops_are_copied_beside_the_step(source, monkeypatch):
+    """On a stream that is the loader's own, from pinned memory, as flips and turns; CUDA's part played on the host."""
+    gpu, current, said = torch.device("cuda", 0), [], []
+
+    @contextmanager
+    def stream(one):
+        current.append(one)
+        yield
+        current.pop()
+
+    def to(tensor, *words, **options):
+        if gpu not in words:
+            return plain_to(tensor, *words, **options)
+        assert options["non_blocking"] and tensor.data_ptr() in pinned
+        said.append(("copied", list(current)))
+        return tensor.clone()
+
+    def pin_memory(tensor):
+        pinned.add((copy := tensor.clone()).data_ptr())
+        kept.append(copy)
+        return copy
+
+    plain_to, pinned, kept = torch.Tensor.to, set(), []
+    done = SimpleNamespace(synchronize=lambda: said.append("done"))
+    own = SimpleNamespace(record_event=lambda: done)
+    for name, stand_in in (("Stream", lambda device: own), ("stream", stream), ("default_stream", lambda d: "step's"),
+                           ("set_device", lambda device: None)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, one: said.append(one))
+    (want,) = next(loader(source).train(range(1), 0, 8, 1, 0, 1, lambda epoch: 20)).micro_steps
+    assert not said
+    (got,) = next(loader(source, device=gpu).train(range(1), 0, 8, 1, 0, 1, lambda epoch: 20)).micro_steps
+    assert said == [("copied", [own]), "done", "step's"]
+    assert got.flips.data_ptr() in pinned and got.turns.data_ptr() in pinned
+    assert torch.equal(got.pixels, want.pixels) and torch.equal(got.turns, want.turns)
 
 
 def test_labels_rows_and_turns_are_the_plans(source):

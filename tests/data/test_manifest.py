@@ -127,8 +127,8 @@ def test_sizes_are_those_of_the_upright_image(tmp_path):
         (lambda b: b"", "empty file"),
         (lambda b: b"garbage" * 50, "not an image"),
         (lambda b: b[:30], "header"),
-        (lambda b: b[: len(b) // 2], "cannot be decoded"),
-        (lambda b: b[:-2], "cannot be decoded"),
+        (lambda b: b[: len(b) // 2], "is truncated (its end marker is missing)"),
+        (lambda b: b[:-2], "is truncated (its end marker is missing)"),
     ],
 )
 def test_unsound_files_are_quarantined_with_their_reason(tmp_path, damage, reason):
@@ -231,6 +231,17 @@ def test_integers_of_a_list_stay_as_they_are_with_a_byte_order_mark_too(tmp_path
     (tmp_path / "l.txt").write_bytes(b"\xef\xbb\xbfd/class0/0.jpg\t007\nd/class0/1.jpg\t-1\nd/class0/2.jpg\t5\n")
     manifest = build(f"list:{tmp_path / 'l.txt'}", tmp_path / "cache")
     assert manifest.label.tolist() == [7, -1, 5] and manifest.classes == []
+
+
+def test_images_are_all_that_lie_below_a_folder_without_labels(tmp_path):
+    for name in ("top.jpg", "a/one.jpg", "a/deep/two.png", "b/.hidden.jpg", "b/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        draw(20, 30).save(tmp_path / name, "PNG")
+    (tmp_path / "a" / "loop").symlink_to("..")
+    manifest = build(f"images:{tmp_path}", tmp_path / ".cache")
+    names = [os.path.relpath(os.fsdecode(manifest.path(row)), tmp_path) for row in range(len(manifest))]
+    assert names == ["a/deep/two.png", "a/one.jpg", "top.jpg"] and set(manifest.label) == {-1}
+    assert manifest.skipped == {"hidden": 1, "other extension": 1, "folder seen before (link)": 1}
 
 
 def test_a_folder_of_images_alone_is_a_source_without_labels(tmp_path):

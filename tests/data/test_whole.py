@@ -10,9 +10,12 @@ from conftest import write_folder
 from fastrot.data.bad_images import BadImages
 from fastrot.data.index import index
 from fastrot.data.manifest import Manifest
+from fastrot.data.objects import Objects
 from fastrot.data.order import FullOrder
 from fastrot.data.plan import Plan
 from fastrot.data.whole import WholeLoader
+from fastrot.data.whole_masks import MaskView
+from fastrot.data.whole_objects import ObjectView
 from fastrot.errors import Fault
 
 
@@ -33,6 +36,10 @@ def seen(steps):
     return [[(rows.rows.tolist(), rows.samples, rows.last) for rows in step.micro_steps] for step in steps]
 
 
+def micro_steps(steps):
+    return [batch for step in steps for batch in step.micro_steps]
+
+
 def test_rows_and_epochs_are_the_plans_for_any_ranks_and_after_any_resume(folder, tmp_path):
     manifest = opened(folder, tmp_path)
     plan = Plan(5, manifest.height, manifest.width, FullOrder(len(manifest), 5))
@@ -48,6 +55,34 @@ def test_rows_and_epochs_are_the_plans_for_any_ranks_and_after_any_resume(folder
         shares = [part[step][micro] for micro in range(2) for part in parts]
         assert [row for share in shares for row in share[0]] == rows
         assert [share[2] for share in shares] == [False, False, True, True]
+
+
+def box_a_row(n):
+    """Objects of n images, one each."""
+    box, one, none = np.tile(np.float32([4, 6, 30, 28]), (n, 1)), np.arange(n), np.zeros(0, np.uint8)
+    ends = np.zeros(0, np.int64)
+    return Objects(np.arange(n + 1), box, one % 3, one < 0, one + 1.0, none, ends, one, ["a", "b", "c"], [1, 2, 3], {})
+
+
+@pytest.mark.parametrize("kind", ["objects", "masks"])
+def test_two_ranks_show_what_one_shows_to_the_last_bit(kind, folder, tmp_path):
+    manifest = opened(folder, tmp_path)
+
+    def mask_of(row):
+        return np.random.default_rng(row).integers(0, 4, (manifest.height[row], manifest.width[row]), np.uint8)
+
+    view = {
+        "objects": ObjectView(box_a_row(len(manifest)), 7, (40, 48, 56), 48, 90, 0.5),
+        "masks": MaskView(mask_of, 7, (80, 50), (0.5, 2.0), 32, 0.5, True),
+    }[kind]
+
+    def bits(samples):
+        return [{name: v.numpy().tobytes() for name, v in vars(one).items() if name != "size"} for one in samples]
+
+    one = [bits(batch.samples) for batch in micro_steps(loader(manifest, view).train(range(6), 0, 4, 1, 0, 1))]
+    two = [micro_steps(loader(manifest, view).train(range(6), 0, 4, 2, rank, 1)) for rank in range(2)]
+    assert [bits(a.samples) + bits(b.samples) for a, b in zip(*two, strict=True)] == one
+    assert len({len(sample["image"]) for step in one for sample in step}) > 1 or kind == "masks"  # of several scales
 
 
 def test_evaluation_shows_every_row_once_over_the_ranks(folder, tmp_path):

@@ -29,6 +29,10 @@ EXACT = [
     "deepspeed-fp32-0-sgd-fused",
     "plain-fp32-0-sgd-bottlenecks",
     "deepspeed-fp32-0-sgd-bottlenecks",
+    "plain-fp32-0-sgd-graphed",
+    "deepspeed-fp32-0-sgd-graphed",
+    "plain-fp32-0-sgd-bottlenecks-graphed",
+    "deepspeed-fp32-0-sgd-micro-graphed",
 ]
 BUCKETS = [
     "plain-fp32-0-sgd-small",

@@ -1,7 +1,5 @@
 """Steps replayed from graphs are the steps themselves: CUDA's part played on the host, and on a GPU by CUDA."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import nn
@@ -16,28 +14,12 @@ from fastrot.engine.graphs import WARM_UPS, Graphed
 from fastrot.engine.optimizers import build_optimizer
 from fastrot.engine.plain import PlainEngine
 from fastrot.errors import UserError
-from fastrot.runs.arithmetic import refuse_graphs
+from fastrot.runs.arithmetic import deviations, refuse_graphs, uses_graphs
 from fastrot.runs.dry_run import _Last
 from fastrot.tasks.rotation import RotationTask
+from workers.graphs import OnTheHost
 
 STEPS = WARM_UPS + 4
-
-
-class OnTheHost:
-    """A capture that runs nothing, and a replay that runs the work on what was held: as CUDA's."""
-
-    def __init__(self):
-        self.captured = self.beside_runs = 0
-
-    def __call__(self, work):
-        self.captured += 1
-        result = torch.full((9,), torch.nan, dtype=torch.float64)
-        return lambda: result.copy_(work()), result
-
-    @contextmanager
-    def beside(self):
-        self.beside_runs += 1
-        yield
 
 
 @pytest.fixture
@@ -92,7 +74,7 @@ def test_replayed_steps_learn_what_steps_learn(ranks):
 @pytest.mark.parametrize(
     "graphs",
     [
-        ["engine.cuda_graphs=true", "engine.kind=plain"],
+        ["engine.cuda_graphs=true"],
         ["engine.compile=reduce-overhead"],
         ["engine.compile=max-autotune"],
     ],
@@ -103,9 +85,33 @@ def test_several_ranks_that_synchronise_their_norms_are_refused(graphs):
     with pytest.raises(UserError, match=r"over 2 ranks would capture batch norm's communication"):
         refuse_graphs(config, two, 1)
     refuse_graphs(configs.load(None, [*graphs, "model.sync_batchnorm=false"])[0], two, 1)
+    if "cuda_graphs" in graphs[0]:
+        refuse_graphs(configs.load(None, ["engine.cuda_graphs=collectives"])[0], two, 1)
     refuse_graphs(config, Ranks(0, 1, 0, 1, torch.device("cuda")), 1)
     with pytest.raises(UserError, match=r"needs a CUDA device, and there is none"):
         refuse_graphs(config, Ranks(0, 1, 0, 1, torch.device("cpu")), 1)
+
+
+@pytest.mark.parametrize(
+    "more, world, device, graphs",
+    [
+        ([], 1, "cuda", True),
+        ([], 1, "cpu", False),
+        ([], 2, "cuda", False),
+        (["model.sync_batchnorm=false"], 2, "cuda", True),
+        (["engine.zero=1"], 1, "cuda", False),
+        (["engine.precision=fp16"], 1, "cuda", False),
+        (["engine.compile=reduce-overhead"], 1, "cuda", False),
+        (["rotation.shuffle_labels=true"], 1, "cuda", False),
+    ],
+)
+def test_auto_replays_where_it_can_and_is_never_refused(more, world, device, graphs):
+    config, _ = configs.load(None, ["engine.cuda_graphs=auto", *more])
+    ranks = Ranks(0, world, 0, world, torch.device(device))
+    assert uses_graphs(config, ranks) is graphs
+    if "engine.compile" not in "".join(more):
+        refuse_graphs(config, ranks, 2)
+    assert ("auto: off" in "".join(deviations(config, ranks))) is (world > 1 and not more)
 
 
 def test_the_network_is_compiled_in_the_mode_asked_for(fastrot, images, tmp_path, monkeypatch):
@@ -134,7 +140,7 @@ def test_the_compilers_graphs_refuse_micro_steps_and_ours_take_them():
     with pytest.raises(UserError, match="engine.compile reduce-overhead keeps gradients .* the next of 2 micro-steps"):
         refuse_graphs(configs.load(None, ["engine.compile=reduce-overhead"])[0], one, 2)
     refuse_graphs(configs.load(None, ["engine.compile=max-autotune-no-cudagraphs"])[0], one, 2)
-    refuse_graphs(configs.load(None, ["engine.cuda_graphs=true", "engine.kind=plain"])[0], one, 2)
+    refuse_graphs(configs.load(None, ["engine.cuda_graphs=true"])[0], one, 2)
 
 
 def test_a_dry_run_on_graphs_times_replays_alone(fastrot, images, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Every backend that runs here against the reference, and the reference against numpy."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fastrot_kernels import backends, contest, cpu_views, rotate_views
+from fastrot_kernels import backends, contest, cpu_views, reference, rotate_views
 from fastrot_kernels.op import rotate_views_op
 
 MEAN = [123.675, 116.28, 103.53, 99.5]
@@ -264,6 +265,7 @@ def test_without_a_compiler_the_cpu_falls_to_numpy_and_says_why(monkeypatch, tmp
 
 def test_on_a_gpu_auto_takes_what_was_measured_to_be_faster(monkeypatch, fresh_choice):
     monkeypatch.setattr(backends, "obstacle", lambda name, device: "")
+    monkeypatch.setattr(backends.contest, "obstacle", lambda rotate_views, device: "")
     gpu = torch.device("cuda", 0)
     for milliseconds, fastest in (({"cuda": 0.5, "triton": 0.25}, "triton"), ({"cuda": 0.25, "triton": 0.5}, "cuda")):
         monkeypatch.setattr(backends.contest, "times", lambda able, device, said=milliseconds: said)
@@ -279,6 +281,33 @@ def test_on_a_gpu_auto_takes_what_was_measured_to_be_faster(monkeypatch, fresh_c
     monkeypatch.setattr(backends, "obstacle", lambda name, device: "broken")
     backends.choose.cache_clear()
     assert backends.choose("auto", gpu) == ("reference", "cuda: broken; triton: broken")
+
+
+def test_a_candidate_that_cannot_be_compiled_is_passed_over_with_a_line(monkeypatch, fresh_choice, caplog):
+    """On the host, whose reference plays the one that can."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(backends, "obstacle", lambda name, device: "")
+    crops = contest._crops
+    monkeypatch.setattr(contest, "_crops", lambda images, side, device: crops(images, side, torch.device("cpu")))
+    monkeypatch.setattr(contest, "times", lambda *_: pytest.fail("one is left: there is nothing to measure"))
+
+    def fails(crops):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    able = {"cuda": SimpleNamespace(rotate_views=reference.rotate_views), "triton": SimpleNamespace(rotate_views=fails)}
+    monkeypatch.setattr(backends, "load", able.__getitem__)
+    why = "triton: cannot be compiled and run (RuntimeError: Failed to find C compiler. Please specify via CC)"
+    for _ in range(2):
+        assert backends.choose("auto", torch.device("cuda", 0)) == ("cuda", why)
+    assert caplog.text.count(why) == 1
+
+    def dies(crops):
+        raise torch.OutOfMemoryError("the device's own")
+
+    able["triton"] = SimpleNamespace(rotate_views=dies)
+    backends.choose.cache_clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        backends.choose("auto", torch.device("cuda", 0))
 
 
 def test_a_contest_is_held_once_a_kind_of_gpu(monkeypatch, tmp_path):

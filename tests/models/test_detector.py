@@ -230,3 +230,30 @@ def test_anchors_that_cross_the_border_have_no_target_in_c4():
     target = {"boxes": torch.tensor([[-1.0, 0, 31, 32]]), "labels": torch.tensor([1])}
     labels, _ = model.rpn.assign_targets_to_anchors([anchors], [target])
     assert labels[0].tolist() == [1, -1, -1, 0]
+
+
+@pytest.mark.parametrize("build", [faster_rcnn_c4, mask_rcnn_fpn])
+def test_under_autocast_boxes_stay_fp32(build):
+    torch.manual_seed(0)
+    model, seen = build(torchvision.models.resnet18(), 3, 16), {}
+    model.rpn.anchor_generator.register_forward_hook(lambda _, __, out: seen.update(anchors=out))
+    model.rpn.register_forward_hook(lambda _, __, out: seen.update(proposals=out[0]))
+    model.roi_heads.score_thresh = 0.0
+    masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    target = {"boxes": torch.tensor([[10.0, 12, 40, 50]]), "labels": torch.tensor([1]), "masks": masks}
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model([torch.randn(3, 64, 64)], [target])
+        (found,) = model.eval()([torch.randn(3, 64, 64)])
+    sum(losses.values()).backward()
+    every = [*losses.values(), *seen["anchors"], *seen["proposals"], found["boxes"], found["scores"]]
+    assert len(found["boxes"]) and {one.dtype for one in every} == {torch.float32}
+
+
+def test_regions_of_bf16_maps_are_read_where_they_lie():
+    ramp = (torch.arange(300.0) - 250).expand(1, 1, 8, 300)  # its column, exact in bf16 about the region
+    region = [torch.tensor([[1001.7, 0, 1029.7, 28]])]  # in bf16 it would be 1000 to 1032
+    with torch.autocast("cpu", torch.bfloat16):
+        read = AlignedPool(("a",), 7, (4,))({"a": ramp.bfloat16()}, region, None)
+    want = torch.arange(7) + 1001.7 / 4 - 250
+    assert read.dtype == torch.bfloat16
+    np.testing.assert_allclose(read[0, 0, 3].float(), want, atol=0.02)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_fused_norm import assert_step_as_exact
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastrot.models.fused_conv import fuse_convs
@@ -98,6 +99,34 @@ def assert_block_as_exact(device, kind, dtype, layout, times):
         assert (got[name].dtype, got[name].shape) == (want[name].dtype, want[name].shape), name
         far = [(each[name].double() - value.double()).norm() for each in (want, got)]
         assert far[1] <= times * far[0] + 1e-5 * value.double().norm(), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weight_gradients_are_not_rounded_to_the_maps_dtype(device):
+    """Of the 1x1 convolutions: a sum over all views, added up and kept in float32."""
+    block = fused_block(block_of("wider").to(device))
+    got = step(block, torch.randn(3, 32, 9, 9, device=device), torch.randn(3, 64, 9, 9, device=device), torch.bfloat16)
+    for name in ("conv1", "conv3", "downsample.0"):
+        dw = got[f"{name}.weight.grad"]
+        assert (dw != dw.bfloat16()).float().mean() > 0.5, name
+
+
+@pytest.mark.parametrize("fuse", [fuse_norms, fuse_convs])
+def test_a_backward_pass_copies_nothing_to_itself_and_fills_no_zeros(fuse):
+    """The zeros would be gradients of moments, which have none."""
+    block, seen = fused_block(block_of("halved"), fuse), []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            seen.append(f"{name} of itself" if name == "copy_" and args[0].data_ptr() == args[1].data_ptr() else name)
+            return function(*args, **(kwargs or {}))
+
+    out = block(torch.randn(3, 32, 8, 8, requires_grad=True))
+    with Seen():
+        out.backward(torch.ones_like(out))
+    assert "convolution_backward" in seen
+    assert not {"copy_ of itself", "zeros", "zero_", "new_zeros", "zeros_like"} & set(seen)
 
 
 @pytest.mark.parametrize("device", DEVICES)

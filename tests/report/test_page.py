@@ -343,7 +343,11 @@ SET = "name: a, title: A, train: x, test: x"
             "is no suite: expected `sets:` or `runs:` as in configs/page.yaml, found data,",
         ),
         ("", "is no suite"),
-        (f"runs: [{{{SET}, task: train, config: c}}]", "run a, task: 'train' is unknown; write 'linear' or 'finetune'"),
+        (f"runs: [{{{SET}, task: train, config: c}}]", "run a, task: 'train' is unknown; write 'linear', 'finetune'"),
+        (
+            f"runs: [{{{SET}, task: linear, config: configs/detect_coco_fpn_1x.yaml}}]",
+            "run a: --config configs/detect_coco_fpn_1x.yaml: is a config of fastrot detect, and fastrot linear would",
+        ),
         (f"runs: [{{{SET}, task: linear, config: none.yaml}}]", "run a: --config none.yaml: No such file"),
         (f"runs: [{{{SET}, task: linear, config: c, grid: {{optim.lr: []}}}}]", "run a, grid, optim.lr: has no value"),
         ("sets: [", "not YAML"),
@@ -368,4 +372,15 @@ def test_the_protocols_suite_sees_pillows_pixels_everywhere():
 
     chosen = suite.load(str(ROOT / "configs" / "page.yaml"))
     for part in (*chosen.sets, *chosen.runs):
-        assert "data.decode=turbo" in part.overrides or part.transform == "svm", part.name
+        whole = getattr(part, "task", "") in ("detect", "segment")  # whole images are always Pillow's
+        assert "data.decode=turbo" in part.overrides or whole or part.transform == "svm", part.name
+
+
+def test_every_published_figure_has_a_row_that_is_run():
+    from conftest import ROOT
+
+    chosen = suite.load(str(ROOT / "configs" / "page.yaml"))
+    named = {part.published for part in (*chosen.sets, *chosen.runs)} - {None}
+    assert named == set(published.TASKS)
+    tasks = {run.name: (run.task, run.published) for run in chosen.runs}
+    assert tasks["segment_cityscapes"] == ("segment", None) and tasks["detect_coco"] == ("detect", "detect_coco")

@@ -70,6 +70,25 @@ def test_of_equally_good_checkpoints_the_first_stays_the_best(tmp_path):
     assert names(tmp_path) == ["step-00000001", "step-00000003"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_the_best(tmp_path, value):
+    made = saver(tmp_path)
+    save(made, 1, accuracy=value)
+    assert made.best is None and not (tmp_path / "checkpoints/best").exists()
+    save(made, 2, accuracy=0.5)
+    save(made, 3, accuracy=value)
+    assert json.loads((tmp_path / "checkpoints/best").read_text()) == {"name": "step-00000002", "accuracy": 0.5}
+
+
+def test_a_damaged_best_is_said_once(tmp_path):
+    save(saver(tmp_path), 1, accuracy=0.5)
+    (tmp_path / "checkpoints/best").write_text("[]")
+    again = saver(tmp_path)
+    for step in (2, 3):
+        save(again, step)
+    assert len(SAID) == 1 and "best is damaged" in SAID[0]
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,6 +114,16 @@ def test_nothing_large_is_made_and_no_flag_set_before_it_is_asked_for(job, monke
     assert made.memory.needed > 0
     made.close()
     assert flags == (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+
+
+def test_cudnn_may_measure_every_algorithm_it_has(monkeypatch):
+    """torch lets it measure the first ten; 0 is no limit."""
+    cudnn = SimpleNamespace(benchmark=None, benchmark_limit=10, allow_tf32=None)
+    monkeypatch.setattr("torch.backends.cudnn", cudnn)
+    monkeypatch.setattr("torch.set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr("torch.use_deterministic_algorithms", lambda on: None)
+    build.set_torch_flags(load(None, [])[0])
+    assert cudnn.benchmark and cudnn.benchmark_limit == 0
 
 
 NEED = Memory(2 * GIB, 40 * GIB, GIB, "cpu", 20 * GIB, 20 * GIB, 128, 224, 512, 48, 168)

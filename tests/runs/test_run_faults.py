@@ -12,6 +12,7 @@ from conftest import metrics, write_folder
 from fastrot import distributed
 from fastrot.errors import Fault
 from fastrot.runs import checkpoint
+from fastrot.runs.build import Job
 from fastrot.runs.log import RunLog
 from fastrot.tasks.rotation import RotationTask
 
@@ -145,6 +146,22 @@ def test_bad_steps_in_a_row_end_the_run_with_the_checkpoint_before_them(begin, t
 def test_fewer_bad_steps_end_no_run(begin, monkeypatch):
     spoilt(monkeypatch, (2, 3, 5, 6))
     assert begin("engine.max_bad_steps=3", "run.max_steps=8").code == 0
+
+
+def test_a_held_out_figure_that_is_no_number_is_said_and_never_the_best(begin, images, tmp_path, monkeypatch):
+    sound, calls = Job.evaluate, []
+
+    def evaluate(job):
+        calls.append(1)
+        return sound(job) | ({"held_out_accuracy": float("nan")} if len(calls) != 2 else {})
+
+    monkeypatch.setattr(Job, "evaluate", evaluate)
+    run = tmp_path / "r"
+    done = begin(f"data.val={images}", "run.max_steps=12")
+    assert done.code == 0 and len(calls) == 3
+    assert done.err.count("held-out accuracy is nan") == 2 and "after 4 steps; it cannot be the best" in done.err
+    assert json.loads((run / "checkpoints/best").read_text())["name"] == "step-00000008"
+    assert "NaN" not in (run / "STATUS.json").read_text() and status(run)["state"] == "done"
 
 
 def test_poisoned_weights_are_never_the_last_checkpoint(begin, tmp_path):

@@ -1,16 +1,24 @@
 """Detection and segmentation as a user runs them, on drawn images: resume, ranks, dry run, every refusal's one line."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 from safetensors.torch import load_file
+from torchvision.models import resnet18
 
-from conftest import draw, metrics
+from conftest import ROOT, draw, metrics
 from fastrot.cli import main
 from fastrot.data.sources.voc import CLASSES
+from fastrot.models.backbone import load_backbone
+from fastrot.models.detector import WithRegions, faster_rcnn_c4, mask_rcnn_fpn
+from fastrot.profiling.memory import peak_of_step
+from fastrot.runs.whole import Averaged
 from workers.ranks import as_ranks
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -22,6 +30,7 @@ SMALL = [
 ]  # fmt: skip
 DETECT = ["detect", *SMALL, "detect.shorts=[48,64]", "detect.test_short=48", "detect.longest=96", "detect.regions=16"]
 SEGMENT = ["segment", *SMALL, "segment.base=[80,48]", "segment.crop=48", "segment.classes=3"]
+COMMAND = "import sys; from fastrot.cli import main; sys.exit(main(sys.argv[1:]))"
 SIZES = ((60, 80), (64, 64), (90, 60), (60, 100), (72, 64))
 TIMES = {
     "images_per_s", "views_per_s", "step_s", "wait_share", "copy_share", "rotate_share", "compute_share", "update_share",
@@ -113,12 +122,26 @@ def words(voc, tmp_path_factory):
     }
 
 
+WHERE = {  # a network keeps its backbone, and stage 4
+    "c4": ("backbone.body.", "roi_heads.box_head."),
+    "fpn": ("backbone.stem.body.",) * 2,
+    "segment": ("backbone.",) * 2,
+}
 JUDGED = {"c4": "held_out_ap50", "fpn": "held_out_ap", "segment": "held_out_mean_iou"}
 
 
 def learnt(out):
     """What was logged, but for speeds."""
     return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(out)]
+
+
+def same_weights(one, other, step):
+    """Whether two runs hold the same bits after so many steps, momenta too."""
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (load_file(run / f"checkpoints/step-{step:08}" / name) for run in (one, other))
+        if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
+            return False
+    return True
 
 
 @pytest.mark.parametrize("kind", ["c4", "segment", pytest.param("fpn", marks=pytest.mark.slow)])
@@ -136,9 +159,28 @@ def test_stopped_and_resumed_is_the_run_that_was_not(kind, words, tmp_path, fast
     ours, theirs = learnt(tmp_path / "parts"), learnt(tmp_path / "whole")
     last = {1: [line for line in ours if line["step"] == 0 and "loss" not in line]}  # evaluated where it stopped
     assert json.dumps([line for line in ours if line not in last[1]]) == json.dumps(theirs)
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        ours, theirs = (load_file(tmp_path / run / "checkpoints/step-00000002" / name) for run in ("parts", "whole"))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert same_weights(tmp_path / "parts", tmp_path / "whole", 2)
+    theirs = load_file(tmp_path / "whole/checkpoints/step-00000002/model.safetensors")
+    backbone, _ = load_backbone(str(tmp_path / "whole"))
+    for key, value in backbone.state_dict().items():
+        body, stage_4 = WHERE[kind]
+        assert torch.equal(value, theirs[(stage_4 if key.startswith("layer4") else body) + key]), key
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_begun_again_is_the_run_that_was_not(words, tmp_path, fastrot):
+    longer = [*words["c4"], "optim.steps=8", "run.checkpoint_every=3", "run.evaluate_every_steps=8"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert fastrot(*longer, f"run.out={whole}").code == 0
+    process = subprocess.Popen([sys.executable, "-c", COMMAND, *longer, f"run.out={killed}"], cwd=ROOT)
+    while process.poll() is None and not (killed / "checkpoints/latest").exists():
+        pass
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 3 <= len(metrics(killed)) < 8
+    done = fastrot(*longer, f"run.out={killed}")
+    assert done.code == 0 and "resumed from step-0000000" in done.err, done.err
+    assert json.dumps(learnt(killed)) == json.dumps(learnt(whole)) and same_weights(killed, whole, 8)
 
 
 @pytest.mark.parametrize("kind", ["segment", pytest.param("c4", marks=pytest.mark.slow)])
@@ -195,3 +237,22 @@ def test_a_resume_refuses_other_masks_and_other_objects(tmp_path, fastrot):
     for key, line in runs.items():
         done = fastrot(*line, f"run.out={tmp_path / key}")
         assert done.code == 2 and len(done.errors) == 1 and f"{key} was" in done.errors[0], done.err
+
+
+@pytest.mark.parametrize("build", [faster_rcnn_c4, mask_rcnn_fpn])
+def test_the_estimate_of_memory_counts_what_a_detectors_heads_keep(build):
+    network, side = build(resnet18(), 3, 32).train(), 96
+    box = torch.tensor([[8.0, 8, 60, 60]])
+    target = {"boxes": box, "labels": torch.tensor([1]), "masks": torch.ones(1, side, side, dtype=torch.uint8)}
+    kept = {t.untyped_storage().data_ptr() for t in network.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        if tensor.is_floating_point() and (of := tensor.untyped_storage()).data_ptr() not in kept:
+            saved[of.data_ptr()] = of.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = network([torch.randn(3, side, side)] * 2, [target] * 2)
+    estimate = peak_of_step(Averaged(network, WithRegions(network)), 2, 3, side, torch.float32)
+    assert losses and 0.9 < estimate / sum(saved.values()) < 1.6

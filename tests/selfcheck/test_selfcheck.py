@@ -185,7 +185,7 @@ class Told(Place):
 
     odd = None
 
-    def train(self, name, *words, hide_gpu=False):
+    def train(self, name, *words, hide_gpu=False, ranks=1):
         config, _ = configs.load(None, [*map(str, words), f"run.out={self.work / name}"], "train")
         steps, other = config.run.max_steps, name == self.odd
         folder = self.work / name / "checkpoints" / f"step-{steps:08d}"
@@ -201,6 +201,7 @@ class Told(Place):
     [
         (correctness.losses, "losses-1", "bf16: losses 100.00% from the CPU's"),
         (correctness.resume, "resume-0-again", "bf16, deepspeed: model.safetensors of the resumed run differ"),
+        (speed._captured_collectives, "ranks-collectives", "losses 100.00% from those without graphs, more than 0.5%"),
         (speed.end_to_end, "end-to-end", "waits for data 2.00% of its time, more than 1%"),
     ],
 )

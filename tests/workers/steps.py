@@ -5,6 +5,7 @@ micro: two micro-steps a step, on a network without batch norm (which sees a mic
 fused: batch norm and ReLU as one function.
 bottlenecks: another network, whose 1x1 convolutions take in batch norm.
 compiled: by torch.compile, but for the kernels.
+graphed: replayed, with the norms' communication, as from CUDA graphs.
 small: gradients averaged in several buckets; whole: in one piece after the backward pass.
 """
 
@@ -19,12 +20,15 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastrot import distributed
+from fastrot.data.loader import MicroBatch
 from fastrot.data.plan import slice_of
 from fastrot.engine import StepSettings, make_engine
+from fastrot.engine.graphs import Graphed
 from fastrot.engine.optimizers import build_optimizer
 from fastrot.models.fused_conv import fuse_convs
 from fastrot.models.fused_norm import fuse_norm
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
+from workers.graphs import OnTheHost
 
 IMAGES, STEPS = 7, 4  # uneven over two ranks
 SMALL_MB = 400 / 2**20  # less than a filter's bytes, more than a norm's
@@ -100,12 +104,21 @@ def train(mode: str, ranks, first: int = 0, state=None):
         fused=fused,
     )
     bucket_mb = SMALL_MB if "small" in more else 0.0 if "whole" in more else StepSettings.bucket_mb
-    settings = StepSettings(precision, int(zero), 0.3 if "clip" in more else None, 0.9, bucket_mb=bucket_mb)
+    clip, graphed = 0.3 if "clip" in more else None, "graphed" in more
+    settings = StepSettings(precision, int(zero), clip, 0.9, cuda_graphs=graphed, bucket_mb=bucket_mb)
     engine = make_engine(kind, model, optimizer, settings, ranks, {})
     if "compiled" in more:
         model.compile(backend="aot_eager", dynamic=False)
     if state:
         engine.load_state(*state)
+
+    def learn(views, batch):
+        loss = nn.functional.cross_entropy(engine.module(views).float(), batch.turns, reduction="sum")
+        engine.backward(loss, batch.views_of_step, batch.last)
+        return loss.detach()[None]
+
+    if graphed:
+        learn = Graphed(learn, ranks.device, OnTheHost(1))
     losses, norms, reduced, middle = [], [], [], None
     for step in range(first, STEPS):
         images, target = batch(step)
@@ -114,10 +127,9 @@ def train(mode: str, ranks, first: int = 0, state=None):
         for micro_step in range(micro_steps):
             first_image, last_image = slice_of(IMAGES, ranks.world, micro_steps, micro_step, ranks.rank)
             mine = slice(first_image, last_image)
-            loss = nn.functional.cross_entropy(engine.module(images[mine]).float(), target[mine], reduction="sum")
+            last = micro_step == micro_steps - 1
             with all_reduces(sizes):
-                engine.backward(loss, IMAGES, last=micro_step == micro_steps - 1)
-            total += loss.detach()
+                total += learn(images[mine], MicroBatch(None, None, target[mine], None, None, IMAGES, last))[0]
         with all_reduces(sizes):
             engine.step()
         reduced.append(sum(sizes))

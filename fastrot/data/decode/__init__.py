@@ -1,6 +1,7 @@
 """Decoders: a batch of buffers, orientations and windows -> uint8 pixels. One file and one line here adds another."""
 
 import importlib
+from itertools import chain, repeat
 from typing import Protocol
 
 import torch
@@ -55,17 +56,13 @@ def make_decoder(
 ) -> tuple[Decoder, str]:
     """The decoder asked for, and a line that says what was taken and why.
 
-    name   auto, or one of the makers' names; where: auto, gpu or cpu.
+    name   auto, or one of the makers' names; where: auto, cpu, or gpu, which is dali's alone.
     batch  most images a submit; depth: most submits in flight.
     hw_decoder_load  share of the JPEGs for the GPU's hardware decoder; None: DALI's default.
     Raises UserError where a decoder asked for by name cannot run.
     """
     if where == "gpu" and device.type != "cuda":
         raise UserError("data.decode_on gpu: there is no CUDA device here; use data.decode_on=cpu")
-    if where == "gpu" and name not in ("auto", _ON_GPU):
-        raise UserError(
-            f"data.decode {name}: decodes on the CPU alone; use data.decode_on=cpu or data.decode={_ON_GPU}"
-        )
     on_gpu = device.type == "cuda" and where != "cpu"
     names = [name] if name != "auto" else [_ON_GPU] if where == "gpu" else [_ON_GPU, *_ON_CPU] if on_gpu else _ON_CPU
     decoder, refusals = _first(names, device if on_gpu else _CPU, threads, batch, depth, hw_decoder_load)
@@ -76,13 +73,13 @@ def make_decoder(
 def _first(
     names: list[str], device: torch.device, threads: int, batch: int, depth: int, hw_decoder_load: float | None = None
 ) -> tuple[Decoder, list[str]]:
-    """The first of these decoders that runs here, and why those before it do not."""
+    """The first of these decoders that runs here, the first on `device`, others on the CPU; why those before do not."""
     refusals: list[str] = []
-    for name in names:
+    for name, where in zip(names, chain([device], repeat(_CPU)), strict=False):
         module, _, maker = DECODERS[name].partition(":")
         gpu_only = {"hw_decoder_load": hw_decoder_load} if name == _ON_GPU else {}
         try:
-            decoder = getattr(importlib.import_module(module), maker)(device, threads, batch, depth, **gpu_only)
+            decoder = getattr(importlib.import_module(module), maker)(where, threads, batch, depth, **gpu_only)
         except ImportError as error:
             refusals.append(f"data.decode {name}: cannot be imported ({error})")
         except UserError as error:

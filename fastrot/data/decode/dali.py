@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 from torch.utils.dlpack import from_dlpack
 
+from fastrot.data.decode import nvjpeg
 from fastrot.data.decode.batch import Batch
 from fastrot.data.decode.orientation import stored_window, upright
 from fastrot.data.decode.plain import plain
 from fastrot.data.decode.torch import LeftToPillow, window_pixels
 from fastrot.data.images import kind_of
 from fastrot.data.jpeg import frame_of
-from fastrot.errors import BadImage
+from fastrot.errors import BadImage, Fault, UserError
 from fastrot_kernels.build import BuildError
 from fastrot_kernels.turbo import Turbo
 
@@ -44,9 +46,17 @@ _DEVICES_OWN = (torch.OutOfMemoryError, torch.AcceleratorError)  # RuntimeErrors
 def make(
     device: torch.device, threads: int, batch: int, depth: int, hw_decoder_load: float | None = None
 ) -> "DaliDecoder":
+    """Raises UserError where its pipeline cannot be built: DALI builds lazily, so one is built here."""
     if device.type == "cuda":
-        return DaliDecoder(device.index, threads, batch, depth, hw_decoder_load)
-    return DaliDecoder(None, threads, batch, depth, resampler=_resampler(threads))
+        decoder = DaliDecoder(device.index, threads, batch, depth, hw_decoder_load)
+    else:
+        decoder = DaliDecoder(None, threads, batch, depth, resampler=_resampler(threads))
+    try:
+        decoder.build(boxes=False)
+    except Fault as error:
+        decoder.close()
+        raise UserError(f"data.decode dali: {error}") from None
+    return decoder
 
 
 def _resampler(threads: int) -> Turbo | None:
@@ -67,11 +77,13 @@ class _Work:
     stored: NDArray[np.int32] | NDArray[np.float64]
 
 
-def _on_gpu(place: str, hw_decoder_load: float | None) -> dict[str, Any]:
+def _on_gpu(place: str, hw_decoder_load: float | None, whole: bool) -> dict[str, Any]:
     """Options of `mixed` alone: libjpeg-turbo's chroma filter, elsewhere the only one; the hardware decoder's share."""
     if place != "mixed":
         return {}
-    return {"jpeg_fancy_upsampling": True} | ({} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load})
+    filtered = nvjpeg.filters_windows()  # loads nvJPEG, so before DALI does
+    share = {} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load}
+    return {"jpeg_fancy_upsampling": filtered or whole} | share
 
 
 def _source(name: str, kind: types.DALIDataType = types.FLOAT) -> DataNode:
@@ -89,7 +101,7 @@ def _windows(place: str, device: str, hw_decoder_load: float | None, resized: bo
         device=place,
         output_type=types.RGB,
         adjust_orientation=False,
-        **_on_gpu(place, hw_decoder_load),
+        **_on_gpu(place, hw_decoder_load, whole=False),
     )
     if not resized:
         return pixels
@@ -104,7 +116,7 @@ def _boxes(place: str, device: str, hw_decoder_load: float | None, resized: bool
         device=place,
         output_type=types.RGB,
         adjust_orientation=False,
-        **_on_gpu(place, hw_decoder_load),
+        **_on_gpu(place, hw_decoder_load, whole=True),
     )
     if not resized:
         return pixels
@@ -198,6 +210,12 @@ class DaliDecoder:
 
     def _pipe(self, boxes: bool) -> Pipeline:
         if boxes not in self._pipes:
+            self.build(boxes)
+        return self._pipes[boxes]
+
+    def build(self, boxes: bool) -> None:
+        """The pipeline of windows or of boxes. Raises Fault where that fails: no image's doing, so none is tried alone."""
+        try:
             pipe = (_boxes if boxes else _windows)(
                 "cpu" if self._gpu is None else "mixed",
                 "cpu" if self._gpu is None else "gpu",
@@ -209,9 +227,10 @@ class DaliDecoder:
                 prefetch_queue_depth=self._depth + 1,
                 exec_dynamic=True,
             )
-            self._pipes[boxes] = pipe
             self._warm_up(pipe, boxes)
-        return self._pipes[boxes]
+        except (RuntimeError, MemoryError) as error:
+            raise Fault(f"{self.name}: its pipeline cannot be built ({shorten(str(error), 300)})") from error
+        self._pipes[boxes] = pipe
 
     def _warm_up(self, pipe: Pipeline, boxes: bool) -> None:
         """DALI's first schedule_run runs as many batches as its queue is deep, and wants them fed

@@ -17,7 +17,7 @@ class Kernels(Protocol):
 
     def data_gradient(self, dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def weight_gradient(self, dy: Tensor, x: Tensor, affine: Tensor) -> Tensor: ...
+    def weight_gradient(self, dy: Tensor, x: Tensor, affine: Tensor | None) -> Tensor: ...
 
 
 def kernels_for(x: Tensor) -> Kernels:
@@ -67,13 +67,13 @@ def _(dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tuple[Tensor, Te
 
 
 @operation("fastrot::pointwise_weight_gradient")
-def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor) -> Tensor:
-    """dy.T @ relu(norm(x)), float32 [N, K]; dy [M, N], x [M, K]."""
+def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor | None) -> Tensor:
+    """dy.T @ z, float32 [N, K], z as in `forward`; dy [M, N], x [M, K]. No part of a sum is rounded to 16 bits."""
     return kernels_for(x).weight_gradient(dy, x, affine)
 
 
 @weight_gradient.register_fake
-def _(dy: Tensor, x: Tensor, affine: Tensor) -> Tensor:
+def _(dy: Tensor, x: Tensor, affine: Tensor | None) -> Tensor:
     return x.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)
 
 

@@ -19,8 +19,8 @@ def data_gradient(dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tupl
     return g, torch.stack([(value * (x.float() - mean)).sum(0) * rstd, value.sum(0)])
 
 
-def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor) -> Tensor:
-    return dy.float().t() @ _normed(x, affine).float()
+def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor | None) -> Tensor:
+    return dy.float().t() @ (x if affine is None else _normed(x, affine)).float()
 
 
 def _before_relu(x: Tensor, affine: Tensor) -> Tensor:

@@ -42,7 +42,9 @@ def data_gradient(dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tupl
     return g, parts.sum(0)
 
 
-def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor) -> Tensor:
+def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor | None) -> Tensor:
+    if affine is None:
+        return plain_weight_gradient(dy, x)
     (rows, inputs), outputs, how = x.shape, dy.shape[1], tile("weight_gradient", x.shape[1], x.dtype, _capability(x))
     tiles = triton.cdiv(outputs, how["BM"]) * triton.cdiv(inputs, how["BN"])
     steps = triton.cdiv(rows, how["BK"])
@@ -53,6 +55,13 @@ def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor) -> Tensor:
             dy, x, affine, parts, rows, outputs, inputs, split, PRECISION=precision(), **how
         )
     return parts.sum(0)
+
+
+def plain_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """cuBLAS's: where it splits a sum over many rows it adds the parts in the result's dtype, so that is float32."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(dy.t(), x, out_dtype=torch.float32)
+    return dy.float().t() @ x.float()
 
 
 def tile(kernel: str, columns: int, dtype: torch.dtype, capability: int) -> dict[str, int]:

@@ -13,7 +13,7 @@
 #include "entropy.h"
 
 /* A JPEG of more pixels, or of more scans, is an attack: libjpeg holds a progressive one's coefficients. */
-enum { MOST_PIXELS = 1 << 30, MOST_SCANS = 500 };
+enum { MOST_PIXELS = 1 << 30, MOST_SCANS = 256 };
 
 /* libjpeg-turbo writes rows that begin on 32 bytes past the cache, where the next pass would miss them. */
 enum { OFF_LINE = 16 };
