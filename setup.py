@@ -57,7 +57,9 @@ setup(
     package_dir={"fastrot_kernels": "kernels/fastrot_kernels"},
     package_data={
         "fastrot": ["py.typed"],
+        "fastrot.profiling": ["nodes/*.yaml"],
         "fastrot.report": ["template.html"],
+        "fastrot.selfcheck": ["template.html"],
         "fastrot_kernels": ["py.typed", "*/*.c", "*/*.h", "*/*.cu"],
     },
     entry_points={"console_scripts": ["fastrot = fastrot.cli:entry"]},

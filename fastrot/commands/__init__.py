@@ -8,8 +8,8 @@ GROUPS = {
     "data": ("index", "pack", "tune"),
     "training": ("train", "linear", "finetune", "detect", "segment"),
     "judging a backbone": ("features", "svm", "lowshot", "knn", "page"),
-    "handing it on": ("predict", "export"),
-    "looking behind": ("profile", "estimate", "stream", "config", "demo-data", "warmup"),
+    "handing it on": ("export",),
+    "looking behind": ("stream", "config", "demo-data", "warmup", "selfcheck"),
 }
 
 
