@@ -181,7 +181,8 @@ def test_killed_in_the_middle_and_begun_again_is_the_run_that_was_not(words, tmp
     assert json.dumps(learnt(killed)) == json.dumps(learnt(whole)) and same_weights(killed, whole, 8)
 
 
-@pytest.mark.parametrize("kind", ["segment", pytest.param("c4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["segment", "c4"])
 def test_a_step_in_two_parts_is_of_the_same_images_and_size(kind, words, tmp_path, fastrot):
     first = []
     for parts in ("null", "2"):
