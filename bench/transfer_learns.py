@@ -34,13 +34,13 @@ BOXES = [
 ]  # fmt: skip
 WORDS = {
     "segment": [
-        "segment", "segment.classes=11", "segment.base=[384,288]", "segment.scales=[1,1]", "segment.crop=224",
-        "segment.distort=false", "optim.images_per_step=4", "optim.lr=0.02", "optim.weight_decay=1e-4",
-        "optim.schedule=poly", "optim.warmup_steps=0", "optim.steps=400", "run.evaluate_every_steps=100",
+        "segment", "segment.classes=11", "segment.base=[384,288]", "segment.scales=[1,1]", "segment.crop=192",
+        "segment.distort=false", "optim.images_per_step=2", "optim.lr=0.05", "optim.weight_decay=1e-4",
+        "optim.schedule=poly", "optim.warmup_steps=20", "optim.steps=800", "run.evaluate_every_steps=200",
     ],
     "c4": ["detect", *BOXES, "optim.steps=320", "optim.milestones=[260]", "run.evaluate_every_steps=320"],
     "fpn": [
-        "detect", *BOXES, "detect.model=fpn", "detect.figures=coco", "optim.steps=400", "optim.milestones=[320]",
+        "detect", *BOXES, "detect.model=fpn", "detect.figures=coco", "optim.images_per_step=2", "optim.steps=400", "optim.milestones=[330]",
         "run.evaluate_every_steps=400",
     ],
 }  # fmt: skip
