@@ -227,7 +227,10 @@ def _cures(bench: _Bench, stages: Stages, verdict: Verdict) -> list[Cure]:
     shown = terminal.track(candidates, len(candidates), "settings") if bench.ranks.first else candidates
     for setting in shown:
         other = replace(shorter, config=_with(bench.config, setting))
-        gain = stages.gain(step=other.step()[0]) if step else stages.gain(data=other.data())
+        try:
+            gain = stages.gain(step=other.step()[0]) if step else stages.gain(data=other.data())
+        except UserError:  # what cannot run here is no proposal
+            continue
         cures.append(Cure(setting, gain))
     better = [cure for cure in cures if cure.predicted[1] > 1.03]  # below it nobody could see it
     return sorted(better, key=lambda cure: -cure.predicted[1])[:3]
@@ -306,9 +309,14 @@ def _says(stages: Stages, verdict: Verdict, both: dict[str, Any]) -> str:
             f"the processor's cores, of whose time the step takes {step / (data + step):.0%} and the data path "
             f"{data / (data + step):.0%}"
         )
+    noise = (
+        "; more than its bound: this machine had other work, run it again when it is quiet"
+        if verdict.reached > 1.1
+        else ""
+    )
     return (
         f"bound by {what}: {verdict.bound_pace:,.0f} images/s are the most, {stages.both.pace:,.0f} are reached "
-        f"({verdict.reached:.0%}; {both['wait_share']:.0%} of a step waits for data). Without that, "
+        f"({verdict.reached:.0%}{noise}; {both['wait_share']:.0%} of a step waits for data). Without that, "
         f"{_NAMES[verdict.next]} would bound it at {verdict.next_pace:,.0f}"
     )
 

@@ -33,13 +33,14 @@ def test_every_stage_is_timed_the_bound_said_and_nothing_written(fastrot, images
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
 
 
+@pytest.mark.slow
 def test_slow_storage_is_named(fastrot, images, monkeypatch):
     """Each read takes as long as forty steps."""
     start = FileStorage.start
 
     def slow(storage, rows):
         finish = start(storage, rows)
-        return lambda: (time.sleep(0.3), finish())[1]
+        return lambda: (time.sleep(0.5), finish())[1]
 
     monkeypatch.setattr(FileStorage, "start", slow)
     monkeypatch.setattr(profiles, "_cures", lambda *_: [])
@@ -48,6 +49,7 @@ def test_slow_storage_is_named(fastrot, images, monkeypatch):
     assert "bound by reading from" in found["says"]
 
 
+@pytest.mark.slow
 def test_a_setting_is_tried_and_its_prediction_judged(fastrot, images, monkeypatch):
     cure = profiles.Cure("engine.precision=fp32", (0.5, 1.0, 2.0))
     monkeypatch.setattr(profiles, "_cures", lambda *_: [cure])
