@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup demo demo-control test test-all check lock clean
+.PHONY: setup demo demo-control test test-all gpu check lock clean
 
 setup: $(VENV)/.ready
 
@@ -45,6 +45,10 @@ test: check
 
 test-all: check
 	$(PYTEST) -m "slow or not slow"
+
+# every test and figure of a GPU machine, into results/
+gpu: setup
+	$(BIN)/fastrot selfcheck --gpu
 
 # style, layers, types, and lines of code by room against the budget in tools/lines.py
 check: setup

@@ -9,7 +9,7 @@ GROUPS = {
     "training": ("train", "linear", "finetune", "detect", "segment"),
     "judging a backbone": ("features", "svm", "lowshot", "knn", "page"),
     "handing it on": ("export",),
-    "looking behind": ("profile", "stream", "config", "demo-data", "warmup"),
+    "looking behind": ("stream", "config", "demo-data", "warmup", "selfcheck"),
 }
 
 

@@ -10,7 +10,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=("torchvision", "timm", "detectron2", "mmpretrain"),
+        choices=("torchvision", "timm", "detectron2", "mmdetection", "mmpretrain"),
         help="whose key names the file has",
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="ends in .safetensors or .pth; the card in .md")

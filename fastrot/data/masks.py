@@ -11,11 +11,19 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastrot.data.manifest import Manifest
-from fastrot.data.sources import MASKED, parts_of, segmentation
+from fastrot.data.sources import MASKED, parts_of, segmentation, voc
 from fastrot.errors import UserError
 
 IGNORED = 255
-# Cityscapes' ids of the 19 classes that are judged, in the order of their train ids; its labels.py
+# VOC's colours of the classes, uint8 [256, 3]: the bits of a number, dealt to red, green and blue
+PALETTE = np.array(
+    [[sum(((n >> (3 * k + c)) & 1) << (7 - k) for k in range(3)) for c in range(3)] for n in range(256)], np.uint8
+)
+# Cityscapes' 19 classes that are judged, in the order of their train ids, and their ids; its labels.py
+_CITYSCAPES_NAMES = (
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky",
+    "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+)  # fmt: skip
 _CITYSCAPES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
@@ -90,6 +98,16 @@ def read_masks(manifest: Manifest, classes: int) -> Masks:
         table = np.full(256, IGNORED, np.uint8)
         table[list(_CITYSCAPES)] = np.arange(len(_CITYSCAPES))
     return Masks(files, sizes, table, classes)
+
+
+def names_of(source: str, classes: int) -> list[str]:
+    """The classes of a source of masks by name; numbers where it has none."""
+    prefix = source.partition(":")[0]
+    if prefix == "cityscapes":
+        return list(_CITYSCAPES_NAMES)
+    if prefix == "vocseg" and classes == segmentation.VOC_CLASSES:
+        return ["background", *voc.CLASSES]
+    return [f"class {number}" for number in range(classes)]
 
 
 def _read(file: Path) -> bytes:

@@ -89,6 +89,20 @@ class Objects:
         first = np.concatenate([[0], np.cumsum(counts)])
         return replace(self, **columns, first=first, masks=masks, mask_ends=ends, image_id=self.image_id[rows])
 
+    @classmethod
+    def none(cls, images: int) -> "Objects":
+        """Of images of which nothing is known."""
+        columns: dict[str, NDArray[Any]] = {
+            "box": np.zeros((0, 4), np.float32),
+            "label": np.zeros(0, np.int64),
+            "aside": np.zeros(0, bool),
+            "area": np.zeros(0),
+            "masks": np.zeros(0, np.uint8),
+            "mask_ends": np.zeros(0, np.int64),
+        }
+        first, ids = np.zeros(images + 1, np.int64), np.arange(images) + 1
+        return cls(first=first, image_id=ids, classes=[], category=[], left_out={}, **columns)
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in _COLUMNS:

@@ -29,8 +29,8 @@ def remarks(manifest: Manifest) -> list[str]:
     """What a person may not expect of these rows, a line each."""
     lines = []
     none = unlabelled(manifest)
-    if manifest.source.partition(":")[0] in ("coco", *MASKED):
-        pass  # what is learnt lies in their files
+    if manifest.source.partition(":")[0] in ("coco", "images", *MASKED):
+        pass  # no labels are meant
     elif len(none) == len(manifest):
         lines.append("no image has a label; rotation needs none, so this trains")
     elif len(none):

@@ -22,7 +22,7 @@ _SUFFIXES = (".safetensors", ".pth")
 
 # what torch.save holds for a library's own loader; safetensors always holds the tensors alone
 _PTH: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
-    "mmpretrain": lambda state: {"meta": {"author": "fastrot"}, "state_dict": state},
+    **dict.fromkeys(("mmpretrain", "mmdetection"), lambda state: {"meta": {"author": "fastrot"}, "state_dict": state}),
     "detectron2": lambda state: {"model": state, "__author__": "fastrot", "matching_heuristics": True},
 }
 
@@ -36,6 +36,10 @@ print(model.load_state_dict(state))""",
     "mmpretrain": """\
 # in a config: backbone = dict(type="ResNet", depth={depth}, style="pytorch",
 #   init_cfg=dict(type="Pretrained", checkpoint="{file}", prefix="backbone."))""",
+    "mmdetection": """\
+# in a config, and so in mmsegmentation's: backbone = dict(type="ResNet", depth={depth}, style="pytorch",
+#   init_cfg=dict(type="Pretrained", checkpoint="{file}"))
+# img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)""",
     "detectron2": """\
 # MODEL.WEIGHTS = "{file}" (.pth); RGB input, MODEL.RESNETS.STRIDE_IN_1X1 False, DEPTH {depth}
 # PIXEL_MEAN [123.675, 116.28, 103.53], PIXEL_STD [58.395, 57.12, 57.375]""",

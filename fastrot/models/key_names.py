@@ -58,6 +58,7 @@ EXPORTS = {
     "torchvision": Library(),
     "timm": Library(),
     "mmpretrain": Library(prefix="backbone."),
+    "mmdetection": Library(),  # its backbone and its shared head each load what bears their names
     "detectron2": Library(rules=_DETECTRON2, back=_FROM_DETECTRON2),
 }
 

@@ -63,7 +63,7 @@ def _chart(table: Table, x: str, rows: dict[int, Row], labels: list[str]) -> Cha
 
 def _line(kind: str, figures: dict[int, Figure | None]) -> Line:
     known = [(float(i), figure) for i, figure in figures.items() if figure]
-    return Line(kind, kind, [(i, f.value) for i, f in known], [(f.low, f.high) for _, f in known])
+    return Line(kind, kind, [(i, f.value) for i, f in known], [f.band for _, f in known])
 
 
 def of_pretraining(log: list[dict[str, Any]]) -> list[Chart]:

@@ -23,7 +23,7 @@ def number(value: float | None, sign: bool = False) -> str:
 
 def between(figure: Figure | None) -> str:
     """A figure's interval."""
-    return f"{figure.low:.1f} to {figure.high:.1f}" if figure else ""
+    return f"{figure.low:.1f} to {figure.high:.1f}" if figure and figure.low is not None else ""
 
 
 def probability(p: float | None) -> str:
@@ -44,7 +44,10 @@ def _table(table: Table) -> list[str]:
     lines = [f"### {table.title}", "", table.asks, "", f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     for row in table.rows:
         cells = [number(row.published)] if theirs else []
-        cells += [f"{number(f.value)} ({between(f)})" if f else NOTHING for f in (row.pretrained, row.random)]
+        cells += [
+            f"{number(f.value)} ({between(f)})".replace(" ()", "") if f else NOTHING
+            for f in (row.pretrained, row.random)
+        ]
         cells.append(f"{number(row.difference, sign=True)} {probability(row.p)}".strip())
         lines.append(f"| {' | '.join([row.label, *cells])} |")
     said = [table.counted, *([f"chance {table.chance:.2f}"] if table.chance is not None else [])]

@@ -17,10 +17,11 @@ from fastrot.errors import UserError
 from fastrot.features.read import open_store
 from fastrot.files import write_text
 from fastrot.models.backbone import Origin, load_backbone, random_backbone, training_command
-from fastrot.report import charts, html, markdown, pictures, published, rotation, suite, tables
+from fastrot.report import charts, html, markdown, pictures, published, rotation, suite, tables, whole_tables
 from fastrot.report.charts import Chart
 from fastrot.report.facts import facts, rotation_log, verdict, warnings
 from fastrot.report.pictures import Neighbours
+from fastrot.report.predicted import Predicted
 from fastrot.report.probe_sets import BACKBONES, SEED, Outcome, adopt, probe_sets
 from fastrot.report.tables import Apart, Table
 from fastrot.report.train_runs import Trained, train_runs
@@ -32,6 +33,8 @@ _PUBLISHED = {
     "knn": published.KNN,
     "linear": published.LINEAR,
     "finetune": published.SEMI,
+    "detect": published.DETECT,
+    "segment": published.SEGMENT,
 }
 _MAKE: dict[str, Callable[..., Table | list[Table]]] = {
     "svm": tables.svm,
@@ -39,6 +42,8 @@ _MAKE: dict[str, Callable[..., Table | list[Table]]] = {
     "knn": tables.knn,
     "linear": tables.linear,
 }
+_TUNED = {"finetune": tables.fine_tuned, "detect": whole_tables.detected, "segment": whole_tables.segmented}
+_TRAINED = {"linear": "Linear heads", "finetune": "Fine-tuned", "detect": "Detection", "segment": "Segmentation"}
 _NAMES = {"svm": "SVM", "lowshot": "Low-shot SVM", "knn": "k-NN", "linear": "Linear classifiers"}
 
 
@@ -61,6 +66,7 @@ class Page:
     tables: list[Table] = field(default_factory=list)
     apart: list[Apart] = field(default_factory=list)
     neighbours: list[Neighbours] = field(default_factory=list)
+    predicted: list[Predicted] = field(default_factory=list)
     fingerprints: list[tuple[str, str]] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
@@ -147,7 +153,6 @@ def _page(
         _add_outcome(page, outcome)
     for one in trained:
         _add_trained(page, one)
-    page.apart += tables.elsewhere()
     page.verdict = verdict(page.tables, page.told)
     return page
 
@@ -182,7 +187,7 @@ def _fingerprints(outcome: Outcome) -> Iterable[tuple[str, str]]:
 
 def _add_trained(page: Page, trained: Trained) -> None:
     run = trained.run
-    kind = "Linear heads" if run.task == "linear" else "Fine-tuned"
+    kind = _TRAINED[run.task]
     if trained.data is None:
         page.apart.append(_apart(f"{kind}, {run.title}", str(trained.gap), run.published, run.task))
         return
@@ -194,7 +199,8 @@ def _add_trained(page: Page, trained: Trained) -> None:
     if run.task == "linear":
         page.tables.append(tables.heads(run.title, theirs, trained.taps, pair, trained.data, notes))
     else:
-        page.tables.append(tables.fine_tuned(run.title, theirs, pair, trained.data, notes))
+        page.tables.append(_TUNED[run.task](run.title, theirs, pair, trained.data, notes))
+    page.predicted += [trained.predicted] if trained.predicted else []
     page.fingerprints += [(f"{run.name}, {b}, weights", result["model"]) for b, result in trained.results.items()]
 
 

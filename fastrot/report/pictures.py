@@ -15,7 +15,7 @@ from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage
 from fastrot.features.read import FeatureStore
-from fastrot.probes.knn import neighbours
+from fastrot.probes.neighbours import neighbours
 
 _THUMB = 84  # pixels
 _ZOOM = 6  # of a filter's pixel
@@ -53,7 +53,7 @@ def filters(weight: torch.Tensor, columns: int = 16) -> str:
         sheet[top : top + len(tile), left : left + len(tile)] = np.dstack(
             [tile, np.full(tile.shape[:2], 255, np.uint8)]
         )
-    return _uri(Image.fromarray(sheet), "PNG")
+    return data_uri(Image.fromarray(sheet), "PNG")
 
 
 def queries(labels: NDArray[np.integer], count: int) -> list[int]:
@@ -101,10 +101,11 @@ def _squared(image: Image.Image) -> str:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
-    return _uri(image.resize((_THUMB, _THUMB), Image.Resampling.BILINEAR, box), "JPEG")
+    return data_uri(image.resize((_THUMB, _THUMB), Image.Resampling.BILINEAR, box), "JPEG")
 
 
-def _uri(image: Image.Image, kind: str) -> str:
+def data_uri(image: Image.Image, kind: str) -> str:
+    """An image as a page holds it. kind: JPEG or PNG."""
     file = io.BytesIO()
     image.save(file, kind, **({"quality": 82} if kind == "JPEG" else {"optimize": True}))
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -15,18 +15,19 @@ MIXED = (
     "were added."
 )
 
-_SIDE = 224
 Rows = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a data set's figures were measured on: classes, and images to learn from and to judge by."""
+    """What a data set's figures were measured on: classes, images to learn from and to judge by, and their side: of crops,
+    or in detection the short one."""
 
     name: str
     classes: int
     train: int
     test: int
+    side: int = 224
 
     def differs(self, classes: int, train: int, test: int, side: int) -> str | None:
         """Why figures of these data are not comparable with the published ones; None where they are.
@@ -37,7 +38,7 @@ class Task:
             ("classes", self.classes, classes, 0.0),
             ("images to learn from", self.train, train, 0.01),
             ("to judge by", self.test, test, 0.01),
-            ("pixels a side", _SIDE, side, 0.0),
+            ("pixels a side", self.side, side, 0.0),
         )
         off = [f"{a:,} {what} (here {b:,})" for what, a, b, missing in known if abs(a - b) > missing * a]
         return f"another task: {self.name} has {', '.join(off)}" if off else None
@@ -50,6 +51,9 @@ TASKS = {
     "places205": Task("Places205", 205, 2_448_873, 20_500),
     "semi_1": Task("1 % of ImageNet", 1000, 12_811, 50_000),
     "semi_10": Task("10 % of ImageNet", 1000, 128_116, 50_000),
+    "detect_voc0712": Task("Pascal VOC07+12 (trainval, test of 07)", 20, 16_551, 4952, 800),
+    "detect_coco": Task("COCO 2017", 80, 118_287, 5000, 800),
+    "segment_voc12aug": Task("Pascal VOC12 with SBD's masks", 21, 10_582, 1449, 512),
 }
 
 SVM: dict[str, Rows] = {"voc07": {"feature4": 67.70}}  # only the best layer was published
@@ -79,15 +83,15 @@ SEMI: dict[str, Rows] = {  # OpenSelfSup's
     "semi_1": {"top-1": 18.98, "top-5": 44.05},
     "semi_10": {"top-1": 54.75, "top-5": 80.21},
 }
-
-# What no probe of the suite measures: title, source, figures.
-ELSEWHERE: tuple[tuple[str, str, Rows], ...] = (
-    ("Detection, VOC07+12, Faster R-CNN C4, 24k", SOURCE, {"AP50": 79.67}),
-    (
-        "Detection, COCO 2017, Mask R-CNN FPN, 1x",
-        SOURCE,
-        {"box AP": 37.9, "box AP50": 56.5, "box AP75": 41.5, "mask AP": 34.2, "mask AP50": 53.9, "mask AP75": 36.7},
-    ),
-    ("Segmentation, VOC12aug, FCN, 20k, mIoU", SOURCE, {"mIoU": 64.31}),
-    ("Segmentation, Cityscapes, FCN, 40k, mIoU", SOURCE, {}),
-)
+DETECT: dict[str, Rows] = {
+    "detect_voc0712": {"AP50": 79.67},
+    "detect_coco": {
+        "box AP": 37.9,
+        "box AP50": 56.5,
+        "box AP75": 41.5,
+        "mask AP": 34.2,
+        "mask AP50": 53.9,
+        "mask AP75": 36.7,
+    },
+}
+SEGMENT: dict[str, Rows] = {"segment_voc12aug": {"mean IoU": 64.31}}  # of Cityscapes none is published

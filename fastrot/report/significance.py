@@ -19,18 +19,23 @@ _RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured figure in percent, its interval, and how many things it is a mean of.
+    """A measured figure in percent, its interval where there is one, and how many things it is a mean of.
 
     each  what a paired test needs: right or wrong an image, AP a class, mAP a draw; None where it is not kept.
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
     each: NDArray[np.float64] | None = None
 
-    def plain(self) -> dict[str, float]:
+    @property
+    def band(self) -> tuple[float, float]:
+        """The interval; where there is none, the figure itself."""
+        return (self.value, self.value) if self.low is None or self.high is None else (self.low, self.high)
+
+    def plain(self) -> dict[str, float | None]:
         """As JSON holds it."""
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
 

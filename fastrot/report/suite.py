@@ -46,7 +46,7 @@ class Run(Section):
     """Names its folder and results."""
     title: str
     """For a person."""
-    task: Literal["linear", "finetune"]
+    task: Literal["linear", "finetune", "detect", "segment"]
     """The command that trains: heads on a frozen backbone, or the whole network."""
     config: str
     """Its config file."""
@@ -58,7 +58,10 @@ class Run(Section):
     """Config keys, as in data.crop=128."""
     grid: dict[str, Annotated[tuple[float, ...], Field(min_length=1)]] = Field({})
     """Config keys with several values: every combination is run, the best on the images to judge by is shown."""
-    published: Literal["imagenet", "places205", "semi_1", "semi_10"] | None = None
+    published: (
+        Literal["imagenet", "places205", "semi_1", "semi_10", "detect_voc0712", "detect_coco", "segment_voc12aug"]
+        | None
+    ) = None
     """Whose published figures stand beside ours, where the data are theirs too."""
     note: str = ""
     """What a reader of its table must know."""
@@ -163,7 +166,8 @@ def _wrong_together(suite: Suite) -> list[str]:
         ]
         for part in parts:
             try:
-                config.load(part.config if isinstance(part, Run) else None, _overrides(part))
+                of_run = (part.config, part.task) if isinstance(part, Run) else (None, None)
+                config.load(of_run[0], _overrides(part), of_run[1])
             except UserError as error:
                 wrong += [
                     f"{kind} {part.name}: {line.replace('command line: ', '')}" for line in str(error).splitlines()

@@ -1,6 +1,6 @@
 """The page's tables: published, pretrained, the same on a random backbone, and the difference; no layout."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,14 +64,14 @@ class Row:
 class Data:
     """What figures are of: classes, images to learn from and to judge by, the crop's side, and chance in percent.
 
-    chance  of an accuracy: one class in all; of a mean AP: the mean share of a class's images.
+    chance  of an accuracy: one class in all; of a mean AP: the mean share of a class's images; None where there is none.
     """
 
     classes: int
     train: int
     test: int
     side: int
-    chance: float
+    chance: float | None
 
     def beside(self, of: str | None, figures: dict[str, dict[str, float]]) -> tuple[dict[str, float], str | None]:
         """The published figures that may stand beside these, and why they may not where there are some."""
@@ -81,7 +81,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Table:
-    """One table. asks: what the probe asks, in a sentence; counted: n, intervals and test; published: a source."""
+    """One table. asks: what the probe asks, in a sentence; counted: n, intervals and test; published: a source.
+
+    stands  label of the row that stands for the table; "": the highest's.
+    """
 
     title: str
     unit: str
@@ -91,12 +94,13 @@ class Table:
     chance: float | None = None
     published: str | None = None
     notes: list[str] = field(default_factory=list)
+    stands: str = ""
 
     @property
     def best(self) -> Row:
-        """The row that stands for the table: the last where it sums up the others, else the highest."""
+        """The row that stands for the table."""
         compared = [row for row in self.rows if row.pretrained and row.random]
-        return compared[-1] if compared[-1].label == "best layer" else max(compared, key=_height)
+        return next((row for row in compared if row.label == self.stands), None) or max(compared, key=_height)
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -119,7 +123,7 @@ def svm(title: str, theirs: dict[str, float], pair: Pair, data: Data, notes: lis
     def of(layer: str) -> Get:
         return lambda result: _of_layer(result, layer, lambda found: over_classes(found["per_class"]))
 
-    rows = [_row(layer, theirs, pair, of(layer), same_classes) for layer in _layers(pair)]
+    rows = [row(layer, theirs, pair, of(layer), same_classes) for layer in _layers(pair)]
     best = max(rows, key=_height).pretrained, max(rows, key=lambda row: _height(row, of_random=True)).random
     rows.append(Row("best layer", max(theirs.values(), default=None), *best, _p(*best, same_classes)))
     n = best[0].n if best[0] else 0
@@ -131,8 +135,9 @@ def svm(title: str, theirs: dict[str, float], pair: Pair, data: Data, notes: lis
         f"n = {n} classes, {data.test:,} test images; 95 % intervals: bootstrap over the classes; p: Wilcoxon's "
         "signed-rank test over the classes",
         data.chance,
-        _source(theirs),
+        source(theirs),
         notes,
+        stands="best layer",
     )
 
 
@@ -156,11 +161,11 @@ def low_shot(title: str, theirs: dict[str, float], pair: Pair, data: Data, notes
                 f"Low-shot SVM, {title}" + ("" if choice == "oracle" else ", cost by cross-validation"),
                 "mean AP, %",
                 "The same question with only k pictures of each kind to learn from.",
-                [_row(f"k = {k}", beside, pair, of(k), same_draws) for k in first["layers"][layer]["k"]],
+                [row(f"k = {k}", beside, pair, of(k), same_draws) for k in first["layers"][layer]["k"]],
                 f"n = 5 draws ({draws}), {data.test:,} test images; 95 % intervals: Student's over the draws, "
                 "whose test images are the same; p: Student's paired test over the draws",
                 data.chance,
-                _source(beside),
+                source(beside),
                 [
                     f"{layer}, the pretrained backbone's best at the largest k; {says}.",
                     *([f"k = {', '.join(left_out)} cannot be drawn for every class of this set."] if left_out else []),
@@ -190,7 +195,7 @@ def knn(title: str, theirs: dict[str, float], pair: Pair, data: Data, notes: lis
     def of(tap: str, k: str) -> Get:
         return lambda result: _of_layer(result, tap, lambda found: _of_images(found["k"].get(k), data))
 
-    rows = [_row(label, theirs, pair, of(tap, k), same_images) for label, tap, k in asked]
+    rows = [row(label, theirs, pair, of(tap, k), same_images) for label, tap, k in asked]
     return Table(
         f"k-NN, {title}",
         "top-1, %",
@@ -198,7 +203,7 @@ def knn(title: str, theirs: dict[str, float], pair: Pair, data: Data, notes: lis
         rows,
         _of_test_images(rows),
         data.chance,
-        _source(theirs),
+        source(theirs),
         notes,
     )
 
@@ -209,7 +214,7 @@ def linear(title: str, theirs: dict[str, float], pair: Pair, data: Data, notes: 
     def of(tap: str) -> Get:
         return lambda result: _of_layer(result, tap, lambda found: _of_images(found, data))
 
-    rows = [_row(tap, theirs, pair, of(tap), same_images) for tap in _layers(pair)]
+    rows = [row(tap, theirs, pair, of(tap), same_images) for tap in _layers(pair)]
     return Table(
         f"Linear classifiers, {title}",
         "top-1, %",
@@ -217,7 +222,7 @@ def linear(title: str, theirs: dict[str, float], pair: Pair, data: Data, notes: 
         rows,
         _of_test_images(rows),
         data.chance,
-        _source(theirs),
+        source(theirs),
         ["Trained on stored features, without augmentation: not the protocol's heads.", *notes],
     )
 
@@ -234,11 +239,11 @@ def heads(
         key = "held_out_accuracy_avg"
         return _of_share(result.get("best", {}).get(key, result[key]), data)
 
-    rows = [_row(tap, theirs, pair, last(tap), same_images) for tap in taps if tap != "avg"]
+    rows = [row(tap, theirs, pair, last(tap), same_images) for tap in taps if tap != "avg"]
     if "avg" in taps:
         rows += [
-            _row("avg", theirs, pair, best, same_images, "avg, best epoch"),
-            _row("avg, last epoch", {}, pair, last("avg"), same_images),
+            row("avg", theirs, pair, best, same_images, "avg, best epoch"),
+            row("avg, last epoch", {}, pair, last("avg"), same_images),
         ]
         notes = [
             "The global average's published figure is the best over all epochs, chosen on the images judged by: so is "
@@ -254,8 +259,8 @@ def heads(
         rows,
         _of_test_images(rows),
         data.chance,
-        _source(theirs),
-        [*_choice(pair), *notes],
+        source(theirs),
+        [*choice(pair), *notes],
     )
 
 
@@ -266,7 +271,7 @@ def fine_tuned(title: str, theirs: dict[str, float], pair: Pair, data: Data, not
         return lambda result: _of_share(result[key], data)
 
     keys = (("top-1", "held_out_accuracy"), ("top-5", "held_out_top5"))
-    rows = [_row(label, theirs, pair, of(key), same_images) for label, key in keys]
+    rows = [row(label, theirs, pair, of(key), same_images) for label, key in keys]
     return Table(
         f"Fine-tuned, {title}",
         "accuracy, %",
@@ -275,17 +280,12 @@ def fine_tuned(title: str, theirs: dict[str, float], pair: Pair, data: Data, not
         _of_test_images(rows),
         data.chance,
         published.OPENSELFSUP if theirs else None,
-        ["The last epoch's.", *_choice(pair), *notes],
+        ["The last epoch's.", *choice(pair), *notes],
     )
 
 
-def elsewhere() -> Iterable[Apart]:
-    """The published figures that fastrot measures nothing for."""
-    for title, source, rows in published.ELSEWHERE:
-        yield Apart(title, "fastrot has no command that measures this yet", source, rows)
-
-
-def _row(label: str, theirs: dict[str, float], pair: Pair, get: Get, test: Test, shown: str | None = None) -> Row:
+def row(label: str, theirs: dict[str, float], pair: Pair, get: Get, test: Test, shown: str | None = None) -> Row:
+    """What `get` reads of both results, beside the published figure of `label`; `test` compares them."""
     pretrained, random = map(get, pair)
     return Row(shown or label, theirs.get(label), pretrained, random, _p(pretrained, random, test))
 
@@ -337,11 +337,12 @@ def _of_draws(found: dict[str, Any] | None) -> Figure | None:
     return Figure(found["mean"], found["mean"] - half, found["mean"] + half, 5)
 
 
-def _source(theirs: dict[str, float]) -> str | None:
+def source(theirs: dict[str, float]) -> str | None:
+    """Whose the published figures are, where there are some."""
     return published.SOURCE if theirs else None
 
 
-def _choice(pair: Pair) -> list[str]:
+def choice(pair: Pair) -> list[str]:
     """Which of a grid's settings was best, where there was a grid."""
     says = [
         f"{name}: " + ", ".join(f"{key} {value:g}" for key, value in result["choice"].items())

@@ -13,16 +13,34 @@ import numpy as np
 
 from fastrot.config import Config, flat, load
 from fastrot.data.build import open_manifest
+from fastrot.data.objects import read_objects
 from fastrot.distributed import Ranks
 from fastrot.files import write_text
 from fastrot.models.backbone import Origin
+from fastrot.report.predicted import Predicted, beside_truth
 from fastrot.report.probe_sets import BACKBONES, SEED, missing
 from fastrot.report.suite import Run, Suite
 from fastrot.report.tables import Data
+from fastrot.runs import detect, segment
 from fastrot.runs.finetune import fine_tune, subset
 from fastrot.runs.heads import train_heads
+from fastrot.runs.transfer import Learning
 
-_TRAIN: dict[str, Callable[..., dict[str, Any]]] = {"linear": train_heads, "finetune": fine_tune}
+
+def _learn(prepared: Callable[..., Learning]) -> Callable[..., dict[str, Any]]:
+    """A training like train_heads, of what a module of runs prepares."""
+    return lambda checkpoint, seed, config, ranks, resume: prepared(checkpoint, seed, config, ranks).train(
+        ranks, resume
+    )
+
+
+_TRAIN: dict[str, Callable[..., dict[str, Any]]] = {
+    "linear": train_heads,
+    "finetune": fine_tune,
+    "detect": _learn(detect.prepared),
+    "segment": _learn(segment.prepared),
+}
+_WHOLE = ("detect", "segment")  # their images keep their shapes, and each has figures of its own
 
 
 @dataclass
@@ -34,6 +52,7 @@ class Trained:
     gap: str | None = None
     data: Data | None = None
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    predicted: Predicted | None = None
 
 
 def train_runs(
@@ -64,12 +83,26 @@ def train_runs(
                 result, command = _done(run, words, weights, backbone, origin, out, ranks)
                 tried.append(result | {"choice": choice})
                 commands.append(command)
-            trained.results[backbone] = max(tried, key=lambda result: result["held_out_accuracy"])
+            trained.results[backbone] = max(tried, key=lambda result: result[_judge(run, settings)])
+        folders = {backbone: Path(result["folder"]) for backbone, result in trained.results.items()}
+        if run.task in _WHOLE and all(folder.is_dir() for folder in folders.values()):
+            trained.predicted = beside_truth(run.title, run.test, folders, ranks)
     return outcomes, commands
+
+
+def _judge(run: Run, settings: Config) -> str:
+    """The held-out figure by which the best of a grid is chosen."""
+    if run.task == "detect":
+        return "held_out_" + next(iter(detect.figures_of(settings.detect.model, settings.detect.figures)))
+    return "held_out_mean_iou" if run.task == "segment" else "held_out_accuracy"
 
 
 def _data(run: Run, settings: Config, ranks: Ranks) -> Data:
     train, test = (open_manifest(source, settings, ranks, run.name) for source in (run.train, run.test))
+    if run.task == "segment":
+        return Data(settings.segment.classes, len(train), len(test), settings.segment.crop, None)
+    if run.task == "detect":
+        return Data(len(read_objects(test).classes), len(train), len(test), settings.detect.test_short, None)
     if run.task == "finetune":
         train = subset(train, settings)
     classes = len(train.classes) or int(np.max(train.label)) + 1
@@ -98,7 +131,7 @@ def _done(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(result | {"model": _model_hash(folder)}, indent=1) + "\n")
     command = shlex.join(["fastrot", run.task, *weights, "--config", run.config, *words])
-    return json.loads(path.read_text()) | {"best": _best(folder)}, command
+    return json.loads(path.read_text()) | {"best": _best(folder), "folder": str(folder)}, command
 
 
 def _best(folder: Path) -> dict[str, float]:
@@ -106,7 +139,10 @@ def _best(folder: Path) -> dict[str, float]:
     log = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     held_out = [line for line in lines if "held_out_accuracy" in line]
-    return {key: max(line[key] for line in held_out) for key in (held_out[0] if held_out else {})}
+    finite = (
+        {key: [line[key] for line in held_out if line.get(key) is not None] for key in held_out[0]} if held_out else {}
+    )
+    return {key: max(values) for key, values in finite.items() if values}
 
 
 def _model_hash(folder: Path) -> str:

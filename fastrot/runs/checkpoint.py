@@ -101,6 +101,25 @@ def load(folder: Path) -> Checkpoint:
         raise UserError(f"{folder}: cannot be read ({error}); name another checkpoint") from None
 
 
+def find_best(run: Path) -> Path:
+    """The sound checkpoint of a run that was best on its held-out images, or, where nothing was held out, the newest.
+
+    Raises UserError where there is none, or the note of the best is damaged.
+    """
+    root = run / "checkpoints"
+    folders = _folders(root)[::-1]
+    try:
+        folders.insert(0, root / read_json(root / "best", _Best).name)
+    except FileNotFoundError:
+        pass  # nothing was held out
+    except (OSError, ValueError) as error:
+        raise UserError(f"{root / 'best'}: cannot be read ({error}); name a checkpoint, {root}/step-...") from None
+    sound = next((folder for folder in folders if not verify(folder)), None)
+    if sound is None:
+        raise UserError(f"{run}: holds no sound checkpoint; train first, or name another run")
+    return sound
+
+
 def _folders(root: Path) -> list[Path]:
     """What has a checkpoint's name, oldest first."""
     return sorted((p for p in root.glob("step-*") if _step(p) >= 0), key=_step)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -26,32 +27,21 @@ from fastrot.tasks.detect import DetectTask, Found
 from fastrot.tasks.detection_figures import COCO_BOXES, COCO_MASKS, VOC, coco_figures, voc_figures
 
 Sets = dict[str, Beside[Objects]]
+CLASSES = "detect.classes"  # [COCO's number, name] of each, in a checkpoint's state
 
 
 class DetectJob(WholeJob[ShownObjects, Objects]):
     """A job that learns to detect."""
 
     def make_task(self) -> DetectTask:  # type: ignore[override]  # of whole images
-        config, chosen = self.config, self.config.detect
         self.say(self.begin.origin.says())
         for name, one in self.sets.items():
             self.say(f"data.{name}: {_says(one.known)}")
-        return DetectTask(
-            self.begin.backbone,
-            chosen.model,
-            self.begin.classes,
-            chosen.regions,
-            [255 * v for v in config.data.mean],
-            [255 * v for v in config.data.std],
-            self.ranks.device,
-            figures_of(chosen.model, chosen.figures),
-        )
+        return task_of(self.config, self.begin.backbone, self.begin.classes, self.ranks.device)
 
     def shown(self, name: str) -> Callable[..., ShownObjects]:
         """Resized, mirrored images with their objects."""
-        chosen, config = self.config.detect, self.config
-        objects = self.sets[name].known
-        return ObjectView(objects, config.run.seed, chosen.shorts, chosen.test_short, chosen.longest, config.data.flip)
+        return view_of(self.config, self.sets[name].known)
 
     def figures(self) -> dict[str, float]:
         """VOC's or COCO's, of what all ranks find."""
@@ -76,6 +66,20 @@ class DetectJob(WholeJob[ShownObjects, Objects]):
         short, most = max(self.config.detect.shorts), self.config.detect.longest
         side = int((short * min(most, short * 4 / 3)) ** 0.5) // 32 * 32 or 32
         return WithRegions(network), side
+
+
+def task_of(config: Config, backbone: nn.Module, classes: int, device: torch.device) -> DetectTask:
+    """What a run of `config` learns."""
+    chosen = config.detect
+    mean, std = ([255 * v for v in values] for values in (config.data.mean, config.data.std))
+    figures = figures_of(chosen.model, chosen.figures)
+    return DetectTask(backbone, chosen.model, classes, chosen.regions, mean, std, device, figures)
+
+
+def view_of(config: Config, objects: Objects) -> ObjectView:
+    """How a run of `config` shows images."""
+    chosen = config.detect
+    return ObjectView(objects, config.run.seed, chosen.shorts, chosen.test_short, chosen.longest, config.data.flip)
 
 
 def figures_of(model: str, figures: str) -> dict[str, str]:
@@ -108,7 +112,9 @@ def prepared(checkpoint: str | None, seed: int | None, config: Config, ranks: Ra
     learnable = sets["train"].known.learnable()
     manifest = open_manifest(config.data.train, config, ranks, "data.train").some(learnable)
     sets["train"] = Beside(manifest.content, sets["train"].known.some(learnable))
-    more = begin.defining("detect") | {"detect.objects": sets["train"].known.content()}
+    objects = sets["train"].known
+    classes_of = [list(pair) for pair in zip(objects.category, objects.classes, strict=True)]
+    more = begin.defining("detect") | {"detect.objects": objects.content(), CLASSES: classes_of}
     return Learning(begin, partial(DetectJob, begin, sets), more, lambda every: every.some(learnable))
 
 

@@ -93,7 +93,7 @@ def estimate(config: Config, n: Arithmetic, ranks: Ranks, model: nn.Module, dtyp
 
     left, host_left = _left(ranks)
     all_of_it = Memory(
-        state=_state(config, n, model),
+        state=state_bytes(config, n, model),
         maps=maps(n.largest),
         ahead=n.largest * an_image_ahead,
         device=ranks.device.type,
@@ -107,7 +107,7 @@ def estimate(config: Config, n: Arithmetic, ranks: Ranks, model: nn.Module, dtyp
     )
     if all_of_it.enough:
         return all_of_it
-    few, in_parts = min(_LEAST, n.largest), _state(config, replace(n, micro_steps=2), model)
+    few, in_parts = min(_LEAST, n.largest), state_bytes(config, replace(n, micro_steps=2), model)
     fewest = replace(all_of_it, state=in_parts, images=few, maps=maps(few), ahead=few * an_image_ahead)
     fits = _between(fewest, replace(all_of_it, state=in_parts))
     # smaller blocks leave more gaps, so that line is not sure
@@ -132,7 +132,7 @@ def _between(fewest: Memory, most: Memory) -> int | None:
     return fewest.images + int(min(shares) * (most.images - fewest.images))
 
 
-def _state(config: Config, n: Arithmetic, model: nn.Module) -> int:
+def state_bytes(config: Config, n: Arithmetic, model: nn.Module) -> int:
     """Weights with their copies for autocast, and what training keeps beside them from one micro-step to the next."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = sum(t.numel() for t in (*model.parameters(), *model.buffers()))

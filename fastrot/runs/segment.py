@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fastrot import distributed
@@ -17,31 +20,19 @@ from fastrot.runs.whole import Beside, WholeJob
 from fastrot.tasks.confusion import figures
 from fastrot.tasks.segment import SegmentTask
 
+MASKS = "segment.masks"  # what was learnt from, in a checkpoint's state
+
 
 class SegmentJob(WholeJob[ShownMask, Masks]):
     """A job that learns to segment."""
 
     def make_task(self) -> SegmentTask:  # type: ignore[override]  # of whole images
-        config, chosen = self.config, self.config.segment
         self.say(self.begin.origin.says())
-        return SegmentTask(
-            self.begin.backbone,
-            chosen.classes,
-            chosen.crop,
-            chosen.slide,
-            chosen.align_corners,
-            [255 * v for v in config.data.mean],
-            [255 * v for v in config.data.std],
-            self.ranks.device,
-        )
+        return task_of(self.config, self.begin.backbone, self.ranks.device)
 
     def shown(self, name: str) -> Callable[..., ShownMask]:
         """Scaled, cut, mirrored, shifted images with their masks."""
-        chosen, config = self.config.segment, self.config
-        masks = self.sets[name].known
-        return MaskView(
-            masks, config.run.seed, chosen.base, chosen.scales, chosen.crop, config.data.flip, chosen.distort
-        )
+        return view_of(self.config, self.sets[name].known)
 
     def figures(self) -> dict[str, float]:
         """Mean IoU and accuracies, and each class's IoU, from the confusion of all ranks' pixels."""
@@ -55,6 +46,19 @@ class SegmentJob(WholeJob[ShownMask, Masks]):
     def maps_of(self, network: nn.Module) -> tuple[nn.Module, int]:
         """All of it."""
         return network, self.config.segment.crop
+
+
+def task_of(config: Config, backbone: nn.Module, device: torch.device) -> SegmentTask:
+    """What a run of `config` learns."""
+    chosen = config.segment
+    mean, std = ([255 * v for v in values] for values in (config.data.mean, config.data.std))
+    return SegmentTask(backbone, chosen.classes, chosen.crop, chosen.slide, chosen.align_corners, mean, std, device)
+
+
+def view_of(config: Config, masks: Callable[[int], NDArray[np.uint8]]) -> MaskView:
+    """How a run of `config` shows images. masks: as of MaskView."""
+    chosen = config.segment
+    return MaskView(masks, config.run.seed, chosen.base, chosen.scales, chosen.crop, config.data.flip, chosen.distort)
 
 
 def prepared(checkpoint: str | None, seed: int | None, config: Config, ranks: Ranks) -> Learning:
@@ -72,7 +76,7 @@ def prepared(checkpoint: str | None, seed: int | None, config: Config, ranks: Ra
 
     begin = transfer.begin("segment", checkpoint, seed, config, classes)
     contents = distributed.on_first(ranks, lambda: {name: one.known.content() for name, one in sets.items()})
-    more = begin.defining("segment") | {"segment.masks": contents["train"]}
+    more = begin.defining("segment") | {MASKS: contents["train"]}
     return Learning(begin, partial(SegmentJob, begin, sets), more)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class Found:
     box: NDArray[np.float32]
     score: NDArray[np.float32]
     label: NDArray[np.int64]
-    masks: list[dict[str, object]]
+    masks: list[dict[str, Any]]
 
 
 class DetectTask:
@@ -110,7 +111,7 @@ def _as_found(row: int, sample: ShownObjects, one: Target) -> Found:
     shown = sample.image.shape[-2:]
     scale = one["boxes"].new_tensor([width / shown[1], height / shown[0]]).repeat(2)
     boxes = one["boxes"].float() * scale
-    masks: list[dict[str, object]] = []
+    masks: list[dict[str, Any]] = []
     if "masks" in one:
         cells = paste(one["masks"][:, 0].float(), boxes, sample.size) >= 0.5
         masks = [rle.encode(np.asfortranarray(cell)) for cell in cells.to(torch.uint8).cpu().numpy()]

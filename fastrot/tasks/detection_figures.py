@@ -29,7 +29,7 @@ _TEN: list[float] = np.arange(0.5, 1.0, 0.05).tolist()
 
 
 def coco_figures(objects: Objects, sizes: NDArray[np.int32], found: Sequence[Found], masks: bool) -> dict[str, float]:
-    """Box APs, and with `masks` mask_ APs, 0..1; nan where no object of that size is there.
+    """Box APs, and with `masks` mask_ APs, 0..1; nan where no object of that size is there. ap_3, mask_ap_3: class 3's.
 
     sizes int32 [N, 2], height and width of each image; found: one an image.
     """
@@ -38,24 +38,36 @@ def coco_figures(objects: Objects, sizes: NDArray[np.int32], found: Sequence[Fou
         truth.dataset = _dataset(objects, sizes)
         truth.createIndex()
         results = _results(objects, found)
-        if not results:
-            kinds = ("", "mask_") if masks else ("",)
-            return {kind + name: 0.0 for kind in kinds for name in _COCO}
-        figures = _judged(truth, results, "bbox", "")
+        figures = _judged(truth, results, "bbox", "", objects.category)
         if masks:
             figures |= _judged(
-                truth, [{k: v for k, v in one.items() if k != "bbox"} for one in results], "segm", "mask_"
+                truth,
+                [{k: v for k, v in one.items() if k != "bbox"} for one in results],
+                "segm",
+                "mask_",
+                objects.category,
             )
     return figures
 
 
-def _judged(truth: COCO, results: list[dict[str, Any]], kind: str, prefix: str) -> dict[str, float]:
-    judge = COCOeval(truth, truth.loadRes(results), kind)
+def _judged(
+    truth: COCO, results: list[dict[str, Any]], kind: str, prefix: str, category: list[int]
+) -> dict[str, float]:
+    found = COCO()
+    if results:
+        found = truth.loadRes(results)
+    else:  # which it refuses
+        found.dataset = truth.dataset | {"annotations": []}
+        found.createIndex()
+    judge = COCOeval(truth, found, kind)
     judge.evaluate()
     judge.accumulate()
     judge.summarize()
-    values = judge.stats[:6]
-    return {prefix + name: float(v) if v >= 0 else float("nan") for name, v in zip(_COCO, values, strict=True)}
+    named = dict(zip(_COCO, judge.stats[:6], strict=True))
+    precision = judge.eval["precision"][..., 0, -1]  # [10, 101, classes], of all sizes, -1 where there is no object
+    for label, number in enumerate(category):
+        named[f"ap_{label}"] = precision[..., judge.params.catIds.index(number)].mean()
+    return {prefix + name: float(v) if v >= 0 else float("nan") for name, v in named.items()}
 
 
 def _dataset(objects: Objects, sizes: NDArray[np.int32]) -> dict[str, Any]:
@@ -102,14 +114,14 @@ def _results(objects: Objects, found: Sequence[Found]) -> list[dict[str, Any]]:
 
 def voc_figures(objects: Objects, found: Sequence[Found]) -> dict[str, float]:
     """Mean over classes, 0..1: ap50 as mmdetection (11 points), ap50_area under the envelope; as detectron2: d2_ap (mean
-    of ten thresholds), d2_ap50, d2_ap75. Classes without an object to find are left out."""
+    of ten thresholds), d2_ap50, d2_ap75. ap50_3: class 3's. Classes without an object to find are left out, theirs nan."""
     image = np.concatenate([np.full(len(one.label), one.row) for one in found] or [np.zeros(0, np.int64)])
     box, score, label = (
         np.concatenate([getattr(one, name) for one in found]) if found else np.zeros((0, 4) if name == "box" else 0)
         for name in ("box", "score", "label")
     )
     rows = np.repeat(np.arange(len(objects)), np.diff(objects.first))
-    table = []
+    table, each = [], dict.fromkeys((f"ap50_{number}" for number in range(len(objects.classes))), float("nan"))
     for number in range(len(objects.classes)):
         mine, true = label == number, objects.label == number
         of = Detections(image[mine], box[mine].astype(np.float64), score[mine].astype(np.float64))
@@ -118,6 +130,7 @@ def voc_figures(objects: Objects, found: Sequence[Found]) -> dict[str, float]:
             continue
         theirs = average_precision(of, there, 0.5, MMDET)
         ten = [average_precision(of, there, threshold, DETECTRON2).eleven for threshold in _TEN]
+        each[f"ap50_{number}"] = theirs.eleven
         table.append((theirs.eleven, theirs.area, float(np.mean(ten)), ten[0], ten[5]))
     means = np.array(table).mean(0) if table else np.full(5, np.nan)
-    return dict(zip(("ap50", "ap50_area", "d2_ap", "d2_ap50", "d2_ap75"), means.tolist(), strict=True))
+    return dict(zip(VOC, means.tolist(), strict=True)) | each

@@ -233,6 +233,17 @@ def test_integers_of_a_list_stay_as_they_are_with_a_byte_order_mark_too(tmp_path
     assert manifest.label.tolist() == [7, -1, 5] and manifest.classes == []
 
 
+def test_images_are_all_that_lie_below_a_folder_without_labels(tmp_path):
+    for name in ("top.jpg", "a/one.jpg", "a/deep/two.png", "b/.hidden.jpg", "b/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        draw(20, 30).save(tmp_path / name, "PNG")
+    (tmp_path / "a" / "loop").symlink_to("..")
+    manifest = build(f"images:{tmp_path}", tmp_path / ".cache")
+    names = [os.path.relpath(os.fsdecode(manifest.path(row)), tmp_path) for row in range(len(manifest))]
+    assert names == ["a/deep/two.png", "a/one.jpg", "top.jpg"] and set(manifest.label) == {-1}
+    assert manifest.skipped == {"hidden": 1, "other extension": 1, "folder seen before (link)": 1}
+
+
 def test_a_folder_of_images_alone_is_a_source_without_labels(tmp_path):
     for name in ("b.jpg", "a.PNG", "c.jpeg", ".hidden.jpg", "empty/notes.txt"):
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)

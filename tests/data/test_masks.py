@@ -7,7 +7,7 @@ from PIL import Image
 from conftest import draw
 from fastrot.data.index import index
 from fastrot.data.manifest import Manifest
-from fastrot.data.masks import read_masks
+from fastrot.data.masks import PALETTE, names_of, read_masks
 from fastrot.errors import UserError
 
 
@@ -144,3 +144,12 @@ def test_joined_sets_are_their_rows_in_order_and_refuse_what_does_not_join(tmp_p
     assert read_masks(manifest, 21).files[3] == two / "SegmentationClass/b.png"
     with pytest.raises(UserError, match="is in two of them"):
         opened(f"vocseg:{one}?split=train+vocseg:{one}?split=train", tmp_path)
+
+
+def test_classes_have_names_where_their_source_has_and_vocs_colours():
+    voc, city = names_of("vocseg:r?split=train+vocseg:r?split=aug", 21), names_of("cityscapes:r?split=train", 19)
+    assert (len(voc), voc[0], voc[15]) == (21, "background", "person")
+    assert (len(city), city[0], city[11], city[13], city[18]) == (19, "road", "person", "car", "bicycle")
+    assert names_of("pairs:a,b", 2) == names_of("vocseg:r?split=train", 2) == ["class 0", "class 1"]
+    known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 15: (192, 128, 128), 20: (0, 64, 128), 255: (224, 224, 192)}
+    assert {label: tuple(PALETTE[label].tolist()) for label in known} == known

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastrot.config import load, to_yaml
+from fastrot.models.key_names import to_library
 from fastrot.models.resnet import backbone_state, build_model, tap_maps
 from fastrot.models.taps import TAPS, pooled_maps
 
@@ -120,6 +121,97 @@ def test_a_model_with_detectron2s_names_loads_it_and_sees_the_same(fastrot, mode
     theirs.load_state_dict(saved["model"], assign=True)
     with torch.no_grad():
         assert_same(theirs(images), tap_maps(model, images)[-1])
+
+
+NORM = ("weight", "bias", "running_mean", "running_var")
+BLOCKS = (3, 4, 6, 3)
+
+
+def convolutions(name_of):
+    """(name, shape) of each convolution of a ResNet-50. name_of: (stage 1 to 4, block, 1 to 3 or 0: on the shortcut)."""
+    inside = 64
+    for stage, blocks in enumerate(BLOCKS, 1):
+        between, out = 32 * 2**stage, 128 * 2**stage
+        for block in range(blocks):
+            yield name_of(stage, block, 1), (between, inside, 1, 1)
+            yield name_of(stage, block, 2), (between, between, 3, 3)
+            yield name_of(stage, block, 3), (out, between, 1, 1)
+            if block == 0:
+                yield name_of(stage, block, 0), (out, inside, 1, 1)
+            inside = out
+
+
+def detectron2s():
+    """BasicStem, BottleneckBlock and ResNet of detectron2/modeling/backbone/resnet.py: a norm is its convolution's."""
+    stages = convolutions(lambda s, b, c: f"res{s + 1}.{b}.{f'conv{c}' if c else 'shortcut'}")
+    for name, shape in [("stem.conv1", (64, 3, 7, 7)), *stages]:
+        yield f"{name}.weight", shape
+        yield from ((f"{name}.norm.{part}", shape[:1]) for part in NORM)
+
+
+def mmdetections():
+    """ResNet of mmdet/models/backbones/resnet.py, ResLayer of mmdet/models/utils/res_layer.py: a norm is numbered as its
+    convolution, and on a shortcut the second of two."""
+    stages = convolutions(lambda s, b, c: f"layer{s}.{b}.{f'conv{c}' if c else 'downsample.0'}")
+    for name, shape in [("conv1", (64, 3, 7, 7)), *stages]:
+        yield f"{name}.weight", shape
+        norm = name.replace("downsample.0", "downsample.1").replace("conv", "bn")
+        yield from ((f"{norm}.{part}", shape[:1]) for part in NORM)
+
+
+@pytest.mark.parametrize("to, rules", [("detectron2", detectron2s), ("mmdetection", mmdetections)])
+def test_names_and_shapes_are_those_that_the_detectors_expect(model, to, rules):
+    state = to_library(backbone_state(model), to)
+    found = {name: tuple(value.shape) for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    assert found == dict(rules()) and len(found) == 53 * 5
+    counters = {name.removesuffix("num_batches_tracked") for name in state.keys() - found.keys()}
+    assert counters == {name.removesuffix("running_var") for name in found if name.endswith("running_var")}
+
+
+def matched(wanted, held):
+    """Of each name that a model wants the longest held one that ends it, as detectron2's align_and_update_state_dicts
+    does; two names may not want one."""
+    found = {}
+    for name in wanted:
+        ends = [one for one in held if name == one or name.endswith(f".{one}")]
+        if ends:
+            found[name] = max(ends, key=len)
+    assert len(set(found.values())) == len(found), "ambiguous"
+    return found
+
+
+def test_detectron2s_matching_finds_every_weight_of_a_c4_detector_and_of_a_pyramids(model):
+    held = to_library(backbone_state(model), "detectron2")
+    names = [name for name, _ in detectron2s()]
+    c4 = [f"roi_heads.{name}" if name.startswith("res5.") else f"backbone.{name}" for name in names]
+    heads = [
+        "roi_heads.res5.norm.weight",
+        "proposal_generator.rpn_head.conv.weight",
+        "roi_heads.box_predictor.cls_score.weight",
+    ]
+    pyramid = [f"backbone.bottom_up.{name}" for name in names]
+    others = [
+        "backbone.fpn_lateral2.weight",
+        "backbone.fpn_lateral2.norm.weight",
+        "roi_heads.mask_head.mask_fcn1.weight",
+    ]
+    for mine, rest in ((c4, heads), (pyramid, others)):
+        found = matched([*mine, *rest], held)
+        assert set(found) == set(mine) and all(name.endswith(f".{found[name]}") for name in mine)
+
+
+def test_mmdetections_backbone_and_shared_head_load_their_parts(fastrot, model, checkpoint, tmp_path):
+    """As mmcv's load_checkpoint does, unstrictly: a C4 detector's backbone ends with layer3, its head is layer4."""
+    state = exported(fastrot, checkpoint, "mmdetection", tmp_path / "m.pth")["state_dict"]
+    assert 'init_cfg=dict(type="Pretrained", checkpoint="m.pth"))' in (tmp_path / "m.md").read_text()
+    with torch.device("meta"):
+        backbone = torchvision.models.resnet50()
+    head = nn.Module()
+    head.layer4 = backbone.layer4
+    del backbone.layer4, backbone.fc
+    for part in (backbone, head):
+        assert not part.load_state_dict(state, strict=False, assign=True).missing_keys
+    assert torch.equal(head.layer4[2].conv3.weight, model.layer4[2].conv3.weight)
 
 
 def test_a_model_with_mmpretrains_names_loads_it_and_sees_the_same(fastrot, model, checkpoint, images, tmp_path):

@@ -130,6 +130,18 @@ def test_coco_figures_are_pycocotools_on_its_own_file_and_random_detections(shar
         del one["bbox"]
     assert [got[f"mask_{name}"] for name in names] == pytest.approx(judged(truth, written, "segm"), abs=1e-12)
     assert 0.2 < got["ap"] < 0.9
+    for label in (0, int(objects.label[0])):
+        mine = [one for one in results if one["category_id"] == objects.category[label]]
+        alone = [{key: value for key, value in one.items() if key != "bbox"} for one in mine]
+        with contextlib.redirect_stdout(io.StringIO()):
+            judge = COCOeval(truth, truth.loadRes(alone), "segm")
+            judge.params.catIds = [objects.category[label]]
+            judge.evaluate()
+            judge.accumulate()
+            judge.summarize()
+        assert got[f"mask_ap_{label}"] == pytest.approx(judge.stats[0], abs=1e-12)
+    each = [got[f"mask_ap_{label}"] for label in range(len(objects.classes))]
+    assert np.nanmean(each) == pytest.approx(got["mask_ap"]) and len(set(each)) > 5
 
 
 def test_perfect_findings_are_perfect_and_none_are_nothing(shared_data, tmp_path):
@@ -144,6 +156,8 @@ def test_perfect_findings_are_perfect_and_none_are_nothing(shared_data, tmp_path
     assert set(voc_figures(objects, whole).values()) == {1.0}
     assert set(voc_figures(objects, []).values()) == {0.0}
     half = voc_figures(objects, whole[::2])
+    each = [half[f"ap50_{label}"] for label in range(20)]
+    assert np.mean(each) == pytest.approx(half["ap50"]) and len(set(each)) > 3
     assert 0.3 < half["ap50"] < 0.7 and half["ap50"] == pytest.approx(half["d2_ap50"], abs=1e-9)
 
 
@@ -156,3 +170,4 @@ def test_images_without_any_object_have_no_figure():
     found = [Found(0, np.array([[0, 0, 5, 5]], np.float32), np.ones(1, np.float32), np.zeros(1, np.int64), [])]
     assert np.isnan(list(voc_figures(objects, found).values())).all()
     assert np.isnan(coco_figures(objects, np.full((2, 2), 9), found, False)["ap"])
+    assert np.isnan(coco_figures(objects, np.full((2, 2), 9), [], False)["ap"])

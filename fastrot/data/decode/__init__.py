@@ -9,7 +9,7 @@ import torch
 from fastrot.data.decode.batch import Batch
 from fastrot.data.decode.nvjpeg import UNKNOWN, Hardware
 from fastrot.data.decode.raw import WithPixels
-from fastrot.errors import UserError
+from fastrot.errors import UserError, why_not_there
 
 DECODERS = {
     "dali": "fastrot.data.decode.dali:make",
@@ -82,7 +82,7 @@ def _first(
         try:
             decoder = getattr(importlib.import_module(module), maker)(where, threads, batch, depth, **gpu_only)
         except ImportError as error:
-            refusals.append(f"data.decode {name}: cannot be imported ({error})")
+            refusals.append(f"data.decode {name}: {why_not_there(error)}")
         except UserError as error:
             refusals.append(str(error))
         else:

@@ -9,14 +9,19 @@ from fastrot.data.sources.listing import Listing
 from fastrot.errors import UserError
 
 _SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_BY_PREFIX = {"list": filelist.open_source, "voc": voc.open_source, "coco": coco.open_source}
+_BY_PREFIX = {
+    "list": filelist.open_source,
+    "voc": voc.open_source,
+    "coco": coco.open_source,
+    "images": folder.open_images,
+}
 MASKED = ("vocseg", "cityscapes", "pairs")  # prefixes of sources whose images have masks
 _JOINED = (*_BY_PREFIX, *MASKED)
 
 
 def open_source(spec: str, track: Track) -> Listing:
-    """List the images of `spec`: a folder of class folders, list:FILE, voc:ROOT?split=S, coco:FILE.json?images=DIR, a
-    source of masks (segmentation.py), several of these joined by +, tar shards (a name, range or glob), or NAME.beton.
+    """List the images of `spec`: a folder of class folders, images:FOLDER, list:FILE, voc:ROOT?split=S,
+    coco:FILE.json?images=DIR, a source of masks (segmentation.py), several of these joined by +, tar shards (a name, range or glob), or NAME.beton.
 
     track  track(iterable, total, title) -> iterable: shows progress.
     Raises UserError where there is nothing to read.

@@ -1,4 +1,7 @@
-"""A folder of class folders, as torchvision's ImageFolder has it; or of images alone, which have no labels."""
+"""A folder of class folders, as torchvision's ImageFolder has it; or of images alone, which have no labels.
+
+images:FOLDER is every image below a folder, without labels.
+"""
 
 import errno
 import os
@@ -19,11 +22,7 @@ def open_source(root: str) -> Listing:
 
     Raises UserError where the folder is missing, unreadable, or holds no image.
     """
-    top = os.fsencode(os.path.abspath(root))
-    if not exists(top):
-        raise UserError(f"{root}: no such folder; expected images, or one folder a class with images in it")
-    if not os.path.isdir(top):
-        raise UserError(f"{root}: is a file; expected a folder of class folders, or list:{root}")
+    top = _top(root)
     skipped: Counter[str] = Counter()
     names: list[bytes] = []
     direct: list[os.DirEntry[bytes]] = []
@@ -49,6 +48,28 @@ def open_source(root: str) -> Listing:
     if not paths:
         raise UserError(f"{root}: holds no image; expected images, or one folder a class with images in it")
     return whole_files(paths, [-1] * len(paths), [], skipped)
+
+
+def open_images(root: str) -> Listing:
+    """Every image below a folder, by path as bytes; labels -1; links followed, hidden skipped.
+
+    Raises UserError as open_source.
+    """
+    skipped: Counter[str] = Counter()
+    paths = sorted(_images(_top(root), root, skipped, set()))
+    if not paths:
+        raise UserError(f"{root}: holds no image, nor does a folder below it")
+    return whole_files(paths, [-1] * len(paths), [], skipped)
+
+
+def _top(root: str) -> bytes:
+    """A folder's absolute path. Raises UserError where it is none."""
+    top = os.fsencode(os.path.abspath(root))
+    if not exists(top):
+        raise UserError(f"{root}: no such folder; expected images, or one folder a class with images in it")
+    if not os.path.isdir(top):
+        raise UserError(f"{root}: is a file; expected a folder of class folders, or list:{root}")
+    return top
 
 
 def _entries(folder: bytes, root: str) -> list[os.DirEntry[bytes]]:

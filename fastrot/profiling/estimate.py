@@ -1,0 +1,222 @@
+"""What a training would take on machines that nobody has queued for: arithmetic over a hardware file.
+
+A pace is evaluated three times: with every number at its worst, at its value, at its best. Sources: ring and tree
+all-reduce by alpha and beta (Thakur et al. 2005), the checkpoint interval by Young (1974) and Daly (2006).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Literal
+
+from fastrot.profiling.hardware import Hardware, Known
+from fastrot.profiling.roofline import Row
+
+Corner = Literal["worst", "value", "best"]
+_BACKWARD = 2 / 3  # of a step's work: two products for each of the forward pass
+_MIB = 2**20
+_LESS_IS_BETTER = ("link_latency_s", "net_latency_s", "restart_s")
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a training asks. images, views: a step over all ranks; gradient_bytes: of all weights in fp32; norms: layers
+    that synchronise (0: none does); norm_channels: in all of them; bucket_mb: 0 averages in one piece after the
+    backward pass; image_bytes: of a file, in the mean; state_bytes, maps_bytes: of one GPU; steps: of the schedule.
+    step_s: of one GPU's share, where it was measured, without communication; None takes the roofline of `rows`."""
+
+    images: int
+    views: int
+    steps: int
+    gradient_bytes: int
+    norms: int
+    norm_channels: int
+    bucket_mb: float
+    image_bytes: float
+    memory_bytes: float
+    checkpoint_bytes: float
+    rows: tuple[Row, ...]
+    step_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A hardware file at one corner."""
+
+    values: dict[str, float]
+
+    @classmethod
+    def of(cls, hardware: Hardware, corner: Corner) -> "Numbers":
+        def pick(name: str, known: Known) -> float:
+            if corner == "value":
+                return known.value
+            low_is_best = name in _LESS_IS_BETTER
+            return known.low if (corner == "best") == low_is_best else known.high
+
+        fields = {name: getattr(hardware, name) for name in Hardware.model_fields}
+        return cls({name: pick(name, value) for name, value in fields.items() if isinstance(value, Known)})
+
+    def __getitem__(self, name: str) -> float:
+        return self.values[name]
+
+
+def all_reduce_s(numbers: Numbers, size: float, nodes: int, gpus: int) -> float:
+    """Seconds to sum `size` bytes over nodes x gpus: scattered and gathered within a node by rings, between nodes each
+    GPU its part by a ring or a tree, whichever is faster."""
+    within = 2 * (gpus - 1) * (numbers["link_latency_s"] + size / gpus / numbers["link_bytes"])
+    if nodes == 1:
+        return within
+    part = size / gpus
+    ring = 2 * (nodes - 1) * (numbers["net_latency_s"] + part / nodes / numbers["net_bytes"])
+    tree = 2 * math.ceil(math.log2(nodes)) * numbers["net_latency_s"] + 2 * part / numbers["net_bytes"]
+    return within + min(ring, tree)
+
+
+def small_s(numbers: Numbers, size: float, nodes: int, gpus: int) -> float:
+    """Seconds of one small collective, which latency rules: trees within and between nodes."""
+    hops = (
+        math.ceil(math.log2(gpus)) * numbers["link_latency_s"] + math.ceil(math.log2(nodes)) * numbers["net_latency_s"]
+    )
+    wire = numbers["net_bytes"] if nodes > 1 else numbers["link_bytes"]
+    return hops + (size / wire if gpus * nodes > 1 else 0.0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of a step and of its parts. compute: a GPU's own; norms: waiting for synchronised norms; gradients: what
+    averaging them adds to the backward pass; data_s: what the slowest of storage and decoders needs for it."""
+
+    compute_s: float
+    norms_s: float
+    gradients_s: float
+    data_s: float
+    bound: str
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute_s + self.norms_s + self.gradients_s, self.data_s)
+
+
+def step_of(demand: Demand, hardware: Hardware, nodes: int, gpus: int, corner: Corner = "value") -> Step:
+    """One step. gpus: a node's. demand.rows: of one GPU's share."""
+    n, ranks = Numbers.of(hardware, corner), nodes * gpus
+    compute = demand.step_s
+    if compute is None:
+        compute = sum(max(row.flops / n["matmul_flops"], row.bytes / n["memory_bytes"]) for row in demand.rows)
+    norms = 0.0
+    if ranks > 1 and demand.norms:
+        channels = demand.norm_channels / demand.norms
+        norms = 2 * demand.norms * small_s(n, 4 * (2 * channels + 1) * ranks, nodes, gpus)
+    gradients = _exposed_s(demand, n, nodes, gpus, compute) if ranks > 1 else 0.0
+    share = demand.images / nodes
+    data = {
+        "storage": share * demand.image_bytes / n["storage_bytes"],
+        "decoding": share / max(gpus * n["gpu_decode"], hardware.cores * n["core_decode"]),
+    }
+    slowest = max(data, key=lambda name: data[name])
+    computing = {"compute": compute, "synchronised norms": norms, "gradients": gradients}
+    bound = slowest if data[slowest] > sum(computing.values()) else max(computing, key=lambda name: computing[name])
+    return Step(compute, norms, gradients, data[slowest], bound)
+
+
+def _exposed_s(demand: Demand, n: Numbers, nodes: int, gpus: int, compute: float) -> float:
+    """What averaging adds: buckets fill evenly over the backward pass, each goes off when it is full and the one before
+    it is through."""
+    if not demand.bucket_mb:
+        return all_reduce_s(n, demand.gradient_bytes, nodes, gpus)
+    buckets = max(1, math.ceil(demand.gradient_bytes / (demand.bucket_mb * _MIB)))
+    each, backward, free = demand.gradient_bytes / buckets, _BACKWARD * compute, 0.0
+    for number in range(1, buckets + 1):
+        free = max(free, backward * number / buckets) + all_reduce_s(n, each, nodes, gpus)
+    return free - backward
+
+
+def checkpoint_interval_s(write_s: float, to_failure_s: float) -> float:
+    """Daly's: between checkpoints that hold the training up for write_s, where failures come each to_failure_s."""
+    if write_s >= 2 * to_failure_s:
+        return to_failure_s
+    root = math.sqrt(2 * write_s * to_failure_s)
+    return root * (1 + math.sqrt(write_s / (2 * to_failure_s)) / 3 + write_s / (18 * to_failure_s)) - write_s
+
+
+def goodput(
+    hours: float,
+    interval_s: float,
+    write_s: float,
+    to_failure_s: float,
+    restart_s: float,
+    seed: int = 0,
+    runs: int = 20,
+) -> float:
+    """Share of the time that is training which stays, by simulated runs: failures come at random (exponentially), cost
+    what was done since the last checkpoint, and a restart."""
+    chance, wanted = Random(seed), hours * 3600
+    if wanted <= 0:
+        return 1.0
+    spent = 0.0
+    for _ in range(runs):
+        kept = 0.0
+        while kept < wanted:
+            until = chance.expovariate(1 / to_failure_s)
+            left = wanted - kept
+            whole = left + write_s * math.ceil(left / interval_s)
+            if until >= whole:
+                spent, kept = spent + whole, wanted
+            else:
+                spent, kept = spent + until + restart_s, kept + interval_s * (until // (interval_s + write_s))
+    return runs * wanted / spent
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training on nodes x gpus. Each of the triples: worst, value, best. efficiency: of views/s a GPU, over one GPU's."""
+
+    nodes: int
+    gpus: int
+    views_per_s: tuple[float, float, float]
+    hours: tuple[float, float, float]
+    gpu_hours: float
+    step: Step
+    efficiency: float
+    images_per_s_a_node: float
+    bytes_per_s_a_node: float
+    cores_to_decode: float
+    memory_share: float
+    checkpoint_s: float
+    checkpoint_every_s: float
+    goodput: float
+
+
+def plan(demand: Demand, alone: Demand, hardware: Hardware, nodes: int, gpus: int) -> Plan:
+    """demand: of one GPU's share on these; alone: of the same step on a single GPU."""
+    steps = [step_of(demand, hardware, nodes, gpus, corner) for corner in ("worst", "value", "best")]
+    worst, middle, best = (demand.views / step.seconds for step in steps)
+    n, ranks = Numbers.of(hardware, "value"), nodes * gpus
+    one = alone.views / step_of(alone, hardware, 1, 1).seconds
+    images = demand.images / steps[1].seconds / nodes
+    write = demand.checkpoint_bytes / n["storage_bytes"]
+    to_failure = n["gpu_hours_to_failure"] * 3600 / ranks
+    every = checkpoint_interval_s(write, to_failure)
+    hours = [demand.steps * step.seconds / 3600 for step in steps]
+    good = goodput(hours[1], every, write, to_failure, n["restart_s"])
+    return Plan(
+        nodes,
+        gpus,
+        (worst, middle, best),
+        (hours[0] / good, hours[1] / good, hours[2] / good),
+        hours[1] / good * ranks,
+        steps[1],
+        middle / ranks / one,
+        images,
+        images * demand.image_bytes,
+        images / n["core_decode"],
+        demand.memory_bytes / (hardware.gpu_memory_gib * 2**30),
+        write,
+        every,
+        good,
+    )
+
+
+def measured(demand: Demand, step_s: float, images: float) -> Demand:
+    """With the time that a step of `images` images took on one GPU or process, in proportion to this share."""
+    return replace(demand, step_s=step_s * demand.images / images)

@@ -1,0 +1,235 @@
+"""Parts that ask what is fast: the benches of bench/, and a training's wait for data."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastrot import config as configs
+from fastrot import distributed
+from fastrot.data.build import make_loader, open_manifest
+from fastrot.probes.knn import knn
+from fastrot.probes.svm import voc_svm
+from fastrot.selfcheck import verdict
+from fastrot.selfcheck.correctness import SAME, small
+from fastrot.selfcheck.images import drawn
+from fastrot.selfcheck.place import CHECKOUT, Found, Place, launcher
+
+POINTS = 0.1  # of a percentage, that a probe may be from the CPU's
+WAIT = 0.01  # of a training's time, at most, for data on a GPU
+_DRAWN = 4096  # for a GPU's loader
+_DRAWN_FOR_PEERS = 512  # bench/loader.py writes them in every form
+_AT_ONCE = 128  # images of in1k_fast
+_IMAGES_A_GIB = 1.8  # ResNet-50 at 224 in bf16 by torch's modules holds 100 MB a view
+ARMS = (
+    "base", "cuda_graphs=true", "norm=fused", "norm=fused_conv", "norm=fused_conv stem_channels=4 cuda_graphs=true",
+    "norm=fused stem_channels=4 cuda_graphs=true", "stem_channels=4", "channels_last=false", "compile=true",
+    "norm=fused_conv compile=true", "norm=fused compile=true", "compile=reduce-overhead",
+)  # fmt: skip
+_RANKS_ARMS = ("base", "sync_batchnorm=false", "bucket_mb=0", "bucket_mb=5")
+
+
+def at_once(place: Place) -> int:
+    """Images that this card holds in a step, a power of two, at most in1k_fast's."""
+    if not place.gpu:
+        return 4
+    room = torch.cuda.get_device_properties(0).total_memory / 2**30 * _IMAGES_A_GIB
+    return int(min(_AT_ONCE, max(2, 2 ** int(np.log2(room)))))
+
+
+def rotation(place: Place, found: Found) -> None:
+    """bench/rotate.py: equal to the reference, or it has no figure."""
+    size = ["--sides", 160, 224] if place.gpu else ["--sides", 32, "--mib", 1, "--rounds", 1, "--device", "cpu"]
+    found.raw |= place.bench(found, "rotate", *size)
+    for side, at in found.raw.get("sides", {}).items():
+        ours = {name: line for name, line in at["versions"].items() if name.startswith("fastrot")}
+        name, best = max(ours.items(), key=lambda entry: entry[1]["fraction_of_copy"])
+        peer = min(line["median_s"] for other, line in at["versions"].items() if other not in ours)
+        share, times = best["fraction_of_copy"], peer / best["median_s"]
+        says = f"{share:.0%} of a copy's speed, {times:.1f} times the best peer"
+        found.figures.append((f"side {side}, {name}", says))
+    found.skipped += [f"{peer}: {why}" for peer, why in found.raw.get("missing", {}).items()]
+
+
+def step(place: Place, found: Found) -> None:
+    """bench/step.py: the config's switches and plain PyTorch, in turns with base."""
+    arms = [arm for arm in ARMS if place.gpu or "compile" not in arm]
+    size = ["--rounds", 3, "--images", at_once(place)] if place.gpu else ["--quick"]
+    stand_in = () if place.gpu else ("-m", "fastrot.selfcheck.stand_in")
+    if len(arms) < len(ARMS):
+        found.skipped.append(f"{len(ARMS) - len(arms)} compiled arms: minutes on a CPU")
+    found.raw |= place.bench(found, "step", *size, "--only", *arms, before=(sys.executable, *stand_in))
+    found.failures += [f"{arm}: {why}" for arm, why in found.raw.get("missing", {}).items()]
+    if "switches" not in found.raw:
+        return
+    found.raw["images"] = at_once(place)
+    chosen = verdict.choose(verdict.arms_of(found.raw))
+    line, roof = found.raw["switches"][chosen.name], found.raw["roof"]
+    found.figures.append((f"pays: {chosen.name}", f"{line['views_per_s']:,.0f} views/s"))
+    for name, what in (("times_plain", "times plain PyTorch"), ("times_base", "times base")):
+        if name in line:
+            found.figures.append((what, f"{line[name]:.2f}"))
+    rates = f"{roof['device_flops_per_s'] / 1e12:,.1f} TFLOP/s, {roof['device_bytes_per_s'] / 1e9:,.0f} GB/s"
+    found.figures.append(("the device's products and copies", rates))
+
+
+def loader(place: Place, found: Found) -> None:
+    """bench/loader.py, which decodes on the CPU; and the loader that feeds this device."""
+    size = ["--seconds", 2, "--rounds", 3] if place.gpu else ["--seconds", 0.1, "--rounds", 1, "--threads", 1]
+    arms = ["ours: turbo, folder", *(["ours: dali, folder", "DALI reader", "DataLoader, decode"] if place.gpu else [])]
+    folder, sheets = drawn(place.work, _DRAWN if place.gpu else 16), place.work / "sheets"
+    for says, pace in _fed(place, folder):
+        found.raw[says] = pace
+        found.figures.append((says, f"{pace:,.0f} images/s"))
+    few = drawn(place.work, _DRAWN_FOR_PEERS) if place.gpu else folder
+    found.raw |= place.bench(found, "loader", "--data", few, "--arms", *arms, "--sheets", sheets, *size)
+    for row in found.raw.get("rows", []):
+        found.figures.append((f"{row['arm']} (on the CPU)", f"{row['images_per_s']['median']:,.0f} images/s"))
+    for arm, why in found.raw.get("missing", {}).items():
+        (found.failures if arm.startswith("ours") else found.skipped).append(f"{arm}: {why}")
+
+
+def _fed(place: Place, folder: Path) -> Iterator[tuple[str, float]]:
+    """(how it decodes, images/s that reach the device), at each share for the hardware decoder."""
+    images, side = (128, 224) if place.gpu else (4, 64)
+    ranks = distributed.start()
+    for share in ("0", "0.65", "0.9", "1") if place.gpu else ("null",):
+        words = [f"data.train={folder}", f"data.crop={side}", f"data.hw_decoder_load={share}"]
+        config, _ = configs.load(None, words)
+        loader, says = make_loader(config, open_manifest(str(folder), config, ranks, "data.train"), ranks, images, None)
+        batches = loader.train(range(10**9), 0, images, 1, 0, 1, lambda epoch: side)
+        for _ in range(8):
+            next(batches)
+        clock, count = time.perf_counter(), 0
+        while time.perf_counter() - clock < (4 if place.gpu else 0.5):
+            for micro in next(batches).micro_steps:
+                micro.to(ranks.device)
+            count += images
+        if place.gpu:
+            torch.cuda.synchronize()
+        yield says + (f", hardware share {share}" if place.gpu else ""), count / (time.perf_counter() - clock)
+        batches.close()
+    distributed.end()
+
+
+def end_to_end(place: Place, found: Found) -> None:
+    """A training with the switches that the step's part chose, and its share of waiting for data."""
+    many, side, arch, steps = (_DRAWN, 224, "resnet50", 400) if place.gpu else (16, 32, "resnet18", 8)
+    chosen = verdict.choose(verdict.arms_of(place.earlier("step")))
+    keys = verdict.engine_keys(chosen) | {"precision": "bf16" if place.gpu else "fp32"}
+    lines, failure = place.train(
+        "end-to-end", f"data.train={drawn(place.work, many)}", f"data.crop={side}", f"model.arch={arch}",
+        f"optim.images_per_step={at_once(place)}", "optim.epochs=1000", f"run.max_steps={steps}",
+        f"run.log_every={steps // 4}", "optim.lr=0.01",
+        *(f"engine.{key}={str(value).lower()}" for key, value in keys.items()),
+    )  # fmt: skip
+    steady = [line for line in lines if "wait_share" in line][1:]  # the first compiles, captures, fills its buffers
+    found.failures += [failure] if failure else []
+    if not steady:
+        return
+    wait, views = (float(np.mean([line[key] for line in steady])) for key in ("wait_share", "views_per_s"))
+    found.raw |= {"wait_share": wait, "views_per_s": views, "engine": keys, "lines": lines}
+    found.figures += [
+        ("switches", chosen.name), ("trained", f"{views:,.0f} views/s"), ("waiting for data", f"{wait:.2%}"),
+    ]  # fmt: skip
+    if place.gpu and wait > WAIT:
+        found.failures.append(f"waits for data {wait:.2%} of its time, more than {WAIT:.0%}")
+
+
+def probes(place: Place, found: Found) -> None:
+    """Features of drawn images; the SVM and k-NN of bench/probes_arms.py's features, here and on the CPU."""
+    sys.path.insert(0, str(CHECKOUT / "bench"))
+    draw = import_module("probes_arms").features
+    rows, dims, classes, bank, wide = (5011, 9216, 20, 50_000, 2048) if place.gpu else (200, 96, 3, 2000, 64)
+    x, y = draw(2 * rows, dims, classes)
+    near, labels = draw(bank + bank // 10, wide, 10)
+    label = labels.argmax(1)
+
+    def svm(device: str, some: int) -> Any:
+        """Percent."""
+        return 100 * voc_svm(x[:some], y[:some], x[rows : rows + some], y[rows : rows + some], device=device).per_class
+
+    def neighbours(device: str, some: int) -> Any:
+        """Percent."""
+        return knn(near[:some], label[:some], near[bank:], label[bank:], ks=(20,), device=device)[20][0]
+
+    device = "cuda" if place.gpu else "cpu"
+    for name, probe, few, all_rows, size in (
+        ("SVM", svm, min(rows, 1000), rows, f"{rows:,} rows of {dims:,}, {classes} classes"),
+        ("k-NN", neighbours, min(bank, 5000), bank, f"{bank // 10:,} rows of {wide:,} in {bank:,}"),
+    ):
+        here, cpu = (np.asarray(probe(where, few), float) for where in (device, "cpu"))
+        apart = float(np.nanmax(np.abs(here - cpu)))
+        seconds = _seconds(partial(probe, device, all_rows))
+        found.figures.append((f"{name}, {size}", f"{seconds:.2f} s, {apart:.2g} points from the CPU's"))
+        found.raw[name] = {"seconds": seconds, "apart_from_cpu": apart}
+        if not apart < POINTS:
+            found.failures.append(f"{name}: {apart:.3f} points from the CPU's, more than {POINTS}")
+    _features(place, found)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    clock = time.perf_counter()
+    work()
+    return time.perf_counter() - clock
+
+
+def _features(place: Place, found: Found) -> None:
+    """`fastrot features` over drawn images."""
+    count = _DRAWN if place.gpu else 16
+    words = ["--random-init", "0", "--data", drawn(place.work, count), "--out", place.work / "features"]
+    words += ["model.arch=resnet50", "engine.precision=bf16"] if place.gpu else ["model.arch=resnet18"]
+    clock = time.perf_counter()
+    failure = place.call([sys.executable, "-m", "fastrot.cli", "features", "--taps", "1,5,avg", *words])
+    seconds = time.perf_counter() - clock
+    if failure:
+        found.failures.append(failure)
+        return
+    found.raw["features"] = {"images": count, "seconds": seconds}
+    found.figures.append((f"features of {count:,} images, the start included", f"{seconds:.1f} s"))
+
+
+def ranks(place: Place, found: Found) -> None:
+    """bench/step.py over all GPUs, and over two: scaling, synchronised norms, buckets; and whether graphs that capture
+    the norms' collectives learn as steps without."""
+    gpus = torch.cuda.device_count() if place.gpu else 2
+    if gpus < 2:
+        found.skipped.append("scaling, synchronised norms, buckets: need two GPUs, and there is one")
+        return
+    size = ["--rounds", 3, "--images", at_once(place)] if place.gpu else ["--quick"]
+    for world in sorted({2, gpus}):
+        result = place.bench(found, "step", *size, "--only", *_RANKS_ARMS, before=launcher(world))
+        found.failures += [f"{world} ranks, {arm}: {why}" for arm, why in result.get("missing", {}).items()]
+        found.raw[f"{world} ranks"] = result
+        arms = result.get("switches", {})
+        found.figures += [
+            (f"{world} ranks, {arm}", f"{line['views_per_s']:,.0f} views/s") for arm, line in arms.items()
+        ]
+        alone = place.earlier("step").get("switches", {}).get("base")
+        if "base" in arms and alone:
+            share = arms["base"]["views_per_s"] / (world * alone["views_per_s"])
+            found.figures.append((f"{world} ranks, of {world} times one's speed", f"{share:.0%}"))
+            communicate = arms["base"]["communicate"]["median_s"]
+            found.figures.append((f"{world} ranks, averaging after the backward pass", f"{1000 * communicate:.2f} ms"))
+    _captured_collectives(place, found)
+
+
+def _captured_collectives(place: Place, found: Found) -> None:
+    words, runs = [*small(place), "run.max_steps=6", "engine.kind=deepspeed"], []
+    for graphs in ("false", "collectives"):
+        lines, failure = place.train(f"ranks-{graphs}", *words, f"engine.cuda_graphs={graphs}", ranks=2)
+        if failure:
+            found.failures.append(f"2 ranks, engine.cuda_graphs={graphs}: {failure}")
+            return
+        runs.append([line["loss"] for line in lines])
+    apart = max(abs(got - want) / want for want, got in zip(*runs, strict=True))
+    line = f"2 ranks, engine.cuda_graphs=collectives: losses {apart:.2%} from those without graphs"
+    found.figures.append((line.partition(": ")[0], line.partition(": ")[2]))
+    if not apart < SAME:
+        found.failures.append(f"{line}, more than {SAME:.1%}")

@@ -1,0 +1,283 @@
+"""The selfcheck: parts in order and within their time, each kept, none in another's way; and the verdict's choice."""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import ROOT
+from fastrot import config as configs
+from fastrot.selfcheck import correctness, report, run, speed, stand_in, verdict
+from fastrot.selfcheck.parts import PARTS, Part
+from fastrot.selfcheck.place import Found, Place
+from fastrot.selfcheck.verdict import Arm
+
+GOOD = {"figures": [["speed", "3 views/s"]], "failures": [], "skipped": [], "raw": {}}
+SPREAD = {"median_s": 1.0, "least_s": 0.9, "most_s": 1.1}
+STEP = {
+    "switches": {
+        name: {
+            "times_base": times,
+            "times_plain": times / 2,
+            "views_per_s": 100 * times,
+            "step": SPREAD,
+            "base_step": SPREAD,
+        }
+        for name, times in {"base": 1.0, "norm=fused": 1.25, "precision=fp32": 3.0, "recompute=true": 0.8}.items()
+    },
+    "plain": {"plain PyTorch": {"times_base": 2.0, "views_per_s": 200.0}},
+    "missing": {"compile=true": "<b>no compiler</b>"},
+}
+ITS_OWN = f"99.{os.getpid()}"  # seconds: a process that no other test starts
+BODIES = {  # what a tiny part does with `out`, the file of what it found
+    "good": f"out.write_text({json.dumps(json.dumps(GOOD))})",
+    "step": f"out.write_text({json.dumps(json.dumps(GOOD | {'raw': STEP}))})",
+    "wrong": f"out.write_text({json.dumps(json.dumps(GOOD | {'failures': ['2 < 3']}))})",
+    "absent": f"out.write_text({json.dumps(json.dumps(GOOD | {'figures': [], 'skipped': ['needs two GPUs']}))})",
+    "raises": "raise ValueError('it broke')",
+    "rubbish": r"out.write_bytes(b'\xff{'); import os; os.write(1, b'\xff\xfe')",
+    "silent": "pass",
+    "other": "out.write_text('[1]')",
+    "hangs": "import subprocess, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    f"subprocess.Popen(['sleep', '{ITS_OWN}']); time.sleep(99)",
+}
+
+
+def tiny(part, gpu, bundle, work, seconds, out):
+    code = f"from pathlib import Path; out = Path({str(out)!r}); {BODIES[part.name]}"
+    return [sys.executable, "-S", "-c", code]
+
+
+def ran(bundle, *names, limits=None, **options):
+    parts = [Part(name, "is it so?", 9, (limits or {}).get(name, 60), "") for name in names]
+    return run.run(parts, False, bundle, start=tiny, **options)
+
+
+def test_what_fails_hangs_or_says_rubbish_is_listed_and_the_rest_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_GRACE_S", 0.1)
+    monkeypatch.setattr(run, "_LEAST_S", 0.5)
+    names = ("good", "raises", "hangs", "rubbish", "silent", "other", "wrong", "absent", "step")
+    outcomes = {one.part: one for one in ran(tmp_path, *names, limits={"hangs": 1})}
+    assert list(outcomes) == list(names)
+    assert {name: one.status for name, one in outcomes.items()} == dict.fromkeys(names, "failed") | {
+        "good": "passed", "step": "passed", "absent": "skipped",
+    }  # fmt: skip
+    why = {name: one.failures for name, one in outcomes.items()}
+    assert why["raises"] == ["ended with code 1"] and "it broke" in outcomes["raises"].output
+    assert why["hangs"] == ["was stopped at its limit of 1 s"] and why["wrong"] == ["2 < 3"]
+    assert why["silent"] == ["wrote no result"] and "not JSON" in why["rubbish"][0]
+    assert "cannot be read" in why["other"][0]
+    assert not [line for line in _processes() if f"sleep\0{ITS_OWN}" in line]
+    failed = json.loads((tmp_path / "verdict.json").read_text())["failed"]
+    assert {one["part"] for one in failed} == {"raises", "hangs", "rubbish", "silent", "other", "wrong"}
+    assert all((tmp_path / one["open"]).exists() for one in failed)
+
+
+def _processes() -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(path.read_text())
+        except OSError:
+            continue
+    return found
+
+
+def test_the_bundle_holds_every_part_the_verdict_the_config_and_a_page_by_itself(tmp_path):
+    ran(tmp_path, "step", "good")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "environment.json", "step.json", "step.txt", "good.json", "good.txt", "verdict.json", "report.html",
+        "in1k_fast_cpu.yaml",
+    }  # fmt: skip
+    said = json.loads((tmp_path / "verdict.json").read_text())
+    assert said["arm"] == "norm=fused" and said["switches"]["norm"] == "fused" and said["times_plain"] == 0.625
+    config, _ = configs.load(str(tmp_path / "in1k_fast_cpu.yaml"), [], "train")
+    shipped, _ = configs.load(str(ROOT / "configs" / "in1k_fast.yaml"), [])
+    assert config == shipped.model_copy(
+        update={"engine": shipped.engine.model_copy(update={"norm": "fused", "compile": False})}
+    )
+    html = (tmp_path / "report.html").read_text()
+    assert "norm=fused" in html and "3 views/s" in html and "&lt;b&gt;no compiler" in html
+    assert "<script" not in html and "http" not in html and "src=" not in html
+
+
+def test_a_part_run_again_takes_its_place_and_the_others_stay(tmp_path, monkeypatch):
+    ran(tmp_path, "good", "wrong")
+    monkeypatch.setitem(BODIES, "wrong", BODIES["good"])
+    ran(tmp_path, "wrong")
+    said = json.loads((tmp_path / "verdict.json").read_text())
+    assert said["parts"] == {"good": "passed", "wrong": "passed"} and said["failed"] == []
+
+
+def test_a_budget_cuts_a_parts_time_and_leaves_out_what_it_does_not_reach(tmp_path, monkeypatch):
+    (cut,) = ran(tmp_path, "good", budget=60, limits={"good": 500})
+    assert 50 < cut.limit_s <= 60 and cut.status == "passed"
+    monkeypatch.setattr(run, "_LEAST_S", 61)
+    (left_out,) = ran(tmp_path, "good", budget=60)
+    assert left_out.status == "skipped" and left_out.skipped == ["the budget was spent before it"]
+
+
+ARMS = st.lists(
+    st.builds(
+        Arm,
+        st.sampled_from([*speed.ARMS, "precision=fp32", "LARS", "half the images", "sync_batchnorm=false"]),
+        st.floats(0.1, 10),
+        st.floats(0.1, 10),
+        st.booleans(),
+    )
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(ARMS)
+def test_the_verdict_never_takes_a_slower_an_unequal_or_another_recipes_arm(arms):
+    chosen = verdict.choose(arms)
+    assert chosen == verdict.BASE or (chosen in arms and chosen.equal and chosen.switches and chosen.least > 1)
+    sure = [arm for arm in arms if arm.equal and arm.switches and arm.speed >= arm.least > 1]
+    assert all(chosen.speed >= arm.speed * (1 - verdict.NOISE) for arm in sure)
+    assert not any(len(arm.switches) < len(chosen.switches) and arm.speed >= chosen.speed for arm in sure)
+    configs.load(None, [f"engine.{k}={yaml.safe_dump(v).split()[0]}" for k, v in verdict.engine_keys(chosen).items()])
+
+
+def test_a_switch_pays_where_it_is_faster_in_every_round_and_more_of_them_by_more_than_the_noise():
+    assert verdict.choose([Arm("norm=fused", 1.2, 0.99, True)]) == verdict.BASE
+    assert verdict.choose([Arm("norm=fused", 1.005, 1.001, True)]) == verdict.BASE
+    both = [Arm("norm=fused cuda_graphs=true", 1.504, 1.5, True), Arm("norm=fused", 1.5, 1.4, True)]
+    assert verdict.choose(both).name == "norm=fused"
+
+
+def test_the_arms_are_the_benchs(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
+    step = importlib.import_module("step")
+    assert all(step.able(step.BASE | step.SWITCHES[name], 1, cuda=True) for name in speed.ARMS)
+    assert all(step.able(step.BASE | step.SWITCHES[name], 2, cuda=True) for name in speed._RANKS_ARMS)
+    assert {key: step.BASE[key] for key in verdict.SWITCHES} == verdict.SWITCHES
+
+
+def test_the_stand_in_finds_what_it_takes_the_place_of(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert stand_in.main(["config", "--json"]) == 0
+    assert "cuda_graphs" in capsys.readouterr().out
+
+
+def test_all_parts_take_an_hour_at_most():
+    assert sum(part.gpu_s for part in PARTS) <= 3600
+
+
+def test_every_parts_check_is_there_and_a_card_has_a_files_name():
+    for part in PARTS:
+        module, _, name = part.check.partition(":")
+        assert callable(getattr(importlib.import_module(f"fastrot.selfcheck.{module}"), name))
+    assert report.name_of(["NVIDIA H100 80GB HBM3"]) == "nvidia-h100-80gb-hbm3"
+
+
+class Told(Place):
+    """A GPU's place whose trainings only read their words; the run `odd` writes other weights and losses."""
+
+    odd = None
+
+    def train(self, name, *words, hide_gpu=False, ranks=1):
+        config, _ = configs.load(None, [*map(str, words), f"run.out={self.work / name}"], "train")
+        steps, other = config.run.max_steps, name == self.odd
+        folder = self.work / name / "checkpoints" / f"step-{steps:08d}"
+        folder.mkdir(parents=True)
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            (folder / file).write_text(str(other))
+        line = {"loss": 1.0 + other, "grad_norm": 2.0, "wait_share": 0.02 if other else 0.001, "views_per_s": 900.0}
+        return [line] * steps, None
+
+
+@pytest.mark.parametrize(
+    "check, odd, says",
+    [
+        (correctness.losses, "losses-1", "bf16: losses 100.00% from the CPU's"),
+        (correctness.resume, "resume-0-again", "bf16, deepspeed: model.safetensors of the resumed run differ"),
+        (speed._captured_collectives, "ranks-collectives", "losses 100.00% from those without graphs, more than 0.5%"),
+        (speed.end_to_end, "end-to-end", "waits for data 2.00% of its time, more than 1%"),
+    ],
+)
+def test_a_gpus_trainings_are_given_words_that_training_reads_and_are_judged(tmp_path, monkeypatch, check, odd, says):
+    for module in (correctness, speed):
+        monkeypatch.setattr(module, "drawn", lambda work, count: work)
+    monkeypatch.setattr(speed, "at_once", lambda place: 128)
+    for name in (None, odd):
+        found, place = Found(), Told(True, tmp_path, tmp_path / str(name), 0.0)
+        monkeypatch.setattr(Told, "odd", name)
+        check(place, found)
+        assert found.figures
+        assert (found.failures == []) if name is None else says in found.failures[0]
+
+
+def test_a_decoder_that_writes_into_other_tensors_or_its_own_given_ones_is_seen():
+    device = torch.device("cpu")
+    canaries = correctness.Canaries(device, 3, 1000)
+    canaries.add()
+    assert canaries.overwritten() == 0
+    canaries._held[3][17] += 1
+    assert canaries.overwritten() == 1
+
+    class Decoder:
+        """Gives a batch's bytes as pixels; `reuses` its memory."""
+
+        def __init__(self, reuses):
+            self.memory, self.reuses, self.flying = torch.zeros(64, 1, 1, 3), reuses, []
+
+        def submit(self, batch):
+            self.flying.append(torch.from_numpy(np.stack(batch.buffers)).float()[:, None, None, :])
+
+        def result(self):
+            pixels = self.flying.pop(0)
+            return (self.memory[: len(pixels)].copy_(pixels) if self.reuses else pixels), {}
+
+        def close(self):
+            pass
+
+    buffers = list(np.arange(300, dtype=np.uint8).reshape(100, 3))
+    windows = np.zeros((100, 4), np.int32)
+    pixels = correctness._decode(Decoder(False), buffers, windows, canaries)
+    assert np.array_equal(pixels[:, 0, 0], np.stack(buffers))
+    with pytest.raises(AssertionError, match="3 batches changed after they were given"):
+        correctness._decode(Decoder(True), buffers, windows, canaries)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--gpu"], "--gpu: torch finds no CUDA device"),
+        (["--only", "rotatoin"], "--only rotatoin: no such part; did you mean rotation?"),
+        (["--only", "x"], "--only x: no such part; parts: tests, decoders"),
+        (["--budget", "0"], "--budget 0: seconds, above 0"),
+        (["--only", "tests", "--out", "FILE/bundle"], "cannot be written (Not a directory); name another folder"),
+    ],
+)
+def test_the_users_errors_are_a_line_each(fastrot, monkeypatch, tmp_path, words, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "file").touch()
+    done = fastrot("selfcheck", *(word.replace("FILE", str(tmp_path / "file")) for word in words))
+    assert done.code == 2 and len(done.errors) == 1 and says in done.errors[0]
+
+
+def test_a_package_without_its_checkout_says_so(fastrot, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "CHECKOUT", tmp_path)
+    done = fastrot("selfcheck", "--out", tmp_path / "bundle")
+    assert done.code == 2 and len(done.errors) == 1
+    assert "holds no bench, tests, configs; run it in a clone of the repository" in done.errors[0]
+
+
+@pytest.mark.parametrize("body, code", [("good", 0), ("wrong", 3)])
+def test_the_command_says_where_the_page_lies_and_what_to_open(fastrot, monkeypatch, tmp_path, body, code):
+    monkeypatch.setattr("fastrot.selfcheck.parts.PARTS", (Part(body, "is it so?", 9, 9, ""),))
+    plain = run.run
+    monkeypatch.setattr(run, "run", lambda *words: plain(*words, start=tiny))
+    done = fastrot("selfcheck", "--out", tmp_path, "--json")
+    assert done.code == code and json.loads(done.out)["parts"] == {body: "failed" if code else "passed"}
+    assert done.errors == ([f"fastrot: wrong: 2 < 3; open {tmp_path}/wrong.txt"] if code else [])
