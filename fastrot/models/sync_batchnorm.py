@@ -38,7 +38,7 @@ class _SyncedNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, var, total = ctx.saved_tensors
         invstd = torch.rsqrt(var + ctx.eps)
-        if _by_kernels(x):
+        if x.is_cuda and not torch.compiler.is_compiling():
             if not grad.is_contiguous(memory_format=torch.channels_last):
                 grad = grad.contiguous()
             db, dxmu, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
@@ -67,14 +67,13 @@ class _SyncedNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, grad_bias, None
 
 
-def _by_kernels(x: Tensor) -> bool:
-    return x.is_cuda and not torch.compiler.is_compiling()
-
-
 def _local_statistics(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and variance [C] of this rank's maps, fp32, by torch's own batch-norm kernels: on
-    channels-last maps they are many times faster than torch.var_mean."""
-    if _by_kernels(x):
+    channels-last maps they are many times faster than torch.var_mean, which a compiler makes one pass of."""
+    if torch.compiler.is_compiling():
+        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        return mean, var
+    if x.is_cuda:
         mean, invstd = torch.batch_norm_stats(x, eps)
     else:
         _, mean, invstd = torch.ops.aten.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)

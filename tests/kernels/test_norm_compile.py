@@ -31,6 +31,10 @@ MAPS = {"x", "dy", "y", "residual", "dx", "dresidual"}
 NUMBERS = {"M": "i32", "C": "i32", "R": "i32", "split": "i32", "eps": "fp32", "momentum": "fp32"}
 
 
+def kernel_names(name):
+    return set(getattr(triton_norm, name).arg_names)
+
+
 def compiled(name, dtype, capability, constants):
     kernel = getattr(triton_norm, name)
     maps = MAPS | ({"out"} if name == "apply_kernel" else set())
@@ -59,5 +63,12 @@ def test_it_compiles_without_spills(tmp_path, monkeypatch, capability, dtype, na
     loads, stores = set(re.findall(r"ld\.global\S*", ptx)), set(re.findall(r"st\.global\S*", ptx))
     if name not in ("merge_kernel", "update_running_kernel"):
         assert loads == {"ld.global.v4.b32"}
+    if "split" in kernel_names(name):
+        tensors = len(MAPS & kernel_names(name)) - (constants.get("KEPT") is False)
+        assert set(re.findall(r"cp\.async\.c[ag]\.shared\.global.*, (0x\w+)", ptx)) == {"0x10"}
+        # groups of loads, one a tensor, that may be under way while a tile is summed: two tiles more
+        assert max(map(int, re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx))) == 2 * tensors
+        programs = 65_536 // 256 // most if dtype == "bf16" else 2
+        assert kernel.metadata.shared * programs <= 164 * 1024, "an A100's"
     if name in ("apply_kernel", "gradients_kernel"):
         assert stores == {"st.global.v4.b32"}

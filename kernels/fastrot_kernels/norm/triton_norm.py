@@ -14,6 +14,8 @@ from fastrot_kernels.norm.interface import Norm
 VALUES_PER_PROGRAM, VALUES_PER_SUM = 4096, 2048
 WARPS = 8
 PROGRAMS = 512
+# Tiles of a sum at once: one that is summed, others on their way to shared memory; one load a thread leaves memory idle.
+STAGES = tl.constexpr(4)
 
 
 def moments(x: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ def moments_kernel(
     offset = r[:, None] * C + c[None, :]
     sums = tl.zeros((BM, BC), tl.float32)
     squares = tl.zeros((BM, BC), tl.float32)
-    for start in range(0, count, BM):
+    for start in tl.range(0, count, BM, num_stages=STAGES):
         inside = (start + r < count)[:, None] & (c < C)[None, :]
         distance = tl.load(here + offset, mask=inside, other=0.0).to(tl.float32) - origin[None, :]
         distance = tl.where(inside, distance, 0.0)
@@ -286,7 +288,7 @@ def gradient_sums_kernel(
     offset = r[:, None] * C + c[None, :]
     along = tl.zeros((BM, BC), tl.float32)
     level = tl.zeros((BM, BC), tl.float32)
-    for start in range(0, count, BM):
+    for start in tl.range(0, count, BM, num_stages=STAGES):
         inside = (start + r < count)[:, None] & (c < C)[None, :]
         xhat, g = _xhat_and_gradient(dy, x, y, base + offset, inside, mean, rstd, w, b, RELU, KEPT)
         along += g * xhat
