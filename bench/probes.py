@@ -41,8 +41,8 @@ from fastrot.cli import main as fastrot
 from fastrot.features.read import open_store
 from fastrot.models.backbone import random_backbone
 from fastrot.probes.kernel import Gram, gram
-from fastrot.probes.knn import knn
 from fastrot.probes.lowshot import KS, SAMPLES, drawn_targets, low_shot
+from fastrot.probes.neighbours import knn
 from fastrot.probes.precision import area_ap
 from fastrot.probes.svm import COSTS, FOLDS, POSITIVE_WEIGHT, normalised, path, stratified_folds, voc_svm
 

@@ -10,7 +10,8 @@ import time
 from fastrot import __version__
 from fastrot.commands import GROUPS, find
 from fastrot.commands.base import Command
-from fastrot.errors import Fault, UserError
+from fastrot.errors import Fault, UserError, is_of_an_extra, why_not_there
+from fastrot.files import finite
 
 _OTHERS_WAIT_S = 5  # launchers end the other ranks within two
 
@@ -34,6 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, Fault) as error:
         _complain(error)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if not is_of_an_extra(error):
+            raise
+        _complain(f"fastrot {command.name}: {why_not_there(error)}")
+        return UserError.exit_code
     except KeyboardInterrupt as stop:  # a run says in it what stands
         _complain("; ".join(["stopped by Ctrl-C", *map(str, stop.args)]))
         return 130
@@ -43,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(command: Command, args: argparse.Namespace) -> None:
     result = command.run(args)
     if result is not None and args.json and os.environ.get("RANK", "0") == "0":
-        print(json.dumps(result), flush=True)
+        print(json.dumps(finite(result)), flush=True)
 
 
 def _names() -> list[str]:

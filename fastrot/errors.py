@@ -31,3 +31,29 @@ class BadImage(Exception):
 
 class Unreadable(BadImage):
     """The system could not read it, or it is not the file that was indexed: this may pass, its bytes said nothing."""
+
+
+# a package that is not of the core -> the extra that brings it
+_EXTRAS = {
+    "cv2": "detect",
+    "deepspeed": "deepspeed",
+    "ffcv": "ffcv",
+    "jinja2": "report",
+    "nvidia": "dali",
+    "pycocotools": "detect",
+    "scipy": "report",
+    "tensorboard": "report",
+}
+
+
+def why_not_there(error: ImportError) -> str:
+    """Why a package cannot be imported, and what to install where it is one of an extra's."""
+    package = (error.name or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package in _EXTRAS:
+        return f"{package} is not installed; pip install 'fastrot[{_EXTRAS[package]}]'"
+    return f"cannot be imported ({error})"
+
+
+def is_of_an_extra(error: ModuleNotFoundError) -> bool:
+    """Whether what is missing is a package that an extra brings."""
+    return (error.name or "").partition(".")[0] in _EXTRAS

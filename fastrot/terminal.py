@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from rich.console import Console
@@ -11,11 +13,22 @@ from rich.table import Column, Table
 
 T = TypeVar("T")
 _QUIET_S = 10  # seconds between plain progress lines
+_speaks = ContextVar("speaks", default=True)
+
+
+@contextmanager
+def speaking(aloud: bool) -> Iterator[None]:
+    """Within, what is printed through a console is shown, or is not: a library's user has not asked for it."""
+    before = _speaks.set(aloud)
+    try:
+        yield
+    finally:
+        _speaks.reset(before)
 
 
 def console() -> Console:
     """Standard error: standard output is for results."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=not _speaks.get())
 
 
 def progress_bar(out: Console) -> Progress:

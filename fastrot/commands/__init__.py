@@ -8,8 +8,8 @@ GROUPS = {
     "data": ("index", "pack", "tune"),
     "training": ("train", "linear", "finetune", "detect", "segment"),
     "judging a backbone": ("features", "svm", "lowshot", "knn", "page"),
-    "handing it on": ("export",),
-    "looking behind": ("stream", "config", "demo-data", "warmup", "selfcheck"),
+    "handing it on": ("predict", "export"),
+    "looking behind": ("profile", "estimate", "selfcheck", "stream", "config", "demo-data", "warmup"),
 }
 
 

@@ -9,6 +9,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=3, metavar="S", help="seconds of timing a setting (default: 3)"
     )
+    parser.add_argument(
+        "--images-per-s",
+        type=float,
+        metavar="N",
+        help="images/s of all ranks that the training takes, as its log says: on a GPU, find the largest share of the "
+        "hardware decoder that keeps up, which leaves the step the most (default: the share stays 0.99)",
+    )
     add_dry_run(parser)
     add_config(parser, "data", "rotation", "model", "optim", "engine", "run")
 
@@ -25,7 +32,7 @@ def _run(args: argparse.Namespace) -> Result:
             )
         from fastrot.runs.tune import tune
 
-        return tune(config, ranks, args.seconds)
+        return tune(config, ranks, args.seconds, args.images_per_s)
 
 
 COMMAND = Command(

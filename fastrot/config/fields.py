@@ -59,7 +59,7 @@ class Data(Section):
     prefetch: PositiveInt | None = None
     """Micro-batches decoded ahead, a rank; each holds n * crop * crop * 3 bytes. Default: as fastrot tune found, else 3."""
     hw_decoder_load: Unit | None = None
-    """Share of the JPEGs that dali gives to the GPU's hardware decoder; default: as fastrot tune found, else DALI's."""
+    """Share of the JPEGs that dali gives to the GPU's hardware decoder; default: as fastrot tune found, else 0.99."""
     max_bad: Annotated[int, Field(ge=0)] | None = None
     """Unreadable images that stop a run; default: the larger of 10 and 0.1% of the rows."""
     max_pixels: PositiveInt = 178_000_000
@@ -134,8 +134,7 @@ class Engine(Section):
     """Most images a rank holds at once; default: its whole share. Batch norm sees a micro-step's views."""
     bucket_mb: NonNegativeFloat = 25.0
     """Several ranks average their gradients in buckets of so many MiB while the backward pass still fills the next
-    (ZeRO 1: after it; a compiled backward pass gives all at its end, but where synchronised norms divide it);
-    0: in one piece after it."""
+    (ZeRO 1: after it; a compiled backward pass gives all at its end); 0: in one piece after it."""
     compile: Literal[False, True, "default", "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"] = False
     """torch.compile the network; true is mode `default`. The last two modes replay CUDA graphs of their own."""
     channels_last: bool = True

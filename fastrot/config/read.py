@@ -121,6 +121,21 @@ def _refuse_foreign(path: str | None, values: dict[str, Any], overrides: list[st
             raise UserError(f"{_shown(override)}: fastrot {command} does not read the section {section}")
 
 
+def _in_file(path: str | None) -> dict[str, Any]:
+    """{section.key: value} of a YAML file, or nothing. Raises UserError."""
+    if path is None:
+        return {}
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"--config {path}: {reason}") from None
+    tree = _parse(text, path) or {}
+    if not isinstance(tree, dict):
+        raise UserError(f"--config {path}: expected sections ({', '.join(Config.model_fields)})")
+    return _flatten(tree)
+
+
 def load(path: str | None, overrides: list[str], command: str | None = None) -> tuple[Config, dict[str, str]]:
     """The resolved config, and where each key's value comes from (file, command line, default).
 
@@ -130,19 +145,8 @@ def load(path: str | None, overrides: list[str], command: str | None = None) -> 
                read. A command that trains nothing reads any file, and of it what it needs.
     Raises UserError with one line for each thing that is wrong.
     """
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise UserError(f"--config {path}: {reason}") from None
-        tree = _parse(text, path) or {}
-        if not isinstance(tree, dict):
-            raise UserError(f"--config {path}: expected sections ({', '.join(Config.model_fields)})")
-        values = _flatten(tree)
-        sources = dict.fromkeys(values, path)
+    values = _in_file(path)
+    sources = dict.fromkeys(values, path or "")
     if command is not None:
         _refuse_foreign(path, values, overrides, command)
     for override in overrides:
@@ -152,6 +156,14 @@ def load(path: str | None, overrides: list[str], command: str | None = None) -> 
         values[key] = _value(key, value, override)
         sources[key] = "command line"
     return _validated(values, sources), {key: sources.get(key, "default") for key in known_keys()}
+
+
+def from_values(path: str | None, values: dict[str, Any], command: str | None = None) -> Config:
+    """The config of a file, or of the defaults, in which keys have other values, as Python has them. As `load`."""
+    found = _in_file(path)
+    if command is not None:
+        _refuse_foreign(path, found, list(values), command)
+    return _validated(found | values, dict.fromkeys(found, path or "") | dict.fromkeys(values, "argument"))
 
 
 def _validated(values: dict[str, Any], sources: dict[str, str]) -> Config:

@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TypeVar
 
 from fastrot.errors import Fault
@@ -26,7 +26,7 @@ def begun(items: Iterable[T], ahead: int) -> Iterator[T]:
 
 def by_a_thread(
     items: Iterable[T], depth: int, timeout: float, stage: Callable[[], str], prepare: Callable[[], None]
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """The same items, drawn by a thread that runs at most `depth` ahead; what it raises is raised here.
 
     prepare  called first, in the thread.

@@ -11,6 +11,7 @@ from fastrot.config import Config
 from fastrot.data import loader_settings
 from fastrot.data.bad_images import BadImages
 from fastrot.data.decode import make_decoder
+from fastrot.data.decode.nvjpeg import Hardware
 from fastrot.data.index import in_cache
 from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
 from fastrot.data.loader_settings import Tuned
@@ -103,7 +104,7 @@ def make_loader(
         settings.threads,
         batch,
         DECODES_IN_FLIGHT,
-        settings.hw_decoder_load,
+        Hardware(settings.hw_decoder_load, *manifest.largest),
     )
     most = data.max_bad if data.max_bad is not None else max(10, len(manifest) // 1000)
     loader = Loader(

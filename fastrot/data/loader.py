@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -87,6 +88,7 @@ class Loader:
         self._storage, self._decoder, self._bad = storage, decoder, bad
         self._device, self._depth, self._timeout = device, depth, timeout
         self._stage = "starting"
+        self._flows: WeakSet[Generator[tuple[_Request, torch.Tensor], None, None]] = WeakSet()
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def train(
@@ -129,13 +131,13 @@ class Loader:
                 for first, last in zip([0, *ends], ends, strict=False):
                     yield _Request(step.part(first, last), size_at(start / len(self.manifest)))
 
-    def held_out(self, ranks: int, rank: int, images: int, short: int, crop: int) -> Iterator[MicroBatch]:
+    def held_out(self, ranks: int, rank: int, images: int, short: int, crop: int) -> Generator[MicroBatch, None, None]:
         """This rank's contiguous share of all rows, in order, at most `images` a batch."""
         first, last = slice_of(len(self.manifest), ranks, 1, 0, rank)
         parts = (np.arange(at, min(at + images, last)) for at in range(first, last, images))
         return self.shown(parts, short, crop)
 
-    def shown(self, parts: Iterable[NDArray[np.int64]], short: int, crop: int) -> Iterator[MicroBatch]:
+    def shown(self, parts: Iterable[NDArray[np.int64]], short: int, crop: int) -> Generator[MicroBatch, None, None]:
         """Given rows as evaluation shows them, a batch for each of `parts`, in order."""
 
         def show(rows: NDArray[np.int64], _epochs: NDArray[np.int64]) -> Sample:
@@ -147,7 +149,7 @@ class Loader:
 
     def augmented(
         self, parts: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]], crop: int
-    ) -> Iterator[MicroBatch]:
+    ) -> Generator[MicroBatch, None, None]:
         """Given (rows, epochs) as training shows them, a batch for each of `parts`, in order."""
         requests = (_Request(self.plan.of(rows, epochs), crop) for rows, epochs in parts)
         for request, pixels in self._flow(requests, self.plan.of):
@@ -159,6 +161,9 @@ class Loader:
         return self._bad.count
 
     def close(self) -> None:
+        """End the threads, those of what is still iterated first: they use the decoder."""
+        for flow in list(self._flows):
+            flow.close()
         self._storage.close()
         self._decoder.close()
 
@@ -175,13 +180,17 @@ class Loader:
             last,
         )
 
-    def _flow(self, requests: Iterable[_Request], remake: Remake) -> Iterator[tuple[_Request, torch.Tensor]]:
+    def _flow(
+        self, requests: Iterable[_Request], remake: Remake
+    ) -> Generator[tuple[_Request, torch.Tensor], None, None]:
         """Requests with their pixels, in order, by a thread that runs ahead."""
         reading = begun(((request, self._storage.start(request.sample.rows)) for request in requests), _READ_AHEAD)
         decoding = begun((self._submitted(request, finish) for request, finish in reading), DECODES_IN_FLIGHT - 1)
         decoded = (self._decoded(request, unread) for request, unread in decoding)
         sound = (self._mended(request, pixels, bad, remake) for request, pixels, bad in decoded)
-        return by_a_thread(sound, self._depth, self._timeout, lambda: self._stage, self._choose_device)
+        flow = by_a_thread(sound, self._depth, self._timeout, lambda: self._stage, self._choose_device)
+        self._flows.add(flow)
+        return flow
 
     def _choose_device(self) -> None:
         """A new thread starts on device 0."""

@@ -93,6 +93,15 @@ def fewest(paces: dict[float, list[float]], best: float) -> float | None:
     return best
 
 
+def most_that_meets(demand: float, paces: dict[float, list[float]]) -> float | None:
+    """The largest setting that is as fast as is asked for, else the fastest; None where the noise does not tell."""
+    for one in sorted(paces, reverse=True):
+        meets = at_least(paces[one], [demand] * len(paces[one]), 1.0)
+        if meets or meets is None:
+            return one if meets else None
+    return max(paces, key=lambda one: statistics.median(paces[one]))
+
+
 def at_least(paces: Sequence[float], others: Sequence[float], ratio: float) -> bool | None:
     """Whether one pace is `ratio` of the other or more, by the rounds of both; None where they do not tell."""
     low, middle, high = interval([one / other for one, other in zip(paces, others, strict=True)])

@@ -62,6 +62,11 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.file)
 
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Greatest height and greatest width; they may be two images'."""
+        return int(self.height.max()), int(self.width.max())
+
     def path(self, row: int) -> bytes:
         """Absolute path of a row's file, as bytes."""
         file = int(self.file[row])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastrot.distributed import Ranks
-from fastrot.errors import UserError
+from fastrot.errors import UserError, why_not_there
 
 if TYPE_CHECKING:
     from fastrot.engine.base import Engine
@@ -58,4 +58,8 @@ def make_engine(
         return PlainEngine(model, optimizer, settings, ranks)
     from fastrot.engine.deepspeed import DeepSpeedEngine
 
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"engine.kind deepspeed: {why_not_there(error)}, or set engine.kind=plain") from None
     return DeepSpeedEngine(model, optimizer, settings, ranks, batch, deepspeed_config)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -63,22 +63,34 @@ class Capturing(Protocol):
 
 
 class Capture:
-    """CUDA's."""
+    """CUDA's. One pool for all shapes, and once a graph is captured, for what warms up the next: beside it each shape
+    would take its memory a second time. Gradients, which the first shape makes, lie outside."""
 
     def __init__(self, device: torch.device):
-        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self._device, self._captured = device, False
+        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.MemPool()
+        # or the maps of a batch one image larger would fit nowhere in the pool
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda._POOL_HANDLE(self._pool.id)
         # thread_local: the loader's threads go on copying and allocating meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
             result = work()
+        self._captured = True
         return graph.replay, result
 
     @contextmanager
     def beside(self) -> Iterator[None]:
         """On the stream that captures, after what was queued before and before what follows."""
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), self._in_the_pool() if self._captured else nullcontext():
             yield
         torch.cuda.current_stream().wait_stream(self._stream)
+
+    @contextmanager
+    def _in_the_pool(self) -> Iterator[None]:
+        torch.cuda.empty_cache()  # an allocation in a pool does not free what is cached outside
+        # a pool takes its own thread's allocations, and autograd's threads would run the backward pass
+        with torch.cuda.use_mem_pool(self._pool, self._device), torch.autograd.set_multithreading_enabled(False):
+            yield

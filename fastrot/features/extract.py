@@ -2,12 +2,12 @@
 
 import json
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from fastrot.config import Config
 from fastrot.data.bad_images import BadImages
 from fastrot.data.build import open_manifest, plan_of, settings_of, short_side
 from fastrot.data.decode import Decoder, make_decoder, squash
-from fastrot.data.loader import DECODES_IN_FLIGHT, Loader, MicroBatch
+from fastrot.data.decode.nvjpeg import Hardware
+from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
 from fastrot.data.manifest import Manifest
 from fastrot.data.plan import slice_of
 from fastrot.data.remarks import describe
@@ -74,13 +75,8 @@ class Extractor:
     """Upright crops in, taps out: normalise, forward in eval mode, pool."""
 
     def __init__(self, model: ResNet, config: Config, device: torch.device, taps: tuple[str, ...], pool: str):
-        precision = config.engine.precision
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = precision != "fp32"
-        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
         self._model, self._device, self._taps, self._pool = model.to(device), device, taps, pool
-        self._autocast = AUTOCAST.get(precision)
+        self._autocast = AUTOCAST.get(config.engine.precision)
         self._mean = torch.tensor(config.data.mean, dtype=torch.float32, device=device) * 255
         self._std = torch.tensor(config.data.std, dtype=torch.float32, device=device) * 255
 
@@ -105,10 +101,11 @@ def dump(request: Request, config: Config, ranks: Ranks) -> dict[str, Any]:
     say(origin.says())
     manifest = open_manifest(request.source, config, ranks, "--data")
     describe(manifest, say)
+    _set_torch_flags(config.engine.precision)
     extract = Extractor(model, config, ranks.device, request.taps, request.pool)
     folder = Path(request.out)
     block = config.engine.images_per_micro_step or BLOCK
-    loader, decoder = _loader(request, config, manifest, ranks, block)
+    loader, decoder = _loader(request.transform, config, manifest, ranks, block)
     say(decoder)
     facts = _facts(request, config, manifest, origin, extract, block, decoder.partition(",")[0])
     finished = distributed.on_first(ranks, lambda: write.prepare(folder, facts, manifest))
@@ -137,6 +134,26 @@ def dump(request: Request, config: Config, ranks: Ranks) -> dict[str, Any]:
     if ranks.first:
         _show(result)
     return result
+
+
+def _set_torch_flags(precision: str) -> None:
+    """For the whole process, which the command owns: the same numbers at every start."""
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+
+
+def in_memory(
+    model: ResNet, manifest: Manifest, taps: tuple[str, ...], pool: str, transform: str, config: Config, ranks: Ranks
+) -> dict[str, NDArray[np.float32]]:
+    """float32 [N, D] for each tap, of every row of the manifest. Raises UserError, Fault."""
+    extract = Extractor(model, config, ranks.device, taps, pool)
+    parts = [np.arange(at, min(at + BLOCK, len(manifest))) for at in range(0, len(manifest), BLOCK)]
+    loader, _ = _loader(transform, config, manifest, ranks, BLOCK)
+    with closing(loader), closing(loader.shown(parts, short_side(config), config.data.crop)) as shown:
+        found = [_on_host(extract(batch.pixels, batch.flips))() for batch in shown]
+    return {tap: np.concatenate([block[tap] for block in found]) for tap in taps}
 
 
 def _sayer(ranks: Ranks) -> Say:
@@ -171,7 +188,7 @@ def _compute(
     title = f"features of {request.source}, blocks of {block}"
     with (
         closing(write.BlockWriter(folder, list(request.taps), block, ranks.rank)) as writer,
-        closing(cast(Generator[MicroBatch, None, None], batches)),  # which ends the thread that runs ahead
+        closing(batches),  # which ends the thread that runs ahead
     ):
         for number, batch in zip(mine, _tracked(batches, len(mine), title, ranks), strict=True):
             writer.put(number, _on_host(extract(batch.pixels, batch.flips)))
@@ -199,15 +216,16 @@ def _on_host(taps: dict[str, Tensor]) -> Callable[[], dict[str, NDArray[np.float
     return arrays
 
 
-def _loader(request: Request, config: Config, manifest: Manifest, ranks: Ranks, block: int) -> tuple[Loader, str]:
+def _loader(transform: str, config: Config, manifest: Manifest, ranks: Ranks, block: int) -> tuple[Loader, str]:
     """The engine's loader under the transform asked for, and the line that says how it decodes."""
     data, settings = config.data, settings_of(config, ranks)
-    if request.transform == "svm":
+    if transform == "svm":
         decoder: Decoder = squash.make(settings.threads, short_side(config))
         line = f"decoding with {decoder.name}, {settings.threads} threads"
     else:
         where = (data.decode, data.decode_on, ranks.device, settings.threads)
-        decoder, line = make_decoder(*where, block, DECODES_IN_FLIGHT, settings.hw_decoder_load)
+        hardware = Hardware(settings.hw_decoder_load, *manifest.largest)
+        decoder, line = make_decoder(*where, block, DECODES_IN_FLIGHT, hardware)
     bad = BadImages(None, manifest.source, data.max_bad or 0)  # another image's features are no row's own
     plan, storage = plan_of(config, manifest), FileStorage(manifest)
     return Loader(manifest, plan, storage, decoder, bad, ranks.device, settings.prefetch, data.timeout), line

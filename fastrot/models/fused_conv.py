@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from torchvision.models.resnet import ResNet
 
 from fastrot.models.fused_norm import FusedBottleneck, fuse_norms, maps_of, merged, rows_of, summed
-from fastrot.models.sync_batchnorm import across_ranks
 from fastrot_kernels import norm, pointwise
 
 # stride, padding, dilation and groups of a convolution
@@ -132,13 +131,6 @@ class _FusedConvBottleneck(FusedBottleneck):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        return self._synced(x) if self.bn1.synced else self._train(x, False)
-
-    @across_ranks
-    def _synced(self, x: Tensor) -> Tensor:
-        return self._train(x, True)
-
-    def _train(self, x: Tensor, over_ranks: bool) -> Tensor:
         kind, conv2 = x.device.type, self.conv2
         pairs = [(self.conv1, self.bn1), (conv2, self.bn2), (self.conv3, self.bn3)]
         if self.downsample is not None:
@@ -147,7 +139,7 @@ class _FusedConvBottleneck(FusedBottleneck):
         if not x.is_meta and torch.is_autocast_enabled(kind):  # torch knows none on the meta device
             x = x.to(torch.get_autocast_dtype(kind))
         geometry, eps = (conv2.stride, conv2.padding, conv2.dilation, conv2.groups), tuple(bn.eps for _, bn in pairs)
-        parts: tuple[Tensor, ...] = _Step.apply(x, geometry, self.stride, eps, over_ranks, *parameters)  # type: ignore[no-untyped-call]  # torch's apply
+        parts: tuple[Tensor, ...] = _Step.apply(x, geometry, self.stride, eps, self.bn1.synced, *parameters)  # type: ignore[no-untyped-call]  # torch's apply
         out, *moments = parts
         for (_, bn), each in zip(pairs, moments, strict=True):
             bn.track(each)

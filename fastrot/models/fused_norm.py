@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from fastrot.models.sync_batchnorm import across_ranks
 from fastrot_kernels import norm
 
 
@@ -97,24 +96,17 @@ class FusedNorm2d(nn.BatchNorm2d):
             out = super().forward(x)
             out = out if residual is None else out + residual
             return F.relu(out) if self.relu else out
-        return self._synced(x, residual) if self.synced else self._train(x, residual, False)
+        parts: tuple[Tensor, Tensor] = _NormAddRelu.apply(  # type: ignore[no-untyped-call]  # torch's apply
+            x, residual, self.weight, self.bias, self.eps, self.relu, self.synced
+        )
+        out, moments = parts
+        self.track(moments)
+        return out
 
     @property
     def synced(self) -> bool:
         """Whether a training step talks to other ranks."""
         return self.over_ranks and dist.get_world_size() > 1
-
-    @across_ranks
-    def _synced(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        return self._train(x, residual, True)
-
-    def _train(self, x: Tensor, residual: Tensor | None, over_ranks: bool) -> Tensor:
-        parts: tuple[Tensor, Tensor] = _NormAddRelu.apply(  # type: ignore[no-untyped-call]  # torch's apply
-            x, residual, self.weight, self.bias, self.eps, self.relu, over_ranks
-        )
-        out, moments = parts
-        self.track(moments)
-        return out
 
     def track(self, moments: Tensor) -> None:
         """Count a batch, and move the running statistics towards its moments."""

@@ -1,23 +1,18 @@
 """Batch norm over the views of all ranks: equal to one big batch, NCCL or gloo."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-F_ = TypeVar("F_", bound=Callable[..., object])
-
-
-def across_ranks(function: F_) -> F_:
-    """A function that talks to other ranks: a compiled network breaks its graph there."""
-    return cast(F_, torch.compiler.disable(function))
-
 
 class _SyncedNorm(torch.autograd.Function):
-    """Batch norm over the batches of all ranks: one gather forward, one all-reduce backward."""
+    """Batch norm over the batches of all ranks: one gather forward, one all-reduce backward.
+
+    CUDA's own kernels are called where nothing is compiled: a compiler fuses what it sees, and those it cannot see into.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -36,13 +31,14 @@ class _SyncedNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, var, total)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var, total)
+        ctx.set_materialize_grads(False)  # of the statistics there is none: no zeros for them
         return out, mean, var, total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, var, total = ctx.saved_tensors
         invstd = torch.rsqrt(var + ctx.eps)
-        if x.is_cuda:
+        if _by_kernels(x):
             if not grad.is_contiguous(memory_format=torch.channels_last):
                 grad = grad.contiguous()
             db, dxmu, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
@@ -71,10 +67,14 @@ class _SyncedNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, grad_bias, None
 
 
+def _by_kernels(x: Tensor) -> bool:
+    return x.is_cuda and not torch.compiler.is_compiling()
+
+
 def _local_statistics(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and variance [C] of this rank's maps, fp32, by torch's own batch-norm kernels: on
     channels-last maps they are many times faster than torch.var_mean."""
-    if x.is_cuda:
+    if _by_kernels(x):
         mean, invstd = torch.batch_norm_stats(x, eps)
     else:
         _, mean, invstd = torch.ops.aten.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
@@ -93,7 +93,6 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         return self._synced(x)
 
-    @across_ranks
     def _synced(self, x: Tensor) -> Tensor:
         parts: tuple[Tensor, ...] = _SyncedNorm.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]  # torch's apply
         out, mean, var, total = parts

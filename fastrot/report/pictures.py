@@ -15,7 +15,7 @@ from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage
 from fastrot.features.read import FeatureStore
-from fastrot.probes.knn import neighbours
+from fastrot.probes.neighbours import neighbours
 
 _THUMB = 84  # pixels
 _ZOOM = 6  # of a filter's pixel

@@ -17,7 +17,7 @@ from fastrot.errors import UserError
 from fastrot.features import extract
 from fastrot.features.read import open_store
 from fastrot.models.backbone import Origin, load_backbone
-from fastrot.probes import knn, linear, lowshot
+from fastrot.probes import linear, lowshot, neighbours
 from fastrot.report import probing
 from fastrot.report.suite import Set, Suite
 from fastrot.report.tables import Data
@@ -107,7 +107,7 @@ def _options(name: str, one: Set, rows: int) -> dict[str, Any]:
     if name == "lowshot":
         return {"ks": list(lowshot.KS), "seed": 0, "draws": one.draws}
     if name == "knn":
-        return {"ks": [k for k in knn.KS if k <= rows]}
+        return {"ks": [k for k in neighbours.KS if k <= rows]}
     return {"epochs": linear.EPOCHS} if name == "linear" else {}
 
 

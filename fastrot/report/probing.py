@@ -16,8 +16,8 @@ from fastrot.errors import UserError
 from fastrot.features.read import FeatureStore, open_store
 from fastrot.files import write_text
 from fastrot.probes import lowshot
-from fastrot.probes.knn import ranks
 from fastrot.probes.linear import DECAYS, HELD_OUT, RATES, linear
+from fastrot.probes.neighbours import ranks
 from fastrot.probes.svm import COSTS, voc_svm
 
 _CHECKED_ROWS = 8192  # read at once to look whether they are finite

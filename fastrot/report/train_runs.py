@@ -139,7 +139,10 @@ def _best(folder: Path) -> dict[str, float]:
     log = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     held_out = [line for line in lines if "held_out_accuracy" in line]
-    return {key: max(line[key] for line in held_out) for key in (held_out[0] if held_out else {})}
+    finite = (
+        {key: [line[key] for line in held_out if line.get(key) is not None] for key in held_out[0]} if held_out else {}
+    )
+    return {key: max(values) for key, values in finite.items() if values}
 
 
 def _model_hash(folder: Path) -> str:

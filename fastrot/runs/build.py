@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -28,13 +29,15 @@ from fastrot.runs.memory import Memory, estimate
 from fastrot.tasks import Task
 from fastrot.tasks.rotation import RotationTask
 
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
 
 def set_torch_flags(config: Config) -> None:
     """What a run sets for the whole process: precision, determinism, the compiler's limit. Called by who owns the
     process, before anything is computed."""
     e = config.engine
     if e.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        os.environ.setdefault(_CUBLAS, ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(e.deterministic)
     torch.backends.cudnn.benchmark = not e.deterministic
     torch.backends.cudnn.benchmark_limit = 0  # all of its algorithms, of which torch measures 10
@@ -53,6 +56,29 @@ def fitted(model: torch.nn.Module, config: Config, over_ranks: bool) -> torch.nn
     if config.engine.stem_channels > 3:
         pad_stem(model)
     return synchronise_batchnorm(model) if over_ranks else model
+
+
+@contextmanager
+def torch_flags_kept() -> Iterator[None]:
+    """What `set_torch_flags` sets, and the number of threads, as before in the end: for who does not own the process."""
+    cudnn = torch.backends.cudnn
+    deterministic, precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    benchmark, limit, tf32 = cudnn.benchmark, cudnn.benchmark_limit, cudnn.allow_tf32
+    threads, recompile, variable = (
+        torch.get_num_threads(),
+        torch._dynamo.config.recompile_limit,
+        os.environ.get(_CUBLAS),
+    )
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.set_float32_matmul_precision(precision)
+        cudnn.benchmark, cudnn.benchmark_limit, cudnn.allow_tf32 = benchmark, limit, tf32
+        torch.set_num_threads(threads)
+        torch._dynamo.config.recompile_limit = recompile
+        if variable is None:
+            os.environ.pop(_CUBLAS, None)
 
 
 class Job:

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import socket
 import time
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import Progress, TaskID
 
 from fastrot import terminal
-from fastrot.files import Damaged, as_json, read_json, write_text
+from fastrot.errors import why_not_there
+from fastrot.files import Damaged, as_json, finite, read_json, write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter  # a second, which runs without it need not pay
@@ -63,7 +63,7 @@ def _here() -> dict[str, Any]:
 
 
 def _put_status(folder: Path, content: dict[str, Any]) -> None:
-    path, text = folder / "STATUS.json", json.dumps(_finite(content), indent=1) + "\n"
+    path, text = folder / "STATUS.json", json.dumps(finite(content), indent=1) + "\n"
     try:
         write_text(path, text)
     except OSError as error:
@@ -72,11 +72,6 @@ def _put_status(folder: Path, content: dict[str, Any]) -> None:
         with path.open("r+", encoding="utf-8") as file:  # a full disk has no room for a second file beside it
             file.write(text)
             file.truncate()
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no other numbers: what is not finite is null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 class RunLog:
@@ -104,13 +99,19 @@ class RunLog:
         cut_back(self._folder / "metrics.jsonl", first_step)
         (self._folder / "metrics.jsonl").touch()
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=first_step)
+            self._board = self._opened_board(self._folder / "tensorboard", first_step)
         if self._out.is_terminal:
             self._bar = terminal.progress_bar(self._out)
             self._task = self._bar.add_task("training", total=total_steps, completed=first_step, note="")
             self._bar.start()
+
+    def _opened_board(self, folder: Path, first_step: int) -> "SummaryWriter | None":
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            self.say(f"no TensorBoard events: {why_not_there(error)}, or set run.tensorboard=false")
+            return None
+        return SummaryWriter(str(folder), purge_step=first_step)
 
     def say(self, line: str) -> None:
         """One fact a line, for a person."""
@@ -139,7 +140,7 @@ class RunLog:
             self.say(line)
 
     def _record(self, folder: Path, values: dict[str, Any]) -> None:
-        line = json.dumps(_finite(values)).encode() + b"\n"
+        line = json.dumps(finite(values)).encode() + b"\n"
         with (folder / "metrics.jsonl").open("r+b", buffering=0) as file:  # not made anew where it is gone
             end = file.seek(0, os.SEEK_END)
             if file.write(line) < len(line):

@@ -20,11 +20,12 @@ from torch import nn
 from fastrot import terminal
 from fastrot.config import Config, load
 from fastrot.data.bad_images import BadImages
-from fastrot.data.build import describe, open_manifest, settings_of
+from fastrot.data.build import open_manifest, settings_of
 from fastrot.data.manifest import Manifest
 from fastrot.data.masks import PALETTE, names_of
 from fastrot.data.objects import Objects, read_objects
 from fastrot.data.order import FullOrder
+from fastrot.data.remarks import describe
 from fastrot.data.sources import shards_of
 from fastrot.data.whole import WholeLoader
 from fastrot.data.whole_masks import ShownMask

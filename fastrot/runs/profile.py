@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import repeat
@@ -96,10 +97,9 @@ class _Bench:
     def _trained(self, what: str, trace: Path | None = None) -> tuple[Ceiling, dict[str, Any]]:
         job = Job(self.config, self.ranks, self.manifest, None, None, None, lambda line: None)
         try:
-            batches: Iterable[StepBatch] = job.batches(range(_MOST), 0)
-            if what == "step":
-                batches = _again_and_again(job, next(iter(batches)))
-            return _timed(job, batches, _SHARES[what] * self.unit, trace)
+            with closing(job.batches(range(_MOST), 0)) as batches:
+                steps = _again_and_again(job, next(batches)) if what == "step" else batches
+                return _timed(job, steps, _SHARES[what] * self.unit, trace)
         finally:
             job.close()
 
@@ -109,11 +109,8 @@ def _again_and_again(job: Job, first: StepBatch) -> Iterator[StepBatch]:
     return (replace(first, step=at, micro_steps=iter(micro)) for at, _ in enumerate(repeat(None)))
 
 
-def _timed(
-    job: Job, batches: Iterable[StepBatch], seconds: float, trace: Path | None
-) -> tuple[Ceiling, dict[str, Any]]:
+def _timed(job: Job, steps: Iterator[StepBatch], seconds: float, trace: Path | None) -> tuple[Ceiling, dict[str, Any]]:
     """Laps of the loop itself at rate 0: the weights stay, a step costs the same."""
-    steps = iter(batches)
     warm = _run(job, steps, WARM_UPS + 2, 1)
     step_s = min(line["step_s"] for line in warm.lines[WARM_UPS:])
     lap = max(1, round(seconds / _LAPS / step_s))

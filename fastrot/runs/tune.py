@@ -13,6 +13,7 @@ from fastrot import distributed, machine, terminal
 from fastrot.config import Config
 from fastrot.data import loader_settings
 from fastrot.data.build import crop_at, make_loader, open_manifest, settings_of
+from fastrot.data.decode.nvjpeg import HARDWARE_LOAD
 from fastrot.data.loader_settings import Tuned
 from fastrot.data.manifest import Manifest
 from fastrot.data.remarks import describe
@@ -24,8 +25,7 @@ _WARM = 3  # batches before the clock starts
 _LEAST = 8  # batches timed, however slow
 _ROUNDS = (5, 3, 3)  # alternating, so that a busy moment hits no setting alone; more where the first do not tell
 _MOST_STEPS = 10**6
-_SHARES = (0.0, 0.25, 0.5, 0.65, 0.8, 1.0)  # of the hardware decoder
-_DALIS_SHARE = 0.65  # where nothing is set
+_SHARES = (0.0, 0.25, 0.5, 0.65, 0.8, 0.9, HARDWARE_LOAD)  # of the hardware decoder
 _Paces = dict[float, list[float]]  # {setting: images/s of all ranks, a round each}
 
 
@@ -83,14 +83,17 @@ class _Bench:
             loader.close()
 
 
-def tune(config: Config, ranks: Ranks, seconds: float) -> dict[str, Any]:
+def tune(config: Config, ranks: Ranks, seconds: float, demand: float | None = None) -> dict[str, Any]:
     """Run the loader for `seconds` at each of some settings, choose, and keep the choice in the cache; run it longer
     where the machine's own noise hides the difference, and keep nothing where it hides it still.
 
     To be started as the training will be: the ranks of a machine share its cores, and run together here.
+    demand  images/s of all ranks that the training takes; None: the hardware decoder's share stays as it is.
     """
     if seconds <= 0:
         raise UserError(f"--seconds {seconds:g}: must be above 0")
+    if demand is not None and demand <= 0:
+        raise UserError(f"--images-per-s {demand:g}: must be above 0")
     manifest = open_manifest(config.data.train, config, ranks, "data.train")
     describe(manifest, terminal.console().print if ranks.first else lambda line: None)
     bench = _Bench(config, manifest, ranks, seconds / _ROUNDS[0])
@@ -112,12 +115,15 @@ def tune(config: Config, ranks: Ranks, seconds: float) -> dict[str, Any]:
     }
     if threads is not None:
         settings, pace, of_each = tried[threads], statistics.median(by_threads[threads]), took[threads]
-        if ranks.device.type == "cuda" and config.data.decode in ("auto", "dali") and config.data.decode_on != "cpu":
+        on_gpu = (
+            ranks.device.type == "cuda" and config.data.decode in ("auto", "dali") and config.data.decode_on != "cpu"
+        )
+        if on_gpu and demand is not None:
             loads = {load: replace(settings, hw_decoder_load=load) for load in _SHARES}
-            choose = partial(loader_settings.fastest, default=_DALIS_SHARE)
+            choose = partial(loader_settings.most_that_meets, demand)
             load, by_load, took = bench.compare(loads, "share of the hardware decoder", choose)
             result["images_per_s_by_hw_decoder_load"] = _medians(by_load)
-            if load not in (None, _DALIS_SHARE):
+            if load not in (None, HARDWARE_LOAD):
                 settings, pace, of_each = loads[load], statistics.median(by_load[load]), took[load]
         result |= _kept(settings, of_each, config, ranks) | {"images_per_s": pace}
     if ranks.first:
@@ -170,7 +176,9 @@ def _show(r: dict[str, Any], share: int) -> None:
     ]
     if r["images_per_s_by_hw_decoder_load"]:
         by_load, load = paces(r["images_per_s_by_hw_decoder_load"]), r["hw_decoder_load"]
-        what = "left to DALI: none is told to be faster" if load is None else f"{load:g}: the fastest"
+        what = (
+            f"{HARDWARE_LOAD if load is None else load:g}: the most that keeps up, so the step keeps its GPU and host"
+        )
         rows.append(("data.hw_decoder_load", f"{what} (images/s {by_load})"))
     rows.append(("kept in", f"{r['kept']}; training uses it where the config leaves these keys unset"))
     terminal.table("tuned", rows)

@@ -15,6 +15,7 @@ from PIL import Image
 from fastrot.data.augment import crop_windows
 from fastrot.data.decode import Decoder, make_decoder
 from fastrot.data.decode.batch import Batch
+from fastrot.data.decode.nvjpeg import Hardware
 from fastrot.data.images import decode_upright
 from fastrot.errors import UserError
 from fastrot.files import sha256_of
@@ -104,7 +105,7 @@ def decoders(place: Place, found: Found) -> None:
     for name, where, share in [*arms, ("turbo", "cpu", None), ("dali", "cpu", None), ("torch", "cpu", None)]:
         says = f"{name}, {where}" + ("" if share is None else f", hardware share {share:g}")
         try:
-            decoder, line = make_decoder(name, where, device, 4, 64, 2, share)
+            decoder, line = make_decoder(name, where, device, 4, 64, 2, Hardware(share))
         except UserError as error:
             (found.failures if where == "gpu" else found.skipped).append(f"{says}: {error}")
             continue

@@ -14,8 +14,7 @@ import torch
 from fastrot import config as configs
 from fastrot import distributed
 from fastrot.data.build import make_loader, open_manifest
-from fastrot.probes.knn import knn
-from fastrot.probes.svm import voc_svm
+from fastrot.probes import knn, voc_svm
 from fastrot.selfcheck import verdict
 from fastrot.selfcheck.correctness import SAME, small
 from fastrot.selfcheck.images import drawn

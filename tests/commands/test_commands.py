@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ OWN = {  # an option that no other command's help may show
     "pack": "--raw-share",
     "profile": "--try",
     "estimate": "--nodes",
+    "tune": "--images-per-s",
     "train": "--deepspeed_config",
     "linear": "--features",
     "features": "--taps",
@@ -170,6 +172,14 @@ def test_exit_codes(fastrot, monkeypatch, error, code):
     assert (done.errors == []) == (error is None)
     if code == 130:
         assert done.errors == ["fastrot: stopped by Ctrl-C"]
+
+
+def test_what_is_not_finite_is_null_in_json(fastrot, monkeypatch):
+    from fastrot.commands import config
+
+    command = replace(config.COMMAND, run=lambda _: {"a": float("nan"), "b": [1.5, {"c": float("-inf")}]})
+    monkeypatch.setattr(config, "COMMAND", command)
+    assert fastrot("config", "--json").out == '{"a": null, "b": [1.5, {"c": null}]}\n'
 
 
 def _dry(command, images, out):

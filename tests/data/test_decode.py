@@ -17,7 +17,7 @@ from PIL import Image
 
 from conftest import DALI_RESIZES, cpu_decoder, draw, runnable_decoders
 from fastrot.data.augment import central_boxes, crop_windows
-from fastrot.data.decode import make_decoder
+from fastrot.data.decode import make_decoder, nvjpeg
 from fastrot.data.decode.batch import Batch
 from fastrot.data.images import decode_upright
 from fastrot.data.index import index
@@ -259,15 +259,25 @@ def test_an_nvjpeg_that_sends_windows_to_the_cpu_is_not_asked_to_filter_them(mon
 
     monkeypatch.setattr("ctypes.CDLL", Library)
     dali.nvjpeg.filters_windows.cache_clear()
-    assert dali._on_gpu("mixed", 0.5, whole=False) == {"jpeg_fancy_upsampling": filtered, "hw_decoder_load": 0.5}
-    assert dali._on_gpu("mixed", None, whole=True) == {"jpeg_fancy_upsampling": True}
+    hardware = dali.nvjpeg.Hardware(0.5, 400, 600)
+    assert dali._on_gpu("mixed", hardware, whole=False) == hardware.options() | {"jpeg_fancy_upsampling": filtered}
+    assert dali._on_gpu("mixed", hardware, whole=True) == hardware.options() | {"jpeg_fancy_upsampling": True}
     assert ("nvJPEG 1" in caplog.text) is not filtered and len(loaded) == 1
     dali.nvjpeg.filters_windows.cache_clear()
 
 
+def test_the_hardware_decoder_takes_nearly_all_and_knows_how_large_they_are():
+    """Up to a size for which memory is there."""
+    assert nvjpeg.Hardware().options()["hw_decoder_load"] == 0.99
+    assert nvjpeg.Hardware(0.25, 400, 90_000).options() == {
+        "hw_decoder_load": 0.25,
+        "preallocate_height_hint": 400,
+        "preallocate_width_hint": 5980,
+    }
+
+
 def test_the_wheels_nvjpeg_is_the_one_that_is_loaded(monkeypatch):
     """Whichever a library path would find; a library without a wheel is found by its name."""
-    nvjpeg = pytest.importorskip("fastrot.data.decode.nvjpeg")
     path = nvjpeg._path()
     if path == "libnvjpeg.so.13":
         pytest.skip("the nvJPEG wheel is not installed")

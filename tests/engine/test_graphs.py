@@ -1,5 +1,8 @@
 """Steps replayed from graphs are the steps themselves: CUDA's part played on the host, and on a GPU by CUDA."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -69,6 +72,51 @@ def test_replayed_steps_learn_what_steps_learn(ranks):
     assert all(torch.equal(ours[name], value) for name, value in weights.items())
     assert capture.captured == 2 and capture.beside_runs == 2 * WARM_UPS
     assert all(place == places[0] for place in places)
+
+
+def test_later_shapes_take_no_memory_but_the_graphs(monkeypatch):
+    """CUDA's allocator played on the host: where each run's forward and backward pass would allocate. A pool takes
+    what its own thread asks for, a capture what its stream does; autograd runs on threads of its own, or on none."""
+    places, ran, said = ["outside"], [], []
+
+    @contextmanager
+    def taking(place):
+        places.append(place)
+        yield
+        places.pop()
+
+    stream, pool = SimpleNamespace(wait_stream=lambda other: None), SimpleNamespace(id=(0, 7))
+    for name, stand_in in {
+        "Stream": lambda device: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda one: taking(places[-1]),
+        "MemPool": lambda: pool,
+        "use_mem_pool": lambda one, device: taking(("pool", one.id)),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": lambda graph, pool, **_: taking(("capture", pool)),
+        "empty_cache": lambda: said.append("emptied"),
+        "memory._set_allocator_settings": said.append,
+    }.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", stand_in)
+
+    def learn(views, batch):
+        by_threads = torch._C._is_multithreading_enabled() and places[-1][0] == "pool"
+        ran.append((len(views), places[-1], "outside" if by_threads else places[-1]))
+        return views
+
+    graphed = Graphed(learn, torch.device("cuda", 0))
+    for n in (4, 8):
+        for _ in range(WARM_UPS + 2):
+            pixels, turns = torch.zeros(1), torch.zeros(n, 4, dtype=torch.uint8)
+            graphed(torch.zeros(n), MicroBatch(pixels, pixels, turns, None, None, 20))
+    outside, pooled, captured = "outside", ("pool", pool.id), ("capture", pool.id)
+    assert ran == [
+        *[(4, outside, outside)] * WARM_UPS,
+        (4, captured, captured),
+        *[(8, pooled, pooled)] * WARM_UPS,
+        (8, captured, captured),
+    ]
+    assert said == ["expandable_segments:True", *["emptied"] * WARM_UPS]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +206,30 @@ def test_a_dry_run_on_graphs_times_replays_alone(fastrot, images, tmp_path, monk
     )  # fmt: skip
     assert done.code == 0, done.err
     assert said == [(2, 2 * WARM_UPS)] * 2
+
+
+@pytest.mark.gpu
+def test_a_second_shape_takes_hardly_more_of_the_gpu():
+    """By what torch has reserved, after a batch and after one that is an image larger."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    model = nn.Sequential(nn.Conv2d(4, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU()).to(device)
+
+    def learn(views, batch):
+        loss = model(views).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    graphed, reserved = Graphed(learn, device), []
+    for n in (32, 33):
+        for _ in range(WARM_UPS + 2):
+            views, turns = (
+                torch.rand(n, 4, 224, 224, device=device),
+                torch.zeros(n, 4, dtype=torch.uint8, device=device),
+            )
+            graphed(views, MicroBatch(turns, turns, turns, None, None, n))
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved(device))
+    assert reserved[1] < 1.25 * reserved[0]
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 import io
 import subprocess
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -315,3 +316,24 @@ def test_dropped_with_a_batch_in_flight_its_threads_end(encoded):
     turbo.submit([encoded["444"][0]] * 200, upright(200), np.array([(0, 0, 8, 8)] * 200, np.int32), 224)
     del turbo
     assert len(list(Path("/proc/self/task").iterdir())) == threads
+
+
+def test_closing_waits_for_a_thread_that_waits_for_a_batch():
+    """Whose memory the pool would else take away, and with it the process."""
+    turbo, begun, ended = Turbo(1), threading.Event(), []
+    photo = jpeg(grain(700, 700))
+
+    def work():
+        try:
+            while True:
+                one(turbo, photo, (0, 0, 700, 700), 32)
+                begun.set()
+        except RuntimeError as error:
+            ended.append(str(error))
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    begun.wait()
+    turbo.close()
+    worker.join(60)
+    assert ended == ["turbo is closed"]

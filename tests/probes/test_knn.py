@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
 from fastrot.errors import UserError
-from fastrot.probes import knn as module
-from fastrot.probes.knn import knn, neighbours
+from fastrot.probes import neighbours as module
+from fastrot.probes.neighbours import knn, neighbours
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from fastrot.probes.knn import knn
 from fastrot.probes.linear import linear
+from fastrot.probes.neighbours import knn
 from fastrot.probes.svm import COSTS, voc_svm
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastrot import distributed
 from fastrot.config import Data, load
 from fastrot.data import loader_settings
 from fastrot.data.build import make_loader
@@ -69,6 +70,38 @@ def test_equal_settings_are_seldom_told_apart(rounds, seed):
 def test_the_interval_leaves_out_what_so_many_coins_allow(n, cut):
     low, middle, high = loader_settings.interval([float(v) for v in range(n)])
     assert (low, middle, high) == (cut, (n - 1) / 2, n - 1 - cut)
+
+
+def test_the_hardware_decoder_takes_the_most_with_which_the_loader_keeps_up():
+    paces = {0.5: [1900.0] * 5, 0.65: [2000.0] * 5, 0.9: [1500.0] * 5, 0.99: [1200.0] * 5}
+    asked = {1000: 0.99, 1400: 0.9, 1700: 0.65, 2500: 0.65}  # the fastest where none is fast enough
+    assert {demand: loader_settings.most_that_meets(demand, paces) for demand in asked} == asked
+    noisy = paces | {0.99: [800.0, 1600, 900, 1500, 1300]}
+    assert loader_settings.most_that_meets(1000, noisy) is None
+
+
+def test_only_a_demand_makes_tune_time_the_hardware_decoder(images, tmp_path, monkeypatch):
+    """On a GPU, played on the host."""
+    monkeypatch.setenv("FASTROT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tune.machine, "cores", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    loads = []
+
+    def intervals(bench, settings):
+        loads.append(settings.hw_decoder_load)
+        return iter([0.01 if settings.hw_decoder_load == 0.8 else 0.02] * 8)
+
+    monkeypatch.setattr(tune._Bench, "_intervals", intervals)
+    config = load(None, [f"data.train={images}", "optim.images_per_step=6"])[0]
+    distributed.start()
+    gpu = Ranks(0, 1, 0, 1, torch.device("cuda", 0))
+    try:
+        assert tune.tune(config, gpu, 1.0)["hw_decoder_load"] is None and set(loads) == {None}
+        found = tune.tune(config, gpu, 1.0, demand=500)
+        assert found["hw_decoder_load"] == 0.8 and found["images_per_s"] == pytest.approx(600)
+        assert tune.tune(config, gpu, 1.0, demand=200)["hw_decoder_load"] is None, "the default keeps up"
+    finally:
+        distributed.end()
 
 
 def test_thread_counts_surround_a_ranks_share_of_the_cores():
@@ -181,6 +214,11 @@ def test_tune_without_data_says_what_to_set(fastrot):
     done = fastrot("tune")
     assert done.code == 2
     assert done.errors == ["fastrot: data.train is not set; name an image folder, as in data.train=/path, or list:FILE"]
+
+
+def test_a_demand_is_above_zero(fastrot, images):
+    done = fastrot("tune", f"data.train={images}", "--images-per-s", "0")
+    assert done.code == 2 and done.errors == ["fastrot: --images-per-s 0: must be above 0"]
 
 
 def test_a_share_of_the_hardware_decoder_is_dalis(fastrot):

@@ -183,6 +183,20 @@ def test_killed_in_the_middle_and_begun_again_is_the_run_that_was_not(words, tmp
     assert json.dumps(learnt(killed)) == json.dumps(learnt(whole)) and same_weights(killed, whole, 8)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["segment", "c4"])
+def test_a_step_in_two_parts_is_of_the_same_images_and_size(kind, words, tmp_path, fastrot):
+    first = []
+    for parts in ("null", "2"):
+        more = ["optim.images_per_step=4", f"engine.images_per_micro_step={parts}", f"run.out={tmp_path / parts}"]
+        done = fastrot(*words[kind], *more, "run.max_steps=1")
+        assert done.code == 0, done.err
+        first.append(metrics(tmp_path / parts)[0])
+    whole, in_parts = first
+    assert in_parts["loss"] == pytest.approx(whole["loss"], rel=0.1)  # norms, dropout and sampled regions differ
+    assert in_parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=0.5)
+
+
 @pytest.mark.parametrize("kind", ["segment", pytest.param("c4", marks=pytest.mark.slow)])
 def test_two_ranks_learn_from_the_same_images_and_judge_the_same(kind, words, tmp_path, fastrot):
     out = f"run.out={tmp_path / 'r'}"

@@ -7,8 +7,9 @@ from typing import Protocol
 import torch
 
 from fastrot.data.decode.batch import Batch
+from fastrot.data.decode.nvjpeg import UNKNOWN, Hardware
 from fastrot.data.decode.raw import WithPixels
-from fastrot.errors import UserError
+from fastrot.errors import UserError, why_not_there
 
 DECODERS = {
     "dali": "fastrot.data.decode.dali:make",
@@ -52,36 +53,36 @@ def make_decoder(
     threads: int,
     batch: int,
     depth: int,
-    hw_decoder_load: float | None = None,
+    hardware: Hardware = UNKNOWN,
 ) -> tuple[Decoder, str]:
     """The decoder asked for, and a line that says what was taken and why.
 
     name   auto, or one of the makers' names; where: auto, cpu, or gpu, which is dali's alone.
     batch  most images a submit; depth: most submits in flight.
-    hw_decoder_load  share of the JPEGs for the GPU's hardware decoder; None: DALI's default.
+    hardware  what a GPU's own decoder is told.
     Raises UserError where a decoder asked for by name cannot run.
     """
     if where == "gpu" and device.type != "cuda":
         raise UserError("data.decode_on gpu: there is no CUDA device here; use data.decode_on=cpu")
     on_gpu = device.type == "cuda" and where != "cpu"
     names = [name] if name != "auto" else [_ON_GPU] if where == "gpu" else [_ON_GPU, *_ON_CPU] if on_gpu else _ON_CPU
-    decoder, refusals = _first(names, device if on_gpu else _CPU, threads, batch, depth, hw_decoder_load)
+    decoder, refusals = _first(names, device if on_gpu else _CPU, threads, batch, depth, hardware)
     why = f" (auto: {'; '.join(refusals)})" if refusals else ""
     return decoder, f"decoding with {decoder.name}, {threads} threads{why}"
 
 
 def _first(
-    names: list[str], device: torch.device, threads: int, batch: int, depth: int, hw_decoder_load: float | None = None
+    names: list[str], device: torch.device, threads: int, batch: int, depth: int, hardware: Hardware = UNKNOWN
 ) -> tuple[Decoder, list[str]]:
     """The first of these decoders that runs here, the first on `device`, others on the CPU; why those before do not."""
     refusals: list[str] = []
     for name, where in zip(names, chain([device], repeat(_CPU)), strict=False):
         module, _, maker = DECODERS[name].partition(":")
-        gpu_only = {"hw_decoder_load": hw_decoder_load} if name == _ON_GPU else {}
+        gpu_only = {"hardware": hardware} if name == _ON_GPU else {}
         try:
             decoder = getattr(importlib.import_module(module), maker)(where, threads, batch, depth, **gpu_only)
         except ImportError as error:
-            refusals.append(f"data.decode {name}: cannot be imported ({error})")
+            refusals.append(f"data.decode {name}: {why_not_there(error)}")
         except UserError as error:
             refusals.append(str(error))
         else:

@@ -44,11 +44,11 @@ _DEVICES_OWN = (torch.OutOfMemoryError, torch.AcceleratorError)  # RuntimeErrors
 
 
 def make(
-    device: torch.device, threads: int, batch: int, depth: int, hw_decoder_load: float | None = None
+    device: torch.device, threads: int, batch: int, depth: int, hardware: nvjpeg.Hardware = nvjpeg.UNKNOWN
 ) -> "DaliDecoder":
     """Raises UserError where its pipeline cannot be built: DALI builds lazily, so one is built here."""
     if device.type == "cuda":
-        decoder = DaliDecoder(device.index, threads, batch, depth, hw_decoder_load)
+        decoder = DaliDecoder(device.index, threads, batch, depth, hardware)
     else:
         decoder = DaliDecoder(None, threads, batch, depth, resampler=_resampler(threads))
     try:
@@ -77,13 +77,12 @@ class _Work:
     stored: NDArray[np.int32] | NDArray[np.float64]
 
 
-def _on_gpu(place: str, hw_decoder_load: float | None, whole: bool) -> dict[str, Any]:
-    """Options of `mixed` alone: libjpeg-turbo's chroma filter, elsewhere the only one; the hardware decoder's share."""
+def _on_gpu(place: str, hardware: nvjpeg.Hardware, whole: bool) -> dict[str, Any]:
+    """Options of `mixed` alone: libjpeg-turbo's chroma filter, elsewhere the only one; the hardware decoder's."""
     if place != "mixed":
         return {}
     filtered = nvjpeg.filters_windows()  # loads nvJPEG, so before DALI does
-    share = {} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load}
-    return {"jpeg_fancy_upsampling": filtered or whole} | share
+    return {"jpeg_fancy_upsampling": filtered or whole} | hardware.options()
 
 
 def _source(name: str, kind: types.DALIDataType = types.FLOAT) -> DataNode:
@@ -91,7 +90,7 @@ def _source(name: str, kind: types.DALIDataType = types.FLOAT) -> DataNode:
 
 
 @pipeline_def  # type: ignore[untyped-decorator]  # DALI's
-def _windows(place: str, device: str, hw_decoder_load: float | None, resized: bool) -> DataNode:
+def _windows(place: str, device: str, hardware: nvjpeg.Hardware, resized: bool) -> DataNode:
     """Window first, then resize: taps stay inside the window."""
     pixels = fn.decoders.image_slice(
         _source("data", types.UINT8),
@@ -101,7 +100,7 @@ def _windows(place: str, device: str, hw_decoder_load: float | None, resized: bo
         device=place,
         output_type=types.RGB,
         adjust_orientation=False,
-        **_on_gpu(place, hw_decoder_load, whole=False),
+        **_on_gpu(place, hardware, whole=False),
     )
     if not resized:
         return pixels
@@ -109,14 +108,14 @@ def _windows(place: str, device: str, hw_decoder_load: float | None, resized: bo
 
 
 @pipeline_def  # type: ignore[untyped-decorator]  # DALI's
-def _boxes(place: str, device: str, hw_decoder_load: float | None, resized: bool) -> DataNode:
+def _boxes(place: str, device: str, hardware: nvjpeg.Hardware, resized: bool) -> DataNode:
     """Whole image, then resize of a float box: taps reach outside it, as Pillow's do."""
     pixels = fn.decoders.image(
         _source("data", types.UINT8),
         device=place,
         output_type=types.RGB,
         adjust_orientation=False,
-        **_on_gpu(place, hw_decoder_load, whole=True),
+        **_on_gpu(place, hardware, whole=True),
     )
     if not resized:
         return pixels
@@ -149,13 +148,13 @@ class DaliDecoder:
         threads: int,
         batch: int,
         depth: int,
-        hw_decoder_load: float | None = None,
+        hardware: nvjpeg.Hardware = nvjpeg.UNKNOWN,
         resampler: Turbo | None = None,
     ):
         self.name = "dali on the CPU" if gpu is None else f"dali on GPU {gpu} (mixed)"
         self.name += ", resampled by turbo" if resampler else ""
         self._gpu, self._threads, self._batch, self._depth = gpu, threads, batch, depth
-        self._hw_decoder_load, self._resampler = hw_decoder_load, resampler
+        self._hardware, self._resampler = hardware, resampler
         self._pipes: dict[bool, Pipeline] = {}
         self._alone: DaliDecoder | None = None
         self._flying: deque[_Work] = deque()
@@ -219,7 +218,7 @@ class DaliDecoder:
             pipe = (_boxes if boxes else _windows)(
                 "cpu" if self._gpu is None else "mixed",
                 "cpu" if self._gpu is None else "gpu",
-                self._hw_decoder_load,
+                self._hardware,
                 self._resampler is None,
                 batch_size=self._batch,
                 num_threads=self._threads,
@@ -310,7 +309,7 @@ class DaliDecoder:
     def one(self, batch: Batch) -> torch.Tensor:
         """By a pipeline of its own; what DALI refuses goes to Pillow, which has the last word."""
         if self._alone is None:
-            self._alone = DaliDecoder(self._gpu, self._threads, 1, 1, self._hw_decoder_load, self._resampler)
+            self._alone = DaliDecoder(self._gpu, self._threads, 1, 1, self._hardware, self._resampler)
         work = _work_of(batch)
         try:
             if work.by_dali:

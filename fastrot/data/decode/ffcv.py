@@ -28,7 +28,7 @@ from fastrot.errors import BadImage
 def _library() -> ctypes.CDLL:
     package = importlib.util.find_spec("ffcv")
     if package is None:
-        raise ImportError("FFCV is not installed; `make setup` says what it needs")
+        raise ModuleNotFoundError("FFCV is not installed", name="ffcv")
     found = importlib.machinery.PathFinder.find_spec("_libffcv", package.submodule_search_locations)
     if found is None:
         raise ImportError("FFCV is installed without its compiled library")

@@ -7,7 +7,11 @@ antialiased bilinear resize bit for bit; with `fast`, large windows are first sc
 
 import ctypes
 import functools
+import os
+import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +68,8 @@ class Turbo:
     """
 
     def __init__(self, threads: int, fast: bool = False):
-        self._pool = None
+        self._pool, self._process = None, os.getpid()
+        self._in_use = threading.Lock()  # a thread that still submits or waits keeps the pool from being closed
         self._library, self._fast = _library(), fast
         self._pool = self._library.turbo_open(threads)
         if not self._pool:
@@ -100,7 +105,8 @@ class Turbo:
         requests["orientation"] = orientations
         requests["out"] = out.ctypes.data + np.arange(n) * (size * size * 3)
         pointers = (requests.ctypes.data, outcomes.ctypes.data, reasons.ctypes.data)
-        ticket = self._library.turbo_submit(self._pool, n, *pointers)
+        with self._opened() as pool:
+            ticket = self._library.turbo_submit(pool, n, *pointers)
         if not ticket:
             raise MemoryError("no memory for a batch")
         self._flying.append(_Flying(ticket, buffers, requests, out, outcomes, reasons))
@@ -109,16 +115,26 @@ class Turbo:
         """The oldest batch: uint8 [n, size, size, 3], and {position: (NOT_OURS or BROKEN, reason)} of
         images without pixels."""
         batch = self._flying.popleft()
-        self._library.turbo_wait(self._pool, batch.ticket)
+        with self._opened() as pool:
+            self._library.turbo_wait(pool, batch.ticket)
         failed = np.flatnonzero(batch.outcomes).tolist()
         said = {at: bytes(batch.reasons[at]).partition(b"\0")[0].decode("ascii", "replace") for at in failed}
         return batch.out, {at: (int(batch.outcomes[at]), reason) for at, reason in said.items()}
 
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        """The pool, which nobody closes meanwhile."""
+        with self._in_use:
+            if not self._pool:
+                raise RuntimeError("turbo is closed")
+            yield self._pool
+
     def close(self) -> None:
         """End the threads; what is in flight is lost."""
-        if self._pool:
-            self._library.turbo_close(self._pool)
-            self._pool = None
+        if self._pool and os.getpid() == self._process:  # a forked child has no such threads
+            with self._in_use:
+                self._library.turbo_close(self._pool)
+                self._pool = None
 
     def __del__(self) -> None:
         self.close()  # before the memory that its threads write into goes

@@ -1,0 +1,78 @@
+"""A network that synchronises its norms over ranks is one graph to a compiler, and computes what it did."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from fastrot import distributed
+from fastrot.models.fused_conv import fuse_convs
+from fastrot.models.fused_norm import fuse_norms
+from fastrot.models.sync_batchnorm import synchronise_batchnorm
+from workers.ranks import as_ranks
+from workers.steps import bottlenecks
+
+KINDS = {
+    "torch": synchronise_batchnorm,
+    "fused": lambda model: fuse_norms(model, over_ranks=True),
+    "fused_conv": lambda model: fuse_convs(model, over_ranks=True),
+}
+
+
+@pytest.fixture
+def two_ranks():
+    """This one, and one that is not there."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_that_synchronises_its_norms_is_one_graph(two_ranks, kind):
+    model, graphs = ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=8), []
+    model.maxpool = model.layer2 = model.layer3 = model.layer4 = nn.Identity()
+    model.fc = nn.Linear(256, 4)
+    KINDS[kind](model)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model.compile(backend=backend, fullgraph=True, dynamic=False)
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert len(graphs) == 1 and model.conv1.weight.grad is not None
+    parts = [part for part in graphs[0].modules() if isinstance(part, torch.fx.GraphModule)]
+    calls = [str(node.target) for part in parts for node in part.graph.nodes]
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert sum("all_gather" in call for call in calls) == sum("all_reduce" in call for call in calls) == norms == 5
+
+
+def compiled_beside_plain(out):
+    """Of two uneven ranks: everything of a step, by kind, as this rank has it."""
+    ranks, steps = distributed.start(), {}
+    for kind, synchronise in KINDS.items():
+        plain = synchronise(bottlenecks())
+        compiled = copy.deepcopy(plain)
+        compiled.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+        x = torch.randn(3 + ranks.rank, 3, 9, 9, generator=torch.Generator().manual_seed(ranks.rank))
+        steps[kind] = []
+        for model in (plain, compiled):
+            y = model(x)
+            y.square().sum().backward()
+            gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters()}
+            steps[kind].append({"y": y.detach()} | gradients | dict(model.named_buffers()))
+    torch.save(steps, out.with_suffix(f".{ranks.rank}"))
+    distributed.end()
+
+
+@pytest.mark.slow
+def test_a_compiled_network_over_ranks_computes_what_it_did(tmp_path):
+    as_ranks(2, compiled_beside_plain, tmp_path / "steps")
+    for rank in range(2):
+        for want, got in torch.load(tmp_path / f"steps.{rank}").values():
+            for name, value in want.items():
+                torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
