@@ -202,8 +202,9 @@ def ranks(place: Place, found: Found) -> None:
         found.skipped.append("scaling, synchronised norms, buckets: need two GPUs, and there is one")
         return
     size = ["--rounds", 3, "--images", at_once(place)] if place.gpu else ["--quick"]
+    only = _RANKS_ARMS if place.gpu else ("base", "bucket_mb=5")
     for world in sorted({2, gpus}):
-        result = place.bench(found, "step", *size, "--only", *_RANKS_ARMS, before=launcher(world))
+        result = place.bench(found, "step", *size, "--only", *only, before=launcher(world))
         found.failures += [f"{world} ranks, {arm}: {why}" for arm, why in result.get("missing", {}).items()]
         found.raw[f"{world} ranks"] = result
         arms = result.get("switches", {})
@@ -220,7 +221,7 @@ def ranks(place: Place, found: Found) -> None:
 
 
 def _captured_collectives(place: Place, found: Found) -> None:
-    words, runs = [*small(place), "run.max_steps=6", "engine.kind=deepspeed"], []
+    words, runs = [*small(place), "run.max_steps=5", "engine.kind=deepspeed"], []
     for graphs in ("false", "collectives"):
         lines, failure = place.train(f"ranks-{graphs}", *words, f"engine.cuda_graphs={graphs}", ranks=2)
         if failure:
