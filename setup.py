@@ -27,7 +27,7 @@ EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.4,<3; sys_platform == 'linux'"],
     "deepspeed": ["deepspeed>=0.19,<0.20", "ninja>=1.11", "setuptools>=77,<82"],
     "detect": ["opencv-python-headless>=4.11", "pycocotools>=2.0.10"],
-    "report": ["jinja2>=3.1", "scipy>=1.15", "tensorboard>=2.19"],
+    "report": ["jinja2>=3.1", "markupsafe>=3", "scipy>=1.15", "tensorboard>=2.19"],
 }
 EXTRAS["all"] = sorted({one for extra in EXTRAS.values() for one in extra})
 EXTRAS["ffcv"] = ["ffcv>=1.0.2,<2"]  # built from source, with OpenCV's and libjpeg-turbo's headers: not in `all`

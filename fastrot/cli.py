@@ -10,7 +10,7 @@ import time
 from fastrot import __version__
 from fastrot.commands import GROUPS, find
 from fastrot.commands.base import Command
-from fastrot.errors import Fault, UserError, is_of_an_extra, why_not_there
+from fastrot.errors import Fault, UserError, of_an_extra, why_not_there
 from fastrot.files import finite
 
 _OTHERS_WAIT_S = 5  # launchers end the other ranks within two
@@ -36,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         _complain(error)
         return error.exit_code
     except ModuleNotFoundError as error:
-        if not is_of_an_extra(error):
+        if not of_an_extra(error):
             raise
-        _complain(f"fastrot {command.name}: {why_not_there(error)}")
+        _complain(f"{command.name}: {why_not_there(error)}")
         return UserError.exit_code
     except KeyboardInterrupt as stop:  # a run says in it what stands
         _complain("; ".join(["stopped by Ctrl-C", *map(str, stop.args)]))

@@ -33,27 +33,27 @@ class Unreadable(BadImage):
     """The system could not read it, or it is not the file that was indexed: this may pass, its bytes said nothing."""
 
 
-# a package that is not of the core -> the extra that brings it
+# a package that is not of the core -> its name, and the extra that brings it
 _EXTRAS = {
-    "cv2": "detect",
-    "deepspeed": "deepspeed",
-    "ffcv": "ffcv",
-    "jinja2": "report",
-    "nvidia": "dali",
-    "pycocotools": "detect",
-    "scipy": "report",
-    "tensorboard": "report",
+    "cv2": ("OpenCV", "detect"),
+    "deepspeed": ("DeepSpeed", "deepspeed"),
+    "ffcv": ("FFCV", "ffcv"),
+    "jinja2": ("Jinja2", "report"),
+    "markupsafe": ("MarkupSafe", "report"),
+    "nvidia": ("DALI", "dali"),
+    "pycocotools": ("pycocotools", "detect"),
+    "scipy": ("SciPy", "report"),
+    "tensorboard": ("TensorBoard", "report"),
 }
 
 
+def of_an_extra(error: ImportError) -> tuple[str, str] | None:
+    """Name and extra of a package that is missing; None where an extra does not bring it."""
+    return _EXTRAS.get((error.name or "").partition(".")[0]) if isinstance(error, ModuleNotFoundError) else None
+
+
 def why_not_there(error: ImportError) -> str:
-    """Why a package cannot be imported, and what to install where it is one of an extra's."""
-    package = (error.name or "").partition(".")[0]
-    if isinstance(error, ModuleNotFoundError) and package in _EXTRAS:
-        return f"{package} is not installed; pip install 'fastrot[{_EXTRAS[package]}]'"
+    """Why a package cannot be imported, and what to install where an extra brings it."""
+    if found := of_an_extra(error):
+        return f"{found[0]} is not installed; pip install 'fastrot[{found[1]}]'"
     return f"cannot be imported ({error})"
-
-
-def is_of_an_extra(error: ModuleNotFoundError) -> bool:
-    """Whether what is missing is a package that an extra brings."""
-    return (error.name or "").partition(".")[0] in _EXTRAS

@@ -17,7 +17,7 @@ def _run(args: argparse.Namespace) -> None:
 
     from fastrot import machine
     from fastrot.engine.host_collectives import load_host_collectives
-    from fastrot.errors import UserError
+    from fastrot.errors import UserError, why_not_there
     from fastrot_kernels.build import BuildError
     from fastrot_kernels.turbo import Turbo
 
@@ -33,6 +33,8 @@ def _run(args: argparse.Namespace) -> None:
                 load_host_collectives()
         except UserError as error:
             print(f"setup: {error}", file=sys.stderr)
+        except ModuleNotFoundError as error:
+            print(f"setup: {why_not_there(error)}; engine.kind=plain works without", file=sys.stderr)
 
 
 COMMAND = Command("warmup", "compile at set-up what the first run would wait for", "fastrot warmup", _options, _run)
