@@ -84,11 +84,15 @@ class WholeLoader(Generic[T]):
     def train(
         self, steps: range, position: int, images: int, ranks: int, rank: int, micro_steps: int
     ) -> Iterator[WholeStep[T]]:
-        """This rank's share of steps `steps`, the first of which begins at stream position `position`."""
+        """This rank's share of steps `steps`, the first of which begins at stream position `position`.
+
+        A step shows the images of its positions; wide ones come first in it, so that what is padded to one size is alike.
+        """
         n = len(self.manifest)
         starts = range(position, position + len(steps) * images, images)
         shares = [slice_of(images, ranks, micro_steps, number, rank) for number in range(micro_steps)]
-        wanted = (self._at(np.arange(start + s, start + e)) for start in starts for s, e in shares)
+        grouped = (self._by_aspect(np.arange(start, start + images)) for start in starts)
+        wanted = (self._at(positions[s:e]) for positions in grouped for s, e in shares)
         flow = self._flow(wanted)
 
         def of_step() -> Iterator[WholeBatch[T]]:
@@ -114,6 +118,12 @@ class WholeLoader(Generic[T]):
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._storage.close()
+
+    def _by_aspect(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """A step's positions, those of wide images first, each kind in the stream's order."""
+        rows, _ = self._at(positions)
+        tall = self.manifest.height[rows] > self.manifest.width[rows]
+        return positions[np.argsort(tall, kind="stable")]
 
     def _at(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows and epochs at these stream positions."""
