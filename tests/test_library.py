@@ -268,6 +268,21 @@ def test_two_thousand_batches_leave_memory_threads_and_files_as_they_were(manife
     assert after[0] < memory + 16  # MiB; the batches were 94
 
 
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_indexes_with_processes(images, tmp_path):
+    """multiprocessing would run it again in each worker."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import fastrot\nfrom fastrot.data import scan\n"
+        f"scan._MANY = 0\nprint('once')\nprint(len(fastrot.open({str(images)!r}, max_pixels=10**8)))\n"
+    )
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "FASTROT_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=os.environ | paths, timeout=100
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"once\n{ROWS}\n", "")
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

@@ -2,13 +2,16 @@
 
 import json
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from zipfile import BadZipFile
 
@@ -105,11 +108,28 @@ def _unread(title: str, unread: dict[int, OSError | Unreadable], name_of: Callab
     return refusal(f"{line}: cannot be read; mend it and start again: what was done is kept", error)
 
 
+class _Worker(ForkServerProcess):
+    """A process that does not run the caller's script again, as multiprocessing's would to find functions in it."""
+
+    @staticmethod
+    def _Popen(process: BaseProcess) -> Any:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            return ForkServerProcess._Popen(process)
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _WithoutMain(ForkServerContext):
+    Process = _Worker
+
+
 def workers_pool(processes: bool) -> Executor:
     """As many workers as this process has cores: processes, which end with this one, or threads."""
     workers = len(os.sched_getaffinity(0))
     if processes:
-        return ProcessPoolExecutor(workers, get_context("forkserver"), initializer=die_with_parent)
+        return ProcessPoolExecutor(workers, _WithoutMain(), initializer=die_with_parent)
     return ThreadPoolExecutor(workers)
 
 
