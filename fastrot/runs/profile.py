@@ -18,6 +18,7 @@ from fastrot import machine, terminal
 from fastrot.config import Config, load
 from fastrot.data.build import crop_at, make_loader, open_manifest, plan_of, settings_of
 from fastrot.data.decode import make_decoder
+from fastrot.data.decode.nvjpeg import Hardware
 from fastrot.data.loader import DECODES_IN_FLIGHT, StepBatch
 from fastrot.data.loader_settings import thread_counts
 from fastrot.data.manifest import Manifest
@@ -195,9 +196,9 @@ def _measured(bench: _Bench, trace: Path | None) -> tuple[Stages, dict[str, dict
     config, ranks, manifest, unit = bench.config, bench.ranks, bench.manifest, bench.unit
     plan, settings = plan_of(config, manifest), settings_of(config, ranks)
     images = arithmetic(config, ranks.world, len(manifest)).largest
-    decoder, _ = make_decoder(
-        config.data.decode, config.data.decode_on, ranks.device, settings.threads, images, DECODES_IN_FLIGHT
-    )
+    hardware = Hardware(settings.hw_decoder_load, *manifest.largest)
+    where = config.data.decode, config.data.decode_on, ranks.device, settings.threads
+    decoder, _ = make_decoder(*where, images, DECODES_IN_FLIGHT, hardware)
     parts: dict[str, dict[str, Any]] = {}
 
     def trained(what: str) -> Ceiling:
