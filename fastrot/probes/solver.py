@@ -139,6 +139,9 @@ def solve(
         else:
             parts = curve, residual, pull, goal, scale
             way = _conjugate_gradients(kernel, dtype, *parts, factors if factors.any(columns) else None, columns)
+            stuck = ~done & (way == 0).all(1, keepdim=True)
+            if stuck.any():  # a factor that rounding has spoilt, where K is singular: without it there is a way
+                way = torch.where(stuck, _conjugate_gradients(kernel, torch.float64, *parts, None, columns), way)
         before = curve
         moved = kernel.product(way)
         length = _search(labels, bounds, beta, scores, way, moved, torch.ones_like(error))

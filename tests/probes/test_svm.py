@@ -5,7 +5,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -161,6 +161,7 @@ def factor(when: str):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 999), st.floats(-6, 2), st.booleans())
+@example(22, 1, 385, 0.0, True)  # a factor of some rows of a singular K that rounding has spoilt
 def test_factors_new_or_old_and_conjugate_gradients_alone_reach_the_same_optimum(rows, features, seed, exponent, twins):
     rng = np.random.default_rng(seed)
     x = normalised(rng.standard_normal((rows, features)))

@@ -93,7 +93,7 @@ def test_detections_numbers_of_the_network_are_the_tables(at, name):
     want = [pre["training"], pre["testing"], post["training"], post["testing"], nms]
     assert numbers(cell["Proposals train/test"]) == want
     assert rpn.head.conv[0][0].out_channels == numbers(cell["RPN"])[-1]
-    assert heads.box_roi_pool._side == numbers(cell["RoI"])[0]
+    assert heads.box_roi_pool.side == numbers(cell["RoI"])[0]
     sampled = numbers(table("7. Detection")["RoI sampling"][0])
     roi = heads.fg_bg_sampler
     assert [roi.batch_size_per_image, 100 * roi.positive_fraction, heads.proposal_matcher.high_threshold] == sampled[:3]
