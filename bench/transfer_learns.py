@@ -1,10 +1,11 @@
 """Does each kind of model learn? `fastrot detect` and `fastrot segment` on 16 images, judged on the same 16.
 
-c4 on voc07, fpn with masks on coco_sample, segment on camvid_sample (--data holds the three): ResNet-18 from random
-weights, no mirroring, one scale, one core. It learns where the figure passes 0.8: AP50 of boxes (11 points, as
-mmdetection; COCO's), of masks too with fpn, or mean IoU. Then a few steps of each, killed (SIGKILL) in the middle of a
-step and begun again, are compared with those of a run that was not: every logged value but the speeds, and every
-weight and momentum, bit for bit.
+c4 on voc07, fpn with masks on coco_sample (images without a crowd and without an object under 28 pixels: anchors begin
+at 32), segment on the middles of camvid_sample, enlarged (--data holds the three): ResNet-18 from random weights, no
+mirroring, one scale. It learns where the figure passes 0.8: AP50 of boxes (11 points, as mmdetection; COCO's), of masks
+too with fpn, or mean IoU of the classes there. It is training data: the figure says that a model can learn, no more.
+Then a few steps of each, killed (SIGKILL) in the middle and begun again, are compared with those of a run that was not:
+every logged value but the speeds, and every weight and momentum, bit for bit.
 Each part is written to --out as it ends, beside the parts that are there.
 """
 
