@@ -40,6 +40,7 @@ RATIOS = [
     ("ours: ffcv, mixed500.beton", ["FFCV, mixed500.beton"]),
     ("ours: ffcv, keep.beton", ["FFCV, keep.beton"]),
     ("ours: turbo, raw256.beton", ["FFCV, raw256.beton"]),
+    ("ours: fastrot.Loader in a plain loop", ["ours: turbo, folder"]),
     ("ours: turbo, folder", ["bare decode, simplejpeg", "bare decode, decode_jpeg"]),
     ("ours: turbo, folder", ["FFCV, side500.beton"]),
     ("ours: turbo, folder", ["DataLoader, Pillow", "DataLoader, decode_jpeg"]),

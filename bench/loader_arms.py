@@ -69,6 +69,19 @@ def _ours(form: str, decoder: str, files: Files, threads: int, ahead: bool = Tru
             yield micro.pixels
 
 
+def _library(files: Files, threads: int) -> Iterator:
+    """What `import fastrot` offers, in a loop over epochs; with labels on the device."""
+    import fastrot
+    from fastrot.data.index import index
+    from fastrot.data.manifest import Manifest
+
+    manifest = Manifest.load(index(files.forms["folder"], Path(files.cache), 10**9, lambda items, total, title: items))
+    with fastrot.Loader(manifest, BATCH, SIDE, device="cpu", decode="turbo", threads=threads, prefetch=3) as loader:
+        while True:
+            for batch in loader:
+                yield batch.pixels
+
+
 def _crop():
     from torchvision.transforms import v2
 
@@ -218,6 +231,7 @@ def _all() -> dict[str, Arm]:
         for form in forms
     }
     arms |= {
+        "ours: fastrot.Loader in a plain loop": Arm(_library, "folder", "fastrot", "turbo"),
         "DataLoader, Pillow": Arm(partial(_dataloader, True), "folder", "torch"),
         "DataLoader, decode_jpeg": Arm(partial(_dataloader, False), "folder", "torch"),
         "WebDataset, decode_jpeg": Arm(_webdataset, "shards", "webdataset"),

@@ -105,7 +105,11 @@ class Loader:
             raise UserError(f"data.{min(sets)}: the loader's images are those of its manifest")
         values = {"crop": crop, "decode": decode} | options
         keys = {f"data.{name}": value for name, value in values.items()}
-        keys |= {"run.seed": seed, "optim.images_per_step": images, "rotation.views": views or "one"}
+        keys |= {
+            "run.seed": seed,
+            "optim.images_per_step": images,
+            "rotation.views": views or "all",
+        }  # "all" draws nothing
         self._config = configs.from_values(None, keys)
         if not 0 <= rank < ranks <= images:
             raise UserError(f"rank {rank} of {ranks} with images={images}: expected 0 <= rank < ranks <= images")
