@@ -215,8 +215,8 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def launch(launcher: str, ranks: int, *words) -> subprocess.Popen:
-    """Start `fastrot/train.py` under a launcher, in a process group of its own, output kept."""
+def launch(launcher: str, ranks: int, *words, script: str = "fastrot/train.py") -> subprocess.Popen:
+    """Start `fastrot/train.py`, or another script, under a launcher, in a process group of its own, output kept."""
     launch = {
         "deepspeed": ["deepspeed", "--num_accelerators", str(ranks), "--master_port", free_port()],
         "torchrun": ["torchrun", "--standalone", "--nproc_per_node", str(ranks)],
@@ -224,7 +224,7 @@ def launch(launcher: str, ranks: int, *words) -> subprocess.Popen:
     }[launcher]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.Popen(
-        [*launch, "fastrot/train.py", *map(str, words)],
+        [*launch, script, *map(str, words)],
         cwd=ROOT,
         env=environment,
         start_new_session=True,
@@ -234,9 +234,9 @@ def launch(launcher: str, ranks: int, *words) -> subprocess.Popen:
     )
 
 
-def launched(launcher: str, ranks: int, *words) -> tuple[int, str]:
+def launched(launcher: str, ranks: int, *words, script: str = "fastrot/train.py") -> tuple[int, str]:
     """Run to the end: (exit code, all output)."""
-    process = launch(launcher, ranks, *words)
+    process = launch(launcher, ranks, *words, script=script)
     try:
         output, _ = process.communicate(timeout=200)
     except subprocess.TimeoutExpired:
