@@ -37,7 +37,7 @@ WORDS = {
     "segment": [
         "segment", "segment.classes=11", "segment.base=[384,288]", "segment.scales=[1,1]", "segment.crop=192",
         "segment.distort=false", "optim.images_per_step=2", "optim.lr=0.05", "optim.weight_decay=1e-4",
-        "optim.schedule=poly", "optim.warmup_steps=20", "optim.steps=1000", "run.evaluate_every_steps=250",
+        "optim.schedule=poly", "optim.warmup_steps=20", "optim.steps=2400", "run.evaluate_every_steps=600",
     ],
     "c4": [
         "detect", *BOXES, "optim.images_per_step=4", "optim.steps=320", "optim.milestones=[260]",
