@@ -114,7 +114,7 @@ def facts() -> dict:
         "load_at_start": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": versions,
-        "options": sys.argv[1:],
+        "options": [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]],  # no machine's paths
     }
 
 
