@@ -273,6 +273,10 @@ def test_any_text_for_any_other_key_is_read_or_refused_in_a_line(key, text):
 @settings(deadline=None)
 @given(st.text())
 def test_an_override_of_any_text_is_read_or_refused_in_a_line(text):
-    with pytest.raises(UserError) as error:
+    """Read where it happens to be an override, of which hypothesis finds some in the sources."""
+    try:
         configs.load(None, [text])
-    assert len(str(error.value).splitlines()) == 1
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert text.partition("=")[0] in configs.known_keys()
