@@ -67,6 +67,13 @@ class Engine:
         """Average the gradients over ranks, or wait for what the backward pass has sent."""
         if self._buckets:
             self._buckets.finish()
+        elif self._averages and self._ranks.world > 1:
+            self._average_in_one_piece()
+
+    @property
+    def _averages(self) -> bool:
+        """Whether gradients that no bucket takes are averaged here."""
+        return True
 
     def _average_in_one_piece(self) -> None:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]

@@ -142,19 +142,17 @@ class DeepSpeedEngine(Engine):
     def train(self, on: bool) -> None:
         self._deepspeed.train(on)
 
-    def _average(self) -> None:
-        if self.cuda_graphs and self._ranks.world > 1:
-            self._average_in_one_piece()
-        super()._average()
+    @property
+    def _averages(self) -> bool:
+        return self.cuda_graphs  # else DeepSpeed does
 
     def _step(self) -> None:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        gradients = [p.grad for p in trained]
+        kept = [(p, p.grad) for p in self.model.parameters() if p.grad is not None] if self.cuda_graphs else []
         self._deepspeed.step()
-        if self.cuda_graphs:  # DeepSpeed has dropped them
-            torch._foreach_zero_([gradient for gradient in gradients if gradient is not None])
-            for parameter, gradient in zip(trained, gradients, strict=True):
-                parameter.grad = gradient
+        for parameter, gradient in kept:  # DeepSpeed has dropped them
+            parameter.grad = gradient
+        if kept:
+            torch._foreach_zero_([gradient for _, gradient in kept])
         if self._settings.zero:
             self.grad_norm = self._deepspeed.get_global_grad_norm() or 0.0
 

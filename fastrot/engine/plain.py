@@ -26,11 +26,6 @@ class PlainEngine(Engine):
     def _backward(self, loss: Tensor) -> None:
         (self._grad_scaler.scale(loss) if self._grad_scaler else loss).backward()
 
-    def _average(self) -> None:
-        if self._ranks.world > 1 and not self._buckets:
-            self._average_in_one_piece()
-        super()._average()
-
     def _step(self) -> None:
         if self._grad_scaler:
             self._grad_scaler.step(self.optimizer)
