@@ -1,14 +1,13 @@
 """The contact sheet of `fastrot predict`: some dozens of images with what was found, one HTML file."""
 
 import os
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 
 from fastrot.files import write_text
 from fastrot.report.drawn import drawn, legend
+from fastrot.report.templates import template
 from fastrot.runs.predict import Mask, Shown
 from fastrot.tasks.detect import Found
 
@@ -33,8 +32,8 @@ class ContactSheet:
 
     def save(self, folder: Path) -> None:
         """Write index.html into `folder`."""
-        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        template = environment.from_string(files("fastrot.report").joinpath("contact_sheet.html").read_text("utf-8"))
         colours = legend(self._there, self._classes)
-        html = template.render(pictures=self._pictures, of=len(self._names), colours=colours)
+        html = template("fastrot.report", "contact_sheet.html").render(
+            pictures=self._pictures, of=len(self._names), colours=colours
+        )
         write_text(folder / "index.html", html)

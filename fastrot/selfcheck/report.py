@@ -1,13 +1,11 @@
 """What a bundle says: verdict.json, the config of the switches that pay, and one page."""
 
 import json
-from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from fastrot.files import write_text
+from fastrot.report.templates import template
 from fastrot.selfcheck import verdict
 from fastrot.selfcheck.parts import PARTS
 
@@ -64,11 +62,9 @@ def _verdict(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 def page(said: dict[str, Any], parts: list[dict[str, Any]], environment: dict[str, Any]) -> str:
     """HTML that needs nothing else."""
-    jinja = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = jinja.from_string(resources("fastrot.selfcheck").joinpath("template.html").read_text(encoding="utf-8"))
     step: dict[str, Any] = next((one["raw"] for one in parts if one["part"] == "step"), {})
     arms = sorted((step.get("plain", {}) | step.get("switches", {})).items(), key=lambda arm: -arm[1]["times_base"])
     most = max([line["times_base"] for _, line in arms], default=1.0)
-    return template.render(
+    return template("fastrot.selfcheck", "template.html").render(
         said=said, parts=parts, environment=environment, arms=arms, most=most, missing=step.get("missing", {})
     )
