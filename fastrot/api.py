@@ -11,9 +11,9 @@ from torch import nn
 from torchvision.models import ResNet
 
 from fastrot import config as configs
-from fastrot import machine, terminal
+from fastrot import terminal
 from fastrot.commands.base import among_ranks
-from fastrot.data.index import index
+from fastrot.data.index import in_cache
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
@@ -37,7 +37,7 @@ def open(source: str | os.PathLike[str], max_pixels: int = 178_000_000, show: bo
     fails.
     """
     track = terminal.track if show else silent
-    return Manifest.load(index(os.fspath(source), machine.cache_folder() / "manifests", max_pixels, track))
+    return Manifest.load(in_cache(os.fspath(source), max_pixels, "source", track))
 
 
 def load_backbone(path: str | os.PathLike[str]) -> nn.Module:

@@ -46,6 +46,11 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def cores(self) -> int:
+        """This rank's share of its machine's."""
+        return max(1, machine.cores() // self.local_world)
+
 
 def start() -> Ranks:
     """Join the process group that the launcher describes, or be a group of one.
@@ -66,9 +71,9 @@ def start() -> Ranks:
         device, backend = torch.device("cuda", local_rank), "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-        # the cores are shared with the other ranks here; more threads than cores wait for one another
-        torch.set_num_threads(max(1, machine.cores() // local_world))
     ranks = Ranks(rank, world, local_rank, local_world, device)
+    if device.type == "cpu":  # more threads than cores wait for one another
+        torch.set_num_threads(ranks.cores)
     if "RANK" in os.environ:
         die_with_launcher()
         return _join(ranks, backend)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fastrot import distributed, machine
+from fastrot import distributed
 from fastrot.config import Config
 from fastrot.data import loader_settings
 from fastrot.data.bad_images import BadImages
-from fastrot.data.decode import make_decoder
+from fastrot.data.decode import Decoder, make_decoder
 from fastrot.data.decode.nvjpeg import Hardware
 from fastrot.data.index import in_cache
 from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
@@ -79,11 +79,18 @@ def admit_changed_files(manifest: Manifest, allowed: bool, say: Callable[[str], 
 def settings_of(config: Config, ranks: Ranks) -> Tuned:
     """Threads, prefetch and the hardware decoder's share: the config's, else as tuned here, else the defaults."""
     data = config.data
-    share = max(1, machine.cores() // ranks.local_world)
+    share = ranks.cores
     kept = loader_settings.read(loader_settings.place(data, ranks)) or Tuned(share, loader_settings.PREFETCH, None, "")
     asked = {name: getattr(data, name) for name in ("threads", "prefetch", "hw_decoder_load")}
     asked = {name: value for name, value in asked.items() if value is not None}
     return replace(kept, **asked, found="" if {"threads", "prefetch"} <= asked.keys() else kept.found)
+
+
+def decoder_of(config: Config, manifest: Manifest, ranks: Ranks, batch: int, settings: Tuned) -> tuple[Decoder, str]:
+    """The config's decoder of these images, and the line that says what was taken. batch: most images a submit."""
+    data, hardware = config.data, Hardware(settings.hw_decoder_load, *manifest.largest)
+    where = data.decode, data.decode_on, ranks.device, settings.threads
+    return make_decoder(*where, batch, DECODES_IN_FLIGHT, hardware)
 
 
 def make_loader(
@@ -97,15 +104,7 @@ def make_loader(
     """A loader over a manifest, and the line that says how it decodes. settings: default, those of settings_of."""
     data = config.data
     settings = settings or settings_of(config, ranks)
-    decoder, line = make_decoder(
-        data.decode,
-        data.decode_on,
-        ranks.device,
-        settings.threads,
-        batch,
-        DECODES_IN_FLIGHT,
-        Hardware(settings.hw_decoder_load, *manifest.largest),
-    )
+    decoder, line = decoder_of(config, manifest, ranks, batch, settings)
     most = data.max_bad if data.max_bad is not None else max(10, len(manifest) // 1000)
     loader = Loader(
         manifest,

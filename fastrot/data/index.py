@@ -28,11 +28,11 @@ from fastrot.files import replacing
 _HASHED = 4096  # files that enter the storage hash at once
 
 
-def in_cache(source: str | None, max_pixels: int, key: str) -> Path:
+def in_cache(source: str | None, max_pixels: int, key: str, track: Track = terminal.track) -> Path:
     """`index` in this machine's cache, progress shown; source: what `key` of the config names. Raises as it does."""
     if source is None:
         raise UserError(f"{key} is not set; name an image folder, as in {key}=/path, or list:FILE")
-    return index(source, machine.cache_folder() / "manifests", max_pixels, terminal.track)
+    return index(source, machine.cache_folder() / "manifests", max_pixels, track)
 
 
 def index(source: str, cache: Path, max_pixels: int, track: Track) -> Path:

@@ -19,10 +19,9 @@ from torchvision.models import ResNet
 from fastrot import distributed, terminal
 from fastrot.config import Config
 from fastrot.data.bad_images import BadImages
-from fastrot.data.build import open_manifest, plan_of, settings_of, short_side
-from fastrot.data.decode import Decoder, make_decoder, squash
-from fastrot.data.decode.nvjpeg import Hardware
-from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
+from fastrot.data.build import decoder_of, open_manifest, plan_of, settings_of, short_side
+from fastrot.data.decode import Decoder, squash
+from fastrot.data.loader import Loader
 from fastrot.data.manifest import Manifest
 from fastrot.data.plan import slice_of
 from fastrot.data.remarks import describe
@@ -223,9 +222,7 @@ def _loader(transform: str, config: Config, manifest: Manifest, ranks: Ranks, bl
         decoder: Decoder = squash.make(settings.threads, short_side(config))
         line = f"decoding with {decoder.name}, {settings.threads} threads"
     else:
-        where = (data.decode, data.decode_on, ranks.device, settings.threads)
-        hardware = Hardware(settings.hw_decoder_load, *manifest.largest)
-        decoder, line = make_decoder(*where, block, DECODES_IN_FLIGHT, hardware)
+        decoder, line = decoder_of(config, manifest, ranks, block, settings)
     bad = BadImages(None, manifest.source, data.max_bad or 0)  # another image's features are no row's own
     plan, storage = plan_of(config, manifest), FileStorage(manifest)
     return Loader(manifest, plan, storage, decoder, bad, ranks.device, settings.prefetch, data.timeout), line

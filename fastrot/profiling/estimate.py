@@ -22,7 +22,7 @@ _LESS_IS_BETTER = ("link_latency_s", "net_latency_s", "restart_s")
 class Demand:
     """What a training asks. images, views: a step over all ranks; gradient_bytes: of all weights in fp32; norms: layers
     that synchronise (0: none does); norm_channels: in all of them; bucket_mb: 0 averages in one piece after the
-    backward pass; image_bytes: of a file, in the mean; state_bytes, maps_bytes: of one GPU; steps: of the schedule.
+    backward pass; image_bytes: of a file, in the mean; memory_bytes: of one GPU; checkpoint_bytes: written at once; steps: of the schedule.
     step_s: of one GPU's share, where it was measured, without communication; None takes the roofline of `rows`."""
 
     images: int

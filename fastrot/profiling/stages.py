@@ -16,18 +16,18 @@ from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage
 from fastrot.profiling.verdict import Ceiling
 
-_LAPS = 5
+LAPS = 5
 _HELD = 512  # images whose bytes are held to decode them alone
 
 
-def ceiling(work: Callable[[], int], seconds: float, laps: int = _LAPS) -> Ceiling:
-    """work() -> how many images it has done, over and over: `laps` laps of at least `seconds` / laps each."""
+def ceiling(work: Callable[[], int], seconds: float) -> Ceiling:
+    """work() -> how many images it has done, over and over: LAPS laps of at least `seconds` / LAPS each."""
     paces: list[float] = []
     work()  # warms up
     in_all, began_cpu = 0, time.process_time()
-    for _ in range(laps):
+    for _ in range(LAPS):
         done, began = 0, time.perf_counter()
-        while time.perf_counter() - began < seconds / laps or not done:
+        while time.perf_counter() - began < seconds / LAPS or not done:
             done += work()
         paces.append(done / (time.perf_counter() - began))
         in_all += done

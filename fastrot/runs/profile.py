@@ -15,10 +15,8 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity
 
 from fastrot import machine, terminal
-from fastrot.config import Config, load
-from fastrot.data.build import crop_at, make_loader, open_manifest, plan_of, settings_of
-from fastrot.data.decode import make_decoder
-from fastrot.data.decode.nvjpeg import Hardware
+from fastrot.config import Config, flat, from_values
+from fastrot.data.build import crop_at, decoder_of, make_loader, open_manifest, plan_of, settings_of
 from fastrot.data.loader import DECODES_IN_FLIGHT, StepBatch
 from fastrot.data.loader_settings import thread_counts
 from fastrot.data.manifest import Manifest
@@ -26,13 +24,13 @@ from fastrot.data.remarks import describe
 from fastrot.distributed import Ranks
 from fastrot.engine.graphs import WARM_UPS
 from fastrot.errors import UserError
-from fastrot.profiling.stages import ceiling, decoding, reading
+from fastrot.profiling.roofline import Work
+from fastrot.profiling.stages import LAPS, ceiling, decoding, reading
 from fastrot.profiling.verdict import Ceiling, Stages, Verdict, held, judge
 from fastrot.runs.arithmetic import arithmetic
 from fastrot.runs.build import Job, set_torch_flags
 from fastrot.runs.loop import run
 
-_LAPS = 5
 _SHARES = {"cold": 1, "warm": 1, "decode": 2, "data": 3, "step": 4, "both": 4, "candidates": 8}  # of the seconds
 _MOST = 10**6  # steps, more than any lap has
 _TRACED = 3  # steps
@@ -82,7 +80,7 @@ class _Bench:
         steps = loader.train(range(_MOST), 0, n.images, n.ranks, self.ranks.rank, n.micro_steps, crop)
         micro = (batch for step in steps for batch in step.micro_steps)
         try:
-            return ceiling(lambda: len(next(micro).pixels), _SHARES["data"] * self.unit, _LAPS)
+            return ceiling(lambda: len(next(micro).pixels), _SHARES["data"] * self.unit)
         finally:
             steps.close()
             loader.close()
@@ -114,16 +112,16 @@ def _timed(job: Job, steps: Iterator[StepBatch], seconds: float, trace: Path | N
     """Laps of the loop itself at rate 0: the weights stay, a step costs the same."""
     warm = _run(job, steps, WARM_UPS + 2, 1)
     step_s = min(line["step_s"] for line in warm.lines[WARM_UPS:])
-    lap = max(1, round(seconds / _LAPS / step_s))
+    lap = max(1, round(seconds / LAPS / step_s))
     if job.ranks.world > 1:  # the ranks must agree
         agreed = torch.tensor([lap], device=job.ranks.device)
         dist.all_reduce(agreed, dist.ReduceOp.MIN)
         lap = int(agreed)
     if trace is not None:
         _traced(job, steps, trace)
-    laps = _run(job, steps, lap * (_LAPS + 1), lap)
+    laps = _run(job, steps, lap * (LAPS + 1), lap)
     images = lap * job.numbers.images / job.ranks.world
-    cpu = (laps.cpu[-1] - laps.cpu[0]) / (images * _LAPS)
+    cpu = (laps.cpu[-1] - laps.cpu[0]) / (images * LAPS)
     lines = laps.lines[1:]
     paces = [line["images_per_s"] / job.ranks.world for line in lines]
     shares = {name: _mean(lines, name) for name in lines[0] if name.endswith("_share")}
@@ -140,7 +138,19 @@ def _run(job: Job, steps: Iterator[StepBatch], count: int, log_every: int) -> _L
     batches = (replace(batch, step=at) for at, (batch, _) in enumerate(zip(steps, some, strict=False)))
     course = replace(job.course(count), log_every=log_every, checkpoint_every=_MOST)
     nothing: Callable[..., None] = lambda *_: None  # noqa: E731
-    run(course, batches, job.task, job.engine, lambda _: 0.0, job.work_of, None, nothing, laps, job.clock, lambda: 0)
+    run(
+        course,
+        batches,
+        job.task,
+        job.engine,
+        lambda _: 0.0,
+        lambda _: Work(),
+        None,
+        nothing,
+        laps,
+        job.clock,
+        lambda: 0,
+    )
     return laps
 
 
@@ -196,9 +206,7 @@ def _measured(bench: _Bench, trace: Path | None) -> tuple[Stages, dict[str, dict
     config, ranks, manifest, unit = bench.config, bench.ranks, bench.manifest, bench.unit
     plan, settings = plan_of(config, manifest), settings_of(config, ranks)
     images = arithmetic(config, ranks.world, len(manifest)).largest
-    hardware = Hardware(settings.hw_decoder_load, *manifest.largest)
-    where = config.data.decode, config.data.decode_on, ranks.device, settings.threads
-    decoder, _ = make_decoder(*where, images, DECODES_IN_FLIGHT, hardware)
+    decoder, _ = decoder_of(config, manifest, ranks, images, settings)
     parts: dict[str, dict[str, Any]] = {}
 
     def trained(what: str) -> Ceiling:
@@ -227,8 +235,8 @@ def _cures(bench: _Bench, stages: Stages, verdict: Verdict) -> list[Cure]:
     shorter = replace(bench, unit=bench.unit / max(1, len(candidates)) * 2)
     shown = terminal.track(candidates, len(candidates), "settings") if bench.ranks.first else candidates
     for setting in shown:
-        other = replace(shorter, config=_with(bench.config, setting))
         try:
+            other = replace(shorter, config=_with(bench.config, setting))
             gain = stages.gain(step=other.step()[0]) if step else stages.gain(data=other.data())
         except UserError:  # what cannot run here is no proposal
             continue
@@ -239,8 +247,7 @@ def _cures(bench: _Bench, stages: Stages, verdict: Verdict) -> list[Cure]:
 
 def _of_the_data_path(bench: _Bench) -> list[str]:
     config, now = bench.config, settings_of(bench.config, bench.ranks)
-    share = max(1, machine.cores() // bench.ranks.local_world)
-    out = [f"data.threads={n}" for n in thread_counts(share) if n > now.threads]
+    out = [f"data.threads={n}" for n in thread_counts(bench.ranks.cores) if n > now.threads]
     if config.data.decode in ("auto", "turbo") and bench.ranks.device.type == "cpu":
         out.append("data.decode=turbo_fast")
     return out
@@ -259,11 +266,8 @@ def _of_the_step(bench: _Bench) -> list[str]:
 
 
 def _with(config: Config, setting: str) -> Config:
-    section, _, rest = setting.partition(".")
-    key, _, _ = rest.partition("=")
-    value = getattr(getattr(load(None, [setting])[0], section), key)
-    changed = getattr(config, section).model_copy(update={key: value})
-    return config.model_copy(update={section: changed})
+    key, _, value = setting.partition("=")
+    return from_values(None, flat(config) | {key: value})
 
 
 def _tried(bench: _Bench, cure: Cure) -> Cure:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastrot import distributed, machine, terminal
+from fastrot import distributed, terminal
 from fastrot.config import Config
 from fastrot.data import loader_settings
 from fastrot.data.build import crop_at, make_loader, open_manifest, settings_of
@@ -99,7 +99,7 @@ def tune(config: Config, ranks: Ranks, seconds: float, demand: float | None = No
     bench = _Bench(config, manifest, ranks, seconds / _ROUNDS[0])
     found = f"by fastrot tune, {time.strftime('%Y-%m-%d')}"
     settings = replace(settings_of(config, ranks), hw_decoder_load=config.data.hw_decoder_load, found=found)
-    share = max(1, machine.cores() // ranks.local_world)
+    share = ranks.cores
     tried: dict[float, Tuned] = {n: replace(settings, threads=n) for n in loader_settings.thread_counts(share)}
     threads, by_threads, took = bench.compare(tried, "threads", partial(_fewest_of_the_fastest, share))
     result = {

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastrot import distributed
+from fastrot import distributed, machine
 from fastrot.config import Data, load
 from fastrot.data import loader_settings
 from fastrot.data.build import make_loader
@@ -83,7 +83,7 @@ def test_the_hardware_decoder_takes_the_most_with_which_the_loader_keeps_up():
 def test_only_a_demand_makes_tune_time_the_hardware_decoder(images, tmp_path, monkeypatch):
     """On a GPU, played on the host."""
     monkeypatch.setenv("FASTROT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tune.machine, "cores", lambda: 1)
+    monkeypatch.setattr(machine, "cores", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
     loads = []
 
@@ -158,7 +158,7 @@ def test_training_uses_what_tune_found_and_says_so(fastrot, images, tmp_path, mo
     monkeypatch.setenv("FASTROT_CACHE", str(tmp_path / "cache"))
     words = [f"data.train={images}", "data.crop=32", "data.decode=torch", "optim.images_per_step=6"]
     monkeypatch.setattr(tune._Bench, "_intervals", lambda bench, settings: iter([0.3 / settings.threads] * 8))
-    monkeypatch.setattr(tune.machine, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
     found = fastrot("tune", *words, "--json").json
     assert found["threads"] == 4 and found["spread"] == 0
     kept = json.loads(Path(found["kept"]).read_text())
@@ -185,7 +185,7 @@ def test_a_noisy_machine_is_measured_longer_and_then_nothing_is_kept(fastrot, im
         return iter([noise.uniform(0.1, 0.3)] * 8)
 
     monkeypatch.setattr(tune._Bench, "_intervals", intervals)
-    monkeypatch.setattr(tune.machine, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
     done = fastrot("tune", f"data.train={images}", "optim.images_per_step=6", "--json")
     assert done.json["threads"] is None and done.json["kept"] is None and done.json["spread"] > 0.3
     assert laps == loader_settings.thread_counts(2) * 11
