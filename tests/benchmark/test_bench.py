@@ -19,7 +19,13 @@ from fastrot.errors import UserError
 from fastrot.selfcheck.images import drawn
 
 paces = st.lists(st.floats(1, 1e6), min_size=1, max_size=9)
-SMALL = {"model.arch": "resnet18", "data.crop": 32, "optim.images_per_step": 4, "engine.kind": "plain", "data.threads": 1}
+SMALL = {
+    "model.arch": "resnet18",
+    "data.crop": 32,
+    "optim.images_per_step": 4,
+    "engine.kind": "plain",
+    "data.threads": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,10 @@ def test_the_steps_figure_counts_views_and_the_loaders_images(place, monkeypatch
 
 def test_a_decoder_that_is_off_has_no_figure(place, monkeypatch):
     def brighter(self):
-        return [one.__class__(**{**vars(one), "pixels": one.pixels + (self.config.data.decode == "turbo")}) for one in batches(self)]
+        return [
+            one.__class__(**{**vars(one), "pixels": one.pixels + (self.config.data.decode == "turbo")})
+            for one in batches(self)
+        ]
 
     batches = parts.Place.batches
     monkeypatch.setattr(parts.Place, "batches", brighter)
@@ -106,7 +115,14 @@ def bundle(**laps):
     """One with these arms of the part `load`: a list of rounds, each of its laps."""
     kept = [{"part": "load", "arm": name, "laps": one} for name, all_of in laps.items() for one in all_of]
     figures = rounds.figures(kept)
-    return {"format": 1, "inputs": {"content": "a"}, "rounds": kept, "figures": figures, "environment": {}, "config": {}}
+    return {
+        "format": 1,
+        "inputs": {"content": "a"},
+        "rounds": kept,
+        "figures": figures,
+        "environment": {},
+        "config": {},
+    }
 
 
 def test_every_round_is_asked_for_in_random_order_and_kept(monkeypatch, tmp_path, place):
