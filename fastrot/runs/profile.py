@@ -283,8 +283,8 @@ def _tried(bench: Alone, cure: Cure) -> Cure:
 
 
 def _slow_rank(ranks: Ranks, both: dict[str, Any]) -> dict[str, Any] | None:
-    """A rank whose own work takes much longer than the others': they wait for it in the update."""
-    mine = both["step_s"] * (1 - both["wait_share"] - both["update_share"])
+    """A rank whose own work takes much longer than the others': they wait for it in communication."""
+    mine = both["step_s"] * (1 - both["communicate_share"])
     everyone: list[Any] = [None] * ranks.world
     dist.all_gather_object(everyone, mine)
     median = sorted(everyone)[(len(everyone) - 1) // 2]
