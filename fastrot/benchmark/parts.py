@@ -145,19 +145,20 @@ def _backends(config: Config, device: str) -> dict[str, Arm]:
     return arms | {"plain torch": peer}
 
 
-def _mean_std(place: Place) -> list[Tensor]:
-    return [255 * torch.tensor(values) for values in (place.config.data.mean, place.config.data.std)]
+def _mean_std(place: Place) -> tuple[Tensor, Tensor]:
+    mean, std = (255 * torch.tensor(values) for values in (place.config.data.mean, place.config.data.std))
+    return mean.to(place.ranks.device), std.to(place.ranks.device)
 
 
-def _crops(place: Place, written: int) -> tuple[Tensor, ...]:
+def _crops(place: Place, written: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """pixels, flips, turns, mean, std: as many as give so many bytes of views."""
     side, device = place.config.data.crop, place.ranks.device
     n = max(4, written // (TURNS * side * side * 3 * 2))
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, generator=generator)
     flips = torch.randint(0, 2, (n,), dtype=torch.uint8, generator=generator)
     turns = torch.arange(TURNS, dtype=torch.uint8).repeat(n, 1)
-    mean, std = _mean_std(place)
-    return tuple(tensor.to(device) for tensor in (pixels, flips, turns, mean, std))
+    return pixels.to(device), flips.to(device), turns.to(device), *_mean_std(place)
 
 
 def _same_views(backend: str, place: Place) -> str:
@@ -194,8 +195,8 @@ def _learns(place: Place) -> str:
     try:
         batch = place.batches()[0].to(place.ranks.device)
         model = build_model(place.config.model.arch, TURNS, place.config.run.seed).to(place.ranks.device)
-        mean_std = [values.to(place.ranks.device) for values in _mean_std(place)]
-        views = rotate_views(batch.pixels, batch.flips, batch.turns, *mean_std, torch.float32, backend="reference")
+        mean, std = _mean_std(place)
+        views = rotate_views(batch.pixels, batch.flips, batch.turns, mean, std, torch.float32, backend="reference")
         loss = F.cross_entropy(model(views), batch.turns.flatten().long(), reduction="sum") / batch.views_of_step
         (want,) = torch.autograd.grad(loss, model.fc.weight)
         ours, _ = job.task.loss(job.engine.module, job.task.views(batch), batch)

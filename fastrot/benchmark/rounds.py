@@ -56,7 +56,8 @@ def bench(config: Config, chosen: list[str], rounds: int, seconds: float, seed: 
     values = {key: value for key, value in flat(config).items() if value is not None}
     arms = [(part, arm) for part in chosen for arm in PARTS[part].arms(config, device.type)]
     asked = [Request(values, part, arm, None) for part, arm in arms]
-    gates, missing = {}, {}
+    gates: dict[str, str] = {}
+    missing: dict[str, str] = {}
     for request in terminal.track(asked, len(asked), "gates"):
         answer = _asked(request)
         where = missing if "missing" in answer else gates
