@@ -29,6 +29,7 @@ from fastrot.profiling.stages import LAPS, ceiling, decoding, reading
 from fastrot.profiling.verdict import Ceiling, Stages, Verdict, held, judge
 from fastrot.runs.arithmetic import arithmetic
 from fastrot.runs.build import Job, set_torch_flags
+from fastrot.runs.elsewhere import for_elsewhere
 from fastrot.runs.loop import run
 
 _SHARES = {"cold": 1, "warm": 1, "decode": 2, "data": 3, "step": 4, "both": 4, "candidates": 8}  # of the seconds
@@ -192,6 +193,7 @@ def profile(config: Config, ranks: Ranks, seconds: float, attempt: bool, trace: 
         "says": _says(stages, verdict, parts["both"]),
         "cures": [asdict(cure) for cure in cures],
         "slow_rank": slow,
+        "elsewhere": for_elsewhere(config, ranks, manifest, seconds),
     }
     if ranks.first:
         _show(stages, result, cures)
