@@ -20,7 +20,7 @@ from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
 from fastrot.data.manifest import Manifest
 from fastrot.data.order import FullOrder
 from fastrot.data.plan import Plan
-from fastrot.data.storage import FileStorage
+from fastrot.data.storage import FileStorage, Reading
 from fastrot.errors import BadImage, Fault
 
 CPU = torch.device("cpu")
@@ -295,10 +295,13 @@ def test_storage_that_never_answers_ends_the_run_with_what_it_waited_for(source)
 
     class Stuck(FileStorage):
         def start(self, rows):
-            return lambda: [BadImage("late")] * len(rows) if answer.wait() else []
+            reading = Reading(source, rows, lambda: [BadImage("late")] * len(rows) if answer.wait() else [])
+            reading.pending = lambda: 1
+            return reading
 
     made = loader(source, storage=Stuck(source), timeout=0.3)
-    with pytest.raises(Fault, match="no batch for data.timeout 0.3 s: the loader was reading rows"):
+    second = source.name(int(made.plan.at(1, 2).rows[0]))
+    with pytest.raises(Fault, match=f"no batch for data.timeout 0.3 s: the loader was reading rows .*, at {second}$"):
         for batch in made.train(range(1), 0, 4, 1, 0, 1, lambda epoch: 20):
             next(batch.micro_steps)
     answer.set()

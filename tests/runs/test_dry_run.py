@@ -152,7 +152,12 @@ def test_on_a_gpu_it_is_a_line_but_for_the_host():
 
 @pytest.mark.parametrize(
     "device, words, on_device, on_host",
-    [("cpu", [], 6, 0), ("cuda", [], 6, 0), ("cuda", ["data.decode_on=cpu"], 4, 2), ("cuda", ["data.decode=turbo"], 4, 2)],
+    [
+        ("cpu", [], 6, 0),
+        ("cuda", [], 6, 0),
+        ("cuda", ["data.decode_on=cpu"], 4, 2),
+        ("cuda", ["data.decode=turbo"], 4, 2),
+    ],
 )
 def test_decoded_batches_wait_on_the_device_but_for_those_at_a_decoder_of_the_cpu(
     monkeypatch, device, words, on_device, on_host
