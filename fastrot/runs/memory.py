@@ -112,8 +112,14 @@ def estimate(config: Config, n: Arithmetic, ranks: Ranks, model: nn.Module, dtyp
     if all_of_it.enough:
         return all_of_it
     few, in_parts = min(_LEAST, n.largest), state_bytes(config, replace(n, micro_steps=2), model)
-    ahead, on_host = few * crop * waiting, few * crop * in_hand
-    fewest = replace(all_of_it, state=in_parts, images=few, maps=maps(few), ahead=ahead, on_host=on_host)
+    fewest = replace(
+        all_of_it,
+        state=in_parts,
+        images=few,
+        maps=maps(few),
+        ahead=few * crop * waiting,
+        on_host=few * crop * in_hand,
+    )
     fits = _between(fewest, replace(all_of_it, state=in_parts))
     # smaller blocks leave more gaps, so that line is not sure
     while fits and fits > few and replace(fewest, maps=maps(fits), ahead=fits * crop * waiting).needed > _ROOM * left:
