@@ -174,8 +174,8 @@ class Watched(Generic[T]):
             then["no work between steps"] = stages.without("between")
         if self._workers is not None and bound in ("data", "ahead"):
             for more in {max(1, 2 * self._workers), max(machine.cores(), self._workers + 1)}:
-                paces = [pace * more / (self._workers or 1) for pace in stages.data.paces]
-                then[f"num_workers={more}"] = replace(stages, data=Ceiling(paces, stages.data.cpu_s))
+                faster = stages.data.times(more / (self._workers or 1))
+                then[f"num_workers={more}"] = replace(stages, data=faster)
         return {name: stages.gain(one) for name, one in then.items()}
 
     def __str__(self) -> str:
@@ -198,20 +198,20 @@ class Watched(Generic[T]):
 
 
 class _Laps:
-    """Paces of laps, and the processor's seconds in all of them."""
+    """Paces of laps, and the processor's seconds of a batch in each."""
 
     def __init__(self) -> None:
         self.paces: list[float] = []
-        self._cpu_s, self._count = 0.0, 0
+        self._cpus: list[float] = []
 
     def add(self, began: "_Now", count: int) -> None:
         """So many batches since then."""
         now = _Now()
         self.paces.append(count / (now.wall_s - began.wall_s))
-        self._cpu_s, self._count = self._cpu_s + now.cpu_s - began.cpu_s, self._count + count
+        self._cpus.append((now.cpu_s - began.cpu_s) / count)
 
     def ceiling(self) -> Ceiling:
-        return Ceiling(self.paces, self._cpu_s / self._count)
+        return Ceiling(self.paces, self._cpus)
 
 
 class _Now:

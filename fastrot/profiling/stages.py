@@ -36,19 +36,19 @@ def ceiling(work: Callable[[], float], seconds: float, took: list[float] | None 
     took  gets the seconds of each call.
     """
     paces: list[float] = []
+    cpus: list[float] = []
     took = [] if took is None else took
     work()  # warms up
-    in_all, began_cpu = 0.0, time.process_time()
     for _ in range(LAPS):
-        done, began = 0.0, time.perf_counter()
+        done, began, began_cpu = 0.0, time.perf_counter(), time.process_time()
         last = began
         while last - began < seconds / LAPS or not done:
             done += work()
             before, last = last, time.perf_counter()
             took.append(last - before)
         paces.append(done / (last - began))
-        in_all += done
-    return Ceiling(paces, (time.process_time() - began_cpu) / in_all)
+        cpus.append((time.process_time() - began_cpu) / done)
+    return Ceiling(paces, cpus)
 
 
 def batches_of(manifest: Manifest, plan: Plan, images: int) -> Iterator[NDArray[np.int64]]:

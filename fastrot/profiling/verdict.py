@@ -15,6 +15,7 @@ Interval = tuple[float, float, float]
 NAMES = {
     "cold": "reading from the disk",
     "warm": "reading from memory",
+    "reads": "reading, a second time too",
     "decode": "decoding",
     "resample": "resampling",
     "hand-over": "the hand-over of batches",
@@ -29,11 +30,11 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Ceiling:
-    """A stage alone. paces: images/s, a lap each; cpu_s: seconds of one core that an image takes there; more: what
-    else an image takes or moves there, such as bytes."""
+    """A stage alone, by lap. paces: images/s; cpus: seconds of one core that an image takes there; more: what else it
+    takes or moves there, such as bytes."""
 
     paces: list[float]
-    cpu_s: float
+    cpus: list[float]
     more: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -41,16 +42,23 @@ class Ceiling:
         return statistics.median(self.paces)
 
     @property
-    def between(self) -> Interval:
-        """What the pace may be."""
-        return interval(self.paces)
+    def cpu_s(self) -> float:
+        return statistics.median(self.cpus)
 
-    def at(self, pace: float) -> "Ceiling":
-        """At another pace, for the same work."""
-        return Ceiling([pace], self.cpu_s)
+    @property
+    def ends(self) -> tuple["Ceiling", "Ceiling", "Ceiling"]:
+        """At the least, the median and the most that it may be."""
+        low, middle, high = (
+            Ceiling([pace], [cpu]) for pace, cpu in zip(interval(self.paces), interval(self.cpus)[::-1], strict=True)
+        )
+        return low, middle, high
+
+    def times(self, factor: float) -> "Ceiling":
+        """At a multiple of its pace, for the same work."""
+        return Ceiling([factor * pace for pace in self.paces], self.cpus)
 
 
-FREE = Ceiling([math.inf], 0.0)
+FREE = Ceiling([math.inf], [0.0])
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,8 @@ class Stages:
         """The pace of a training of other stages over this one's, as far as the laps of what bounds it then lie apart.
         It stays as far from its bound as it is, but where too little was loaded ahead."""
         now = self.both.pace if self.ahead else self.least
-        ends = zip(then.data.between, then.step.between, strict=True)
-        low, middle, high = (replace(then, data=then.data.at(d), step=then.step.at(s)).least / now for d, s in ends)
+        ends = zip(then.data.ends, then.step.ends, strict=True)
+        low, middle, high = (replace(then, data=data, step=step).least / now for data, step in ends)
         return low, middle, high
 
     def without(self, stage: str) -> "Stages":
@@ -114,15 +122,16 @@ class Stages:
             return replace(self, cores=math.inf)
         if stage == "between":
             rest = 1 - self.apart
-            step = Ceiling([pace / rest for pace in self.step.paces], self.step.cpu_s * rest)
-            return replace(self, step=step, apart=0.0)
+            step = self.step.times(1 / rest)
+            return replace(self, step=replace(step, cpus=[rest * cpu for cpu in step.cpus]), apart=0.0)
         if stage == "step":
             return replace(self, step=FREE)
-        path = {name: one for name, one in self.path.items() if name not in (stage, "cold")}
+        gone = {"reads": ("cold", "warm")}.get(stage, (stage, "cold"))
+        path = {name: one for name, one in self.path.items() if name not in gone}
         if not path or stage == "data":
             return replace(self, data=FREE, handed=0.0, path={})
         slowest = min(path.values(), key=lambda one: one.pace)
-        return replace(self, data=replace(slowest, cpu_s=self.data.cpu_s), path=path)
+        return replace(self, data=replace(slowest, cpus=self.data.cpus), path=path)
 
 
 @dataclass(frozen=True)
@@ -160,11 +169,13 @@ def judge(stages: Stages) -> Verdict:
 
 
 def _slowest_of_the_data_path(stages: Stages) -> str:
-    """The part whose own ceiling is nearest to the path's; cold reads only where the path is as slow as they are."""
+    """The part whose own ceiling is nearest to the path's; cold reads only where the path is as slow as they are, and
+    no other reads where these are as slow."""
     alone = {name: one.pace for name, one in stages.path.items()}
     if alone.get("cold", 0) > stages.data.pace / NEAR:
         del alone["cold"]
-    return min(alone, key=lambda name: alone[name], default="data")
+    least = min(alone, key=lambda name: alone[name], default="data")
+    return "reads" if least in ("cold", "warm") and alone["warm"] <= alone.get("cold", 0) / NEAR else least
 
 
 def held(predicted: Interval, achieved: Interval) -> bool:

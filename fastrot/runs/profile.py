@@ -106,7 +106,9 @@ def profile(
     if attempt:
         cures = [_tried(bench, cure) for cure in cures]
     result = {
-        "stages": {name: asdict(one) | {"pace": one.pace} for name, one in _by_name(stages).items()},
+        "stages": {
+            name: asdict(one) | {"pace": one.pace, "cpu_s": one.cpu_s} for name, one in _by_name(stages).items()
+        },
         "cores": stages.cores,
         "views_per_image": arithmetic(config, ranks.world, len(manifest)).views_per_image,
         "images_per_step": config.optim.images_per_step,

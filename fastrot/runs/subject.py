@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, record_function
 
 from fastrot.config import Config
-from fastrot.data.build import make_loader, short_side
-from fastrot.data.loader import MicroBatch, StepBatch
+from fastrot.data.build import make_loader, settings_of, short_side
+from fastrot.data.loader import IN_FLIGHT, MicroBatch, StepBatch
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.engine.graphs import WARM_UPS
@@ -121,7 +121,8 @@ class Training:
         try:
             with closing(job.batches(range(_MOST), 0)) as batches:
                 steps = _again_and_again(job, next(batches)) if resident else batches
-                return _timed(job, steps, seconds, trace)
+                ready = 0 if resident else settings_of(self.config, self.ranks).prefetch + IN_FLIGHT
+                return _timed(job, steps, seconds, ready, trace)
         finally:
             job.close()
 
@@ -131,13 +132,16 @@ def _again_and_again(job: Job, first: StepBatch) -> Iterator[StepBatch]:
     return (replace(first, step=at, micro_steps=iter(micro)) for at, _ in enumerate(itertools.repeat(None)))
 
 
-def _timed(job: Job, steps: Iterator[StepBatch], seconds: float, trace: Path | None) -> tuple[Ceiling, Parts]:
-    """Laps of the loop itself at rate 0: the weights stay, a step costs the same."""
+def _timed(
+    job: Job, steps: Iterator[StepBatch], seconds: float, ready: int, trace: Path | None
+) -> tuple[Ceiling, Parts]:
+    """Laps of the loop itself at rate 0: the weights stay, a step costs the same. ready: steps that may be loaded when
+    the first begins."""
     forward = _Forward(job.task.loss)
     if not job.engine.cuda_graphs:  # where it is called once
         vars(job.task)["loss"] = forward
-    warm = _run(job, steps, WARM_UPS + 2, 1, forward)
-    step_s = min(line["step_s"] for line in warm.lines[WARM_UPS:])
+    warm = _run(job, steps, WARM_UPS + ready + 3, 1, forward)
+    step_s = statistics.median(line["step_s"] for line in warm.lines[-3:])
     lap = max(1, round(seconds / LAPS / step_s))
     if job.ranks.world > 1:  # the ranks must agree
         agreed = torch.tensor([lap], device=job.ranks.device)
@@ -148,10 +152,10 @@ def _timed(job: Job, steps: Iterator[StepBatch], seconds: float, trace: Path | N
             _run(job, steps, _TRACED, _TRACED, forward, _Ranges(job.ranks.device))
     laps = _run(job, steps, lap * (LAPS + 1), lap, forward)
     images = lap * job.numbers.images / job.ranks.world
-    cpu = (laps.cpu[-1] - laps.cpu[0]) / (images * LAPS)
+    cpus = [(end - begin) / images for begin, end in itertools.pairwise(laps.cpu)]
     lines = laps.lines[1:]
     paces = [line["images_per_s"] / job.ranks.world for line in lines]
-    return Ceiling(paces, cpu), _parts(lines, lap)
+    return Ceiling(paces, cpus), _parts(lines, lap)
 
 
 def _parts(lines: list[dict[str, Any]], lap: int) -> Parts:

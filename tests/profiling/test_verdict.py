@@ -12,7 +12,7 @@ CORES = 4.0
 
 
 def steady(pace: float, cpu_s: float = 1e-4) -> Ceiling:
-    return Ceiling([0.98 * pace, pace, 1.02 * pace], cpu_s)
+    return Ceiling([0.98 * pace, pace, 1.02 * pace], [cpu_s])
 
 
 def trained(data: Ceiling, step: Ceiling, cores: float = CORES) -> float:
@@ -47,6 +47,7 @@ def stages(**parts) -> Stages:
         ({"cold": steady(120), "data": steady(118), "decode": steady(300)}, "data", "cold", "decode"),
         ({"decode": steady(210), "data": steady(200)}, "data", "decode", "step"),
         ({"cold": steady(9000), "warm": steady(230), "data": steady(220)}, "data", "warm", "step"),
+        ({"cold": steady(230), "warm": steady(235), "data": steady(220)}, "data", "reads", "step"),
         ({"data": steady(900, 3e-3), "step": steady(800, 4e-3)}, "cores", "step", "step"),
         ({"data": steady(900, 5e-3), "step": steady(800, 2e-3)}, "cores", "decode", "step"),
         ({"both": steady(300), "waits": 0.4}, "ahead", "ahead", "step"),
