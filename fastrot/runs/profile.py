@@ -20,6 +20,7 @@ from fastrot.data.manifest import Manifest
 from fastrot.data.remarks import describe
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
+from fastrot.profiling.pace import SLOW_RANK
 from fastrot.profiling.stages import decoding, handing_over, held_bytes, held_pixels, reading
 from fastrot.profiling.verdict import NAMES, Ceiling, Interval, Stages, Verdict, held, in_words, judge
 from fastrot.runs.arithmetic import arithmetic
@@ -37,7 +38,6 @@ _SHARES = {
     "both": 4,
     "cures": 8,
 }  # of the seconds
-_SLOW = 1.2  # times the median: a rank to name
 _SEEN = 1.03  # a gain below it nobody could see
 _DRAWS = 20  # orders of the batches in which a depth is simulated
 
@@ -146,7 +146,7 @@ def _measured(bench: _Bench, trace: Path | None) -> tuple[Stages, dict[str, Part
         shown = terminal.track(works.items(), len(works), "stages") if ranks.first else works.items()
         found = {name: work(_SHARES[name] * unit) for name, work in shown}
     data, step, both = (found.pop(name) for name in ("data", "step", "both"))
-    apart = parts["step"].get("host_share", 0.0)
+    apart = parts["step"]["host_share"]
     cores = machine.cores() / ranks.local_world
     return Stages(cores, data, step, both, parts["both"]["wait_share"], apart, path=found), parts, subject.took
 
@@ -248,28 +248,24 @@ def _tried(bench: _Bench, cure: Cure) -> Cure:
 
 
 def _slow_rank(ranks: Ranks, both: Parts) -> dict[str, Any] | None:
-    """A rank whose own work takes much longer than the others': they wait for it in the update."""
-    if ranks.world == 1:
+    """A rank whose own work takes much longer than the others': they wait for it in communication."""
+    if ranks.world == 1 or "laps" not in both:  # nobody waits for another
         return None
     mine = {
         name.removesuffix("_share"): [share * step for share, step in zip(shares, both["laps"]["step_s"], strict=True)]
         for name, shares in both["laps"].items()
-        if name.endswith("_share")
+        if name.endswith("_share") and name != "communicate_share"
     }
     step_s, everyone = both["laps"]["step_s"], list[Any]([None] * ranks.world)
     dist.all_gather_object(everyone, mine)
-    waits = "communicate" if "communicate" in mine else "update"  # for the others
-    own = [[sum(lap) for lap in zip(*(v for k, v in one.items() if k != waits), strict=True)] for one in everyone]
+    own = [[sum(lap) for lap in zip(*one.values(), strict=True)] for one in everyone]
     means = [statistics.fmean(laps) for laps in own]
     ordered = sorted(range(ranks.world), key=lambda rank: means[rank])
     middle, worst = ordered[(ranks.world - 1) // 2], ordered[-1]
-    if means[worst] < _SLOW * means[middle]:
+    if means[worst] < SLOW_RANK * means[middle]:
         return None
     gains = [step / (step - slow + usual) for step, slow, usual in zip(step_s, own[worst], own[middle], strict=True)]
-    stages = mine.keys() - {waits}
-    later = {
-        name: statistics.fmean(everyone[worst][name]) - statistics.fmean(everyone[middle][name]) for name in stages
-    }
+    later = {name: statistics.fmean(everyone[worst][name]) - statistics.fmean(everyone[middle][name]) for name in mine}
     return {
         "rank": worst,
         "host": ranks.peers[worst].host if ranks.peers else "",

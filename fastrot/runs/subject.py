@@ -231,7 +231,12 @@ class Extracting:
         with self._batches() as batches:
             batch = next(batches).to(self.ranks.device)
         found = ceiling(lambda: _taken(extract, batch), seconds)
-        return found, {"step_s": len(batch.pixels) / found.pace, "wait_share": 0.0, "memory_gib": memory_gib()}
+        return found, {
+            "step_s": len(batch.pixels) / found.pace,
+            "wait_share": 0.0,
+            "host_share": 0.0,
+            "memory_gib": memory_gib(),
+        }
 
     def both(self, seconds: float, trace: Path | None = None) -> tuple[Ceiling, Parts]:
         extract, waited = self._extractor(), list[float]()
