@@ -75,7 +75,7 @@ def _linked(text: str, path: str, copies: set[str]) -> str:
 
 
 def config_page() -> str:
-    """A table a section: key, type, default, meaning."""
+    """A section after the other: key, type, default, meaning."""
     lines = [
         "# Config", "",
         "Every key of a config file, made from the code when these pages are built. A file holds sections; on the command",
@@ -83,17 +83,14 @@ def config_page() -> str:
         "from; `fastrot config --schema` prints a JSON schema for editors. An unknown key is refused.", "",
     ]  # fmt: skip
     for name, section in Config.model_fields.items():
-        lines += [f"## {name}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += [f"## {name}", ""]
         for key, field in section.annotation.model_fields.items():
             default = "" if field.default is PydanticUndefined else _yaml(field.default)
-            cells = (
-                f"`{name}.{key}`",
-                _type(field.annotation, field.metadata),
-                f"`{default}`",
-                field.description or "",
-            )
-            lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
-        lines.append("")
+            lines += [
+                f"**`{name}.{key}`** · {_type(field.annotation, field.metadata)} · default `{default}`",
+                f":   {' '.join((field.description or '').split())}",
+                "",
+            ]
     return "\n".join(lines)
 
 

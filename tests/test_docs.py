@@ -187,7 +187,7 @@ def hooks():
 
 
 def test_every_key_is_on_the_configs_page_with_its_type_and_a_meaning(hooks):
-    rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \| `(.+?)` \| (.+?) \|$", hooks.config_page(), re.MULTILINE)
+    rows = re.findall(r"^\*\*`([\w.]+)`\*\* · (.+?) · default `(.+?)`\n:   (.+)$", hooks.config_page(), re.MULTILINE)
     assert [row[0] for row in rows] == configs.known_keys()
     page = {row[0]: row[1:] for row in rows}
     assert page["data.crop"][:2] == ("int ≥ 8, ≤ 4096", "224") and page["data.resize"][:2] == (
