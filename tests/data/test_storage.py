@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import importlib
 import os
 import tarfile
 import threading
@@ -16,7 +17,6 @@ from conftest import write_folder
 from fastrot.data import storage as storages
 from fastrot.data.bad_images import BadImages
 from fastrot.data.decode import make_decoder
-from fastrot.data.decode import torch as torch_decoder
 from fastrot.data.index import index
 from fastrot.data.loader import Loader
 from fastrot.data.manifest import Manifest
@@ -188,6 +188,7 @@ def test_memory_is_used_again_once_no_part_of_it_is_left():
 
 def test_a_decoder_keeps_a_batchs_memory_until_it_is_done(manifest, monkeypatch):
     """While it works no other batch is read there, whoever else has let go of it."""
+    torch_decoder = importlib.import_module("fastrot.data.decode.torch")
     looked, real = threading.Event(), torch_decoder.window_pixels
     monkeypatch.setattr(torch_decoder, "window_pixels", lambda *image: looked.wait() and real(*image))
     for name in ("torch", "dali", "turbo"):
