@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from fastrot import machine, terminal
+from fastrot import distributed, machine, terminal
 from fastrot.config import Config, flat, from_values
 from fastrot.data.build import crop_at, decoder_of, open_manifest, plan_of, settings_of
 from fastrot.data.loader_settings import interval, thread_counts, waiting
@@ -96,12 +96,14 @@ def profile(
     if ranks.first:
         describe(manifest, terminal.console().print)
     bench = _Bench(what, config, ranks, manifest, seconds / sum(_SHARES.values()))
-    stages, parts, took = _measured(bench, trace)
+    mine, parts, seen = _measured(bench, trace)
+    stages, took = distributed.on_first(ranks, lambda: (mine, seen))  # all ranks judge and try the same
     verdict = judge(stages)
     slow = _slow_rank(ranks, parts["both"])
     if slow:
         verdict = replace(verdict, bound="rank", stage="rank", gain=slow["gain"])
-    cures = [] if slow else _cures(bench, stages, verdict, took)
+    found = [] if slow else _cures(bench, stages, verdict, took)
+    cures = distributed.on_first(ranks, lambda: found)
     if attempt:
         cures = [_tried(bench, cure) for cure in cures]
     alone = bench.subject
@@ -110,6 +112,7 @@ def profile(
             name: asdict(one) | {"pace": one.pace, "cpu_s": one.cpu_s} for name, one in _by_name(stages).items()
         },
         "cores": stages.cores,
+        "ranks": ranks.world,
         "views_per_image": arithmetic(config, ranks.world, len(manifest)).views_per_image,
         "images_per_step": config.optim.images_per_step,
         "parts_of_a_step": parts,
@@ -295,7 +298,7 @@ def _show(result: dict[str, Any], cures: list[Cure]) -> None:
             del shares["compute"]
         told = ", ".join(f"{key} {share:.0%}" for key, share in shares.items() if share >= 0.005)
         rows.append((title, f"{part['step_s']:.3f} s: {told}; {part['memory_gib']:.1f} GiB"))
-    terminal.table("alone, each", rows)
+    terminal.table("alone, each, of a rank" if result["ranks"] > 1 else "alone, each", rows)
     if roof := result["roofline"]:
         title = f"the roof: {roof['flops'] / 1e9:,.0f} GFLOP/s, {roof['bytes'] / 2**30:,.1f} GiB/s"
         terminal.table(title, [(one["name"], _beside_the_roof(one)) for one in roof["groups"]])
