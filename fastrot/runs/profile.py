@@ -24,6 +24,7 @@ from fastrot.profiling.stages import decoding, handing_over, held_bytes, held_pi
 from fastrot.profiling.verdict import NAMES, Ceiling, Interval, Stages, Verdict, held, in_words, judge
 from fastrot.runs.arithmetic import arithmetic
 from fastrot.runs.build import Job, set_torch_flags
+from fastrot.runs.elsewhere import for_elsewhere
 from fastrot.runs.subject import Extracting, Parts, Subject, Training
 
 _SHARES = {
@@ -121,6 +122,7 @@ def profile(
         "says": _slow_says(slow) if slow else in_words(stages, verdict, "images"),
         "cures": [asdict(cure) for cure in cures],
         "slow_rank": slow,
+        "elsewhere": for_elsewhere(config, ranks, manifest, seconds) if what.make is Job else None,
     }
     if ranks.first:
         _show(result, cures)
