@@ -12,7 +12,12 @@ import pytest
 from conftest import ROOT
 
 TESTS = Path(__file__).parent.parent
-BATTERIES = {"kernels/test_rotate_views.py": 121, "kernels/test_norm.py": 40, "kernels/test_pointwise.py": 12}
+BATTERIES = {
+    "kernels/test_rotate_views.py": 121,
+    "kernels/test_norm.py": 40,
+    "kernels/test_pointwise.py": 12,
+    "kernels/test_pool.py": 15,
+}
 SLOW = {"models/test_fused_conv.py": 12}
 
 
