@@ -208,7 +208,7 @@ def fuse_norms(model: ResNet, over_ranks: bool) -> ResNet:
     model.relu = nn.Identity()  # the stem's, which bn1 has done
     if repr(model.maxpool) == repr(nn.MaxPool2d(3, 2, 1)):
         model.bn1.__class__ = _StemNorm2d
-        model.__class__ = _with_fused_stem(type(model))
+        model.__class__ = _with_fused_stem(type(model))  # type: ignore[arg-type]  # mypy: a class may not be hashable
     return model
 
 
