@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup demo demo-control test test-all gpu check lock clean
+.PHONY: setup demo demo-control test test-all gpu check figures lock clean
 
 setup: $(VENV)/.ready
 
@@ -50,6 +50,10 @@ test-all: check
 gpu: setup
 	$(BIN)/fastrot selfcheck --gpu
 
+# do the documents say what bench/results says? tools/figures.py --write makes them
+figures: setup
+	$(BIN)/python tools/figures.py
+
 # style, layers, types, and lines of code by room against the budget in tools/lines.py
 check: setup
 	$(BIN)/ruff check .
@@ -57,6 +61,7 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/python tools/lines.py
+	$(BIN)/python tools/figures.py
 
 lock:
 	$(BIN)/uv pip compile -q --generate-hashes --universal --python-version 3.11 --no-header --no-annotate requirements.in -o requirements.txt

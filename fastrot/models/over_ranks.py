@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives  # what a compiler knows of them
 from torch import Tensor
 
+from fastrot.profiling.clock import communicating
 from fastrot_kernels import norm
 
 _collectives = torch.ops._c10d_functional
@@ -27,12 +28,16 @@ class Group(NamedTuple):
     def gathering(self, mine: Tensor) -> Callable[[], Tensor]:
         """Send this rank's [N]; what is returned waits, and gives all ranks' as [size, N]."""
         sent = _collectives.all_gather_into_tensor(mine, self.size, self.name)
-        return lambda: _collectives.wait_tensor(sent).view(self.size, -1)
+        return lambda: _arrived(sent).view(self.size, -1)
 
     def summing(self, mine: Tensor) -> Callable[[], Tensor]:
         """Send this rank's; what is returned waits, and gives the sum."""
         sent = _collectives.all_reduce(mine, "sum", self.name)
-        return lambda: _collectives.wait_tensor(sent)
+        return lambda: _arrived(sent)
+
+
+def _arrived(sent: Tensor) -> Tensor:
+    return communicating(_collectives.wait_tensor, sent)
 
 
 def neighbours(groups: int, timeout_s: float) -> Group | None:

@@ -64,7 +64,7 @@ class Cure:
 
 
 @dataclass(frozen=True)
-class _Bench:
+class Alone:
     """The parts of a training under one config, and how long a unit of time is."""
 
     config: Config
@@ -177,7 +177,7 @@ def profile(config: Config, ranks: Ranks, seconds: float, attempt: bool, trace: 
     manifest = open_manifest(config.data.train, config, ranks, "data.train")
     if ranks.first:
         describe(manifest, terminal.console().print)
-    bench = _Bench(config, ranks, manifest, seconds / sum(_SHARES.values()))
+    bench = Alone(config, ranks, manifest, seconds / sum(_SHARES.values()))
     stages, parts = _measured(bench, trace)
     verdict = judge(stages)
     cures = _cures(bench, stages, verdict)
@@ -202,7 +202,7 @@ def _by_name(stages: Stages) -> dict[str, Ceiling]:
     return {name: getattr(stages, name) for name in ("cold", "warm", "decode", "data", "step", "both")}
 
 
-def _measured(bench: _Bench, trace: Path | None) -> tuple[Stages, dict[str, dict[str, Any]]]:
+def _measured(bench: Alone, trace: Path | None) -> tuple[Stages, dict[str, dict[str, Any]]]:
     config, ranks, manifest, unit = bench.config, bench.ranks, bench.manifest, bench.unit
     plan, settings = plan_of(config, manifest), settings_of(config, ranks)
     images = arithmetic(config, ranks.world, len(manifest)).largest
@@ -227,7 +227,7 @@ def _measured(bench: _Bench, trace: Path | None) -> tuple[Stages, dict[str, dict
     return Stages(machine.cores() / ranks.local_world, **found), parts
 
 
-def _cures(bench: _Bench, stages: Stages, verdict: Verdict) -> list[Cure]:
+def _cures(bench: Alone, stages: Stages, verdict: Verdict) -> list[Cure]:
     """Settings that change what bounds the training, each measured alone; the best three that gain at all."""
     cures = []
     step = verdict.stage == "step"
@@ -245,7 +245,7 @@ def _cures(bench: _Bench, stages: Stages, verdict: Verdict) -> list[Cure]:
     return sorted(better, key=lambda cure: -cure.predicted[1])[:3]
 
 
-def _of_the_data_path(bench: _Bench) -> list[str]:
+def _of_the_data_path(bench: Alone) -> list[str]:
     config, now = bench.config, settings_of(bench.config, bench.ranks)
     out = [f"data.threads={n}" for n in thread_counts(bench.ranks.cores) if n > now.threads]
     if config.data.decode in ("auto", "turbo") and bench.ranks.device.type == "cpu":
@@ -253,7 +253,7 @@ def _of_the_data_path(bench: _Bench) -> list[str]:
     return out
 
 
-def _of_the_step(bench: _Bench) -> list[str]:
+def _of_the_step(bench: Alone) -> list[str]:
     engine, on_gpu = bench.config.engine, bench.ranks.device.type == "cuda"
     other = "bf16" if engine.precision == "fp32" else "fp32"
     out = [f"engine.precision={other}"]
@@ -270,7 +270,7 @@ def _with(config: Config, setting: str) -> Config:
     return from_values(None, flat(config) | {key: value})
 
 
-def _tried(bench: _Bench, cure: Cure) -> Cure:
+def _tried(bench: Alone, cure: Cure) -> Cure:
     """Trained with it and without, in turns."""
     other = replace(bench, config=_with(bench.config, cure.setting))
     ratios: list[float] = []
@@ -283,8 +283,8 @@ def _tried(bench: _Bench, cure: Cure) -> Cure:
 
 
 def _slow_rank(ranks: Ranks, both: dict[str, Any]) -> dict[str, Any] | None:
-    """A rank whose own work takes much longer than the others': they wait for it in the update."""
-    mine = both["step_s"] * (1 - both["wait_share"] - both["update_share"])
+    """A rank whose own work takes much longer than the others': they wait for it in communication."""
+    mine = both["step_s"] * (1 - both["communicate_share"])
     everyone: list[Any] = [None] * ranks.world
     dist.all_gather_object(everyone, mine)
     median = sorted(everyone)[(len(everyone) - 1) // 2]
