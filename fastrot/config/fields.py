@@ -58,6 +58,8 @@ class Data(Section):
     """Decoding threads a rank; default: as fastrot tune found, else this machine's cores over its ranks."""
     prefetch: PositiveInt | None = None
     """Micro-batches decoded ahead, a rank; each holds n * crop * crop * 3 bytes. Default: as fastrot tune found, else 3."""
+    readers: PositiveInt = 8
+    """Images that a rank reads at once; more for a disk across a network, which answers many in the time of one."""
     hw_decoder_load: Unit | None = None
     """Share of the JPEGs that dali gives to the GPU's hardware decoder; default: as fastrot tune found, else 0.99."""
     max_bad: Annotated[int, Field(ge=0)] | None = None
@@ -168,6 +170,9 @@ class Run(Section):
     """Of the stream and of the first weights."""
     max_steps: PositiveInt | None = None
     """Stop after this many steps; default: the whole schedule. The schedule itself does not shrink."""
+    max_hours: PositiveFloat | None = None
+    """Stop after so many hours of this start, with a checkpoint and exit code 75; the same command goes on. As a signal
+    (SIGTERM, SIGUSR1) does; leave a few minutes of a scheduler's limit."""
     log_every: PositiveInt = 50
     """Steps between lines of metrics.jsonl; a checkpoint's step is logged too."""
     evaluate_every: PositiveInt = 1
