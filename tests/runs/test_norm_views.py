@@ -93,6 +93,7 @@ def test_the_dry_run_says_what_each_group_sees(views, says):
     assert _norm_says(dict(zip(names, views, strict=True)) | {"ranks": 8}) == says
 
 
+@pytest.mark.slow
 def test_a_run_in_groups_evaluates_and_resumes_as_one_that_never_stopped(narrow, images, tmp_path):
     """Each rank a group of its own: held-out figures and weights, running statistics too, are equal bit for bit."""
     words = ["train", "model.arch=resnet18", "engine.kind=plain", "data.crop=16", "optim.images_per_step=7",
