@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastrot.config import Config, load
-
-if TYPE_CHECKING:  # what imports torch is imported where it is used
+if TYPE_CHECKING:  # what imports torch or pydantic is imported where it is used
+    from fastrot.config import Config
     from fastrot.distributed import Ranks
 
 Result = dict[str, Any]
@@ -113,8 +112,10 @@ def numbers(text: str) -> list[int]:
     return values
 
 
-def settings(args: argparse.Namespace, command: str | None = None) -> tuple[Config, dict[str, str]]:
+def settings(args: argparse.Namespace, command: str | None = None) -> "tuple[Config, dict[str, str]]":
     """The resolved config of --config and overrides, and where each value is from. command: as for config.load."""
+    from fastrot.config import load
+
     warnings.filterwarnings("ignore", module=r"torch\..*|deepspeed\..*")
     return load(args.config, args.overrides, command)
 
@@ -137,7 +138,7 @@ def among_ranks() -> Iterator["Ranks"]:
 
 
 def plan(
-    config: Config,
+    config: "Config",
     sources: dict[str, str],
     ranks: "Ranks | None",
     data: list[tuple[str, str | None]],
