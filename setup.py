@@ -34,6 +34,7 @@ EXTRAS["ffcv"] = ["ffcv>=1.0.2,<2"]  # built from source, with OpenCV's and libj
 EXTRAS["dev"] = [
     "hypothesis>=6",
     "import-linter>=2",
+    "mkdocs-material>=9.7,<10",
     "mypy>=2",
     "pytest>=9",
     "pytest-xdist>=3.8",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from fastrot.profiling.clock import communicating
 from fastrot_kernels import norm, pool
 
 
@@ -98,7 +99,7 @@ def merged(moments: Tensor, over_ranks: bool) -> Tensor:
     if not over_ranks:
         return moments
     gathered = moments.new_empty(dist.get_world_size() * moments.numel())
-    dist.all_gather_into_tensor(gathered, moments.flatten())
+    communicating(dist.all_gather_into_tensor, gathered, moments.flatten())
     return norm.merge(gathered.view(-1, *moments.shape))
 
 
@@ -107,7 +108,7 @@ def summed(mine: Tensor, over_ranks: bool) -> Tensor:
     if not over_ranks:
         return mine
     sums = mine.clone()
-    dist.all_reduce(sums)
+    communicating(dist.all_reduce, sums)
     return sums
 
 

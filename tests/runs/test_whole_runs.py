@@ -34,7 +34,7 @@ COMMAND = "import sys; from fastrot.cli import main; sys.exit(main(sys.argv[1:])
 SIZES = ((60, 80), (64, 64), (90, 60), (60, 100), (72, 64))
 TIMES = {
     "images_per_s", "views_per_s", "step_s", "wait_share", "copy_share", "rotate_share", "compute_share", "update_share",
-    "memory_gib", "eta_s",
+    "communicate_share", "host_share", "bound", "slow_step", "straggler", "memory_gib", "eta_s",
 }  # fmt: skip
 
 
