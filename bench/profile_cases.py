@@ -29,6 +29,7 @@ from PIL import Image
 
 import fastrot
 from fastrot import config as configs
+from fastrot import distributed
 from fastrot.data.loader_settings import interval
 from fastrot.data.storage import FileStorage
 from fastrot.distributed import Ranks
@@ -64,7 +65,7 @@ def slow_reads(mib_per_s: float = 4.0) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stalling_reads(every: int = 10, seconds: float = 0.5) -> Iterator[None]:
+def stalling_reads(every: int, seconds: float) -> Iterator[None]:
     """One batch in so many comes late, as from a disk that others use."""
     start, count = FileStorage.start, [0]
 
@@ -88,9 +89,28 @@ def config_of(data: str, **more: object) -> configs.Config:
 
 @functools.cache
 def alone() -> Ranks:
-    from fastrot import distributed
+    ranks = distributed.start()
+    torch.set_num_threads(1)  # a core for the step, one for its data: threads of both on a core wait for one another
+    return ranks
 
-    return distributed.start()
+
+def busy_share(seconds: float = 1.0) -> float:
+    """Of the machine's cores, by others: this process sleeps."""
+
+    def spent() -> tuple[int, int]:
+        times = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+        return sum(times), times[3] + times[4]
+
+    (all_before, idle_before), _, (all_after, idle_after) = spent(), time.sleep(seconds), spent()
+    return 1 - (idle_after - idle_before) / (all_after - all_before)
+
+
+def calm(most: float = 0.15, patience_s: float = 60) -> float:
+    """Wait until others leave the machine alone; how busy they are then."""
+    until = time.monotonic() + patience_s
+    while (busy := busy_share()) > most and time.monotonic() < until:
+        continue
+    return busy
 
 
 def profiled(config: configs.Config, seconds: float, attempt: bool) -> dict:
@@ -173,8 +193,11 @@ def step(data: Path, seconds: float) -> dict:
 
 
 def prefetch(data: Path, seconds: float) -> dict:
-    config = config_of(str(data), rotation__views="all", optim__images_per_step=8, data__prefetch=1)
-    with stalling_reads():
+    """A stall as long as seven steps in each fourteen batches."""
+    config = config_of(str(data), optim__images_per_step=8, data__prefetch=1)
+    manifest = profiles.open_manifest(config.data.train, config, alone(), "data.train")
+    step_s = profiles.Training(profiles.Job, config, alone(), manifest).step(1.0)[1]["step_s"]
+    with stalling_reads(14, 7 * step_s):
         return by_setting(profiled(config, seconds, True), "ahead", "data.prefetch")
 
 
@@ -196,7 +219,6 @@ def of_a_rank(data: Path, seconds: float, folder: Path) -> None:
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
     config = config_of(str(data), rotation__views="all", optim__images_per_step=8)
     ranks = alone()
-    torch.set_num_threads(1)
 
     @contextlib.contextmanager
     def busy() -> Iterator[None]:
@@ -281,6 +303,7 @@ def said(found) -> str:
 
 def consumer(data: Path, seconds: float) -> dict:
     """Every step is followed by work of the loop's: singular values of the first layer and a sorted batch."""
+    alone()
     manifest, (model, optimizer) = fastrot.open(data), network(32)
     rng = np.random.default_rng(0)
 
@@ -307,8 +330,8 @@ def torchvision_loader(data: Path, side: int, workers: int, batches: int) -> Som
 
 def few_workers(data: Path, seconds: float) -> dict:
     """torchvision's loader, without a worker; the cure is one."""
+    alone()
     model, optimizer = network(32)
-    torch.set_num_threads(1)
 
     def body(batch) -> None:
         learn(model, optimizer, batch[0], batch[1] % 100)
@@ -324,8 +347,8 @@ def few_workers(data: Path, seconds: float) -> dict:
 
 def slow_step(data: Path, seconds: float) -> dict:
     """torchvision's loader with a worker, and a network that is too slow for it; the cure is a smaller one."""
+    alone()
     model, optimizer = network(96)
-    torch.set_num_threads(1)
 
     def body(batch) -> None:
         learn(model, optimizer, batch[0], batch[1] % 100)
@@ -357,8 +380,9 @@ def main() -> None:
     kept = json.loads(args.out.read_text())["cases"] if args.out and args.out.exists() else {}
     for number, name in enumerate(args.cases, 1):
         print(f"{number} of {len(args.cases)}: {name}", file=sys.stderr, flush=True)
-        began = time.perf_counter()
-        kept[name] = CASES[name](args.data, args.seconds) | {"seconds": time.perf_counter() - began} | harness.facts()
+        busy, began = calm(), time.perf_counter()
+        case = CASES[name](args.data, args.seconds)
+        kept[name] = case | {"others_busy": busy, "seconds": time.perf_counter() - began} | harness.facts()
         harness.write(args.out, QUESTION, {"cases": {name: kept[name] for name in CASES if name in kept}})
 
 

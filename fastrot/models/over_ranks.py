@@ -37,7 +37,8 @@ class Group(NamedTuple):
 
 
 def _arrived(sent: Tensor) -> Tensor:
-    return communicating(_collectives.wait_tensor, sent)
+    arrived: Tensor = communicating(_collectives.wait_tensor, sent)
+    return arrived
 
 
 def neighbours(groups: int, timeout_s: float) -> Group | None:
