@@ -223,7 +223,7 @@ def ranks(place: Place, found: Found) -> None:
         return
     for world in sorted({2, gpus}):
         _captured_collectives(place, found, world)
-        for images in sorted({at_once(place), RECIPE_VIEWS // 4 // world}) if place.gpu else (at_once(place),):
+        for images in sorted({at_once(place), RECIPE_VIEWS // 4 // world}) if place.gpu else (2,):  # as --quick takes
             _scaling(place, found, world, images)
 
 
