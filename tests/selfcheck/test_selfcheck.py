@@ -250,7 +250,7 @@ class Told(Place):
 @pytest.mark.parametrize(
     "check, odd, says",
     [
-        (correctness.losses, "losses-1", "bf16: losses 100.00% from the CPU's"),
+        (correctness.losses, "losses-1", "bf16: the mean loss 100.00% from the CPU's"),
         (correctness.resume, "resume-0-again", "bf16, deepspeed: model.safetensors of the resumed run differ"),
         (speed._captured_collectives, "ranks-collectives", "losses 100.00% from those without graphs, more than 0.5%"),
         (speed.end_to_end, "end-to-end", "waits for data 2.00% of its time, more than 1%"),
