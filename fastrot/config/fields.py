@@ -167,6 +167,9 @@ class Run(Section):
     """Of the stream and of the first weights."""
     max_steps: PositiveInt | None = None
     """Stop after this many steps; default: the whole schedule. The schedule itself does not shrink."""
+    max_hours: PositiveFloat | None = None
+    """Stop after so many hours of this start, with a checkpoint and exit code 75; the same command goes on. As a signal
+    (SIGTERM, SIGUSR1) does; leave a few minutes of a scheduler's limit."""
     log_every: PositiveInt = 50
     """Steps between lines of metrics.jsonl; a checkpoint's step is logged too."""
     evaluate_every: PositiveInt = 1

@@ -22,6 +22,7 @@ from fastrot.errors import BadImage, Fault
 DECODES_IN_FLIGHT = 2  # one that decodes, one that waits for it: a decoder's threads never idle
 _PLANNED_TOGETHER = 4096  # images, about: numpy's calls cost more than their work on a batch alone
 _READ_AHEAD = 4  # batches whose bytes are being read before the decoder wants them
+IN_FLIGHT = DECODES_IN_FLIGHT + _READ_AHEAD  # batches on their way to those that are ready
 
 # (rows int64 [n], epochs int64 [n]) -> what a plan shows of them
 Remake = Callable[[NDArray[np.int64], NDArray[np.int64]], Sample]

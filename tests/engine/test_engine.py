@@ -57,10 +57,10 @@ LOW = ["plain-bf16-0-sgd", "deepspeed-bf16-0-sgd", "deepspeed-bf16-1-sgd", "plai
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    out = tmp_path_factory.mktemp("steps") / "results.pt"
-    as_ranks(2, work, out, [*EXACT, *BUCKETS, *LARS, *LOW])
-    return torch.load(out, weights_only=True)
+def results(made_once):
+    modes = [*EXACT, *BUCKETS, *LARS, *LOW]
+    folder = made_once("steps", lambda folder: as_ranks(2, work, folder / "results.pt", modes))
+    return torch.load(folder / "results.pt", weights_only=True)
 
 
 def oracle(clip: float | None, model: nn.Module):
