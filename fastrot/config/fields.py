@@ -82,6 +82,9 @@ class Model(Section):
     """torchvision's ResNet; the task gives it its head."""
     sync_batchnorm: bool = True
     """Batch norm over the views of all ranks (the recipe); false is another recipe."""
+    norm_views: PositiveInt | None = None
+    """Batch norm over groups of neighbouring ranks that see as near to this many views at once as equal groups can (the
+    recipe: 512); running statistics are the mean over the groups. Default: one group of all ranks."""
 
 
 class Optim(Section):

@@ -62,6 +62,8 @@ class Engine:
         self._measure = measure
         self.grad_norm = math.inf  # stays so where fp16 skips the update
         communicating(self._average)
+        if self._settings.average_statistics:
+            communicating(self._mean_over_ranks, _running_statistics(self.model))
         self._step()
 
     def _average(self) -> None:
@@ -69,20 +71,19 @@ class Engine:
         if self._buckets:
             self._buckets.finish()
         elif self._averages and self._ranks.world > 1:
-            self._average_in_one_piece()
+            self._mean_over_ranks([p.grad for p in self.model.parameters() if p.grad is not None])
 
     @property
     def _averages(self) -> bool:
         """Whether gradients that no bucket takes are averaged here."""
         return True
 
-    def _average_in_one_piece(self) -> None:
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        flat = torch._utils._flatten_dense_tensors(grads)
+    def _mean_over_ranks(self, tensors: list[Tensor]) -> None:
+        """In place, in one piece."""
+        flat = torch._utils._flatten_dense_tensors(tensors)
         dist.all_reduce(flat)
         flat /= self._ranks.world
-        for grad, mean in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
-            grad.copy_(mean)
+        torch._foreach_copy_(tensors, list(torch._utils._unflatten_dense_tensors(flat, tensors)))
 
     def _step(self) -> None:
         """Clip, update, forget; DeepSpeed averages here what has no buckets."""
@@ -159,3 +160,9 @@ class Engine:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.grad_norm = clip_and_measure(parameters, self._settings.clip)
+
+
+def _running_statistics(model: nn.Module) -> list[Tensor]:
+    """Of the norms that learn them."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
+    return [t for module in norms for t in (module.running_mean, module.running_var) if t is not None]
