@@ -30,10 +30,9 @@ from PIL import Image
 import fastrot
 from fastrot import config as configs
 from fastrot import distributed
-from fastrot.data.loader_settings import interval
 from fastrot.data.storage import FileStorage
 from fastrot.distributed import Ranks
-from fastrot.profiling.verdict import held
+from fastrot.profiling.verdict import held, ratio
 from fastrot.runs import profile as profiles
 
 QUESTION = "Does the profile name a planted bound, and does its predicted gain come true?"
@@ -126,8 +125,8 @@ def both_paces(config: configs.Config, seconds: float) -> list[float]:
 
 def in_turns(now: Callable[[], list[float]], cured: Callable[[], list[float]]) -> tuple[float, float, float]:
     """Cured over uncured, lap by lap."""
-    ratios = [b / a for _ in range(ROUNDS) for a, b in zip(now(), cured(), strict=True)]
-    return interval(ratios)
+    rounds = [(now(), cured()) for _ in range(ROUNDS)]
+    return ratio([pace for _, laps in rounds for pace in laps], [pace for laps, _ in rounds for pace in laps])
 
 
 def told(expected: str, stage: str, says: str, cure: str, predicted, achieved) -> dict:
@@ -155,9 +154,9 @@ def storage(data: Path, seconds: float) -> dict:
 
     def throttled() -> list[float]:
         with slow_reads():
-            return both_paces(config, seconds / 12)
+            return both_paces(config, seconds / 6)
 
-    achieved = in_turns(throttled, lambda: both_paces(config, seconds / 12))
+    achieved = in_turns(throttled, lambda: both_paces(config, seconds / 6))
     verdict = found["verdict"]
     return told(
         "cold|reads", verdict["stage"], found["says"], "reads that are not throttled", verdict["gain"], achieved
@@ -233,7 +232,7 @@ def of_a_rank(data: Path, seconds: float, folder: Path) -> None:
     manifest = profiles.open_manifest(config.data.train, config, ranks, "data.train")
 
     def paces() -> list[float]:
-        return profiles.Training(profiles.Job, config, ranks, manifest).both(seconds / 12)[0].paces
+        return profiles.Training(profiles.Job, config, ranks, manifest).both(seconds / 6)[0].paces
 
     def slowed() -> list[float]:
         with busy():
@@ -302,7 +301,7 @@ def said(found) -> str:
 
 
 def consumer(data: Path, seconds: float) -> dict:
-    """Every step is followed by work of the loop's: singular values of the first layer and a sorted batch."""
+    """Every step is followed by work of the loop's: arrays are sorted for 0.2 s."""
     alone()
     manifest, (model, optimizer) = fastrot.open(data), network(32)
     rng = np.random.default_rng(0)
@@ -310,13 +309,14 @@ def consumer(data: Path, seconds: float) -> dict:
     def body(batch, besides: bool = True) -> None:
         learn(model, optimizer, batch.normalised(), batch.labels % 100)
         if besides:
-            for _ in range(4):
-                np.sort(rng.random(300_000))
+            until = time.perf_counter() + 0.2
+            while time.perf_counter() < until:
+                np.sort(rng.random(100_000))
 
-    with fastrot.Loader(manifest, images=16, crop=32) as loader:
-        found = watched(Some(loader, 170), body)
+    with fastrot.Loader(manifest, images=8, crop=32) as loader:
+        found = watched(Some(loader, 130), body)
         achieved = in_turns(
-            lambda: looped(Some(loader, 40), body), lambda: looped(Some(loader, 40), lambda batch: body(batch, False))
+            lambda: looped(Some(loader, 25), body), lambda: looped(Some(loader, 25), lambda batch: body(batch, False))
         )
     return told("between", found.verdict.stage, said(found), "no work between steps", found.verdict.gain, achieved)
 
