@@ -112,8 +112,8 @@ def calm(most: float = 0.15, patience_s: float = 60) -> float:
     return busy
 
 
-def profiled(config: configs.Config, seconds: float, attempt: bool) -> dict:
-    return profiles.profile(config, alone(), seconds, attempt, None, profiles.Profiled())
+def profiled(config: configs.Config, seconds: float) -> dict:
+    return profiles.profile(config, alone(), seconds, False, None, profiles.Profiled())
 
 
 def both_paces(config: configs.Config, seconds: float) -> list[float]:
@@ -137,20 +137,24 @@ def told(expected: str, stage: str, says: str, cure: str, predicted, achieved) -
     }  # fmt: skip
 
 
-def by_setting(found: dict, expected: str, key: str) -> dict:
-    """The profile's own proposal of a key, which --try has tried."""
-    cures = [cure for cure in found["cures"] if cure["setting"].startswith(key)]
+def by_setting(config: configs.Config, expected: str, key: str, seconds: float) -> dict:
+    """The profile's best proposal of a key, tried as --try does."""
+    found = profiled(config, seconds)
     stage, says = found["verdict"]["stage"], found["says"]
+    cures = [cure for cure in found["cures"] if cure["setting"].startswith(key)]
     if not cures:
         nothing = (float("nan"),) * 3
         return told(expected, stage, says, f"{key} was not proposed", nothing, nothing)
-    return told(expected, stage, says, cures[0]["setting"], cures[0]["predicted"], cures[0]["achieved"])
+    setting, _, value = cures[0]["setting"].partition("=")
+    cured = configs.from_values(None, configs.flat(config) | {setting: value})
+    achieved = in_turns(lambda: both_paces(config, seconds / 6), lambda: both_paces(cured, seconds / 6))
+    return told(expected, stage, says, cures[0]["setting"], cures[0]["predicted"], achieved)
 
 
 def storage(data: Path, seconds: float) -> dict:
     config = config_of(str(data), data__crop=32)
     with slow_reads():
-        found = profiled(config, seconds, False)
+        found = profiled(config, seconds)
 
     def throttled() -> list[float]:
         with slow_reads():
@@ -174,8 +178,7 @@ def threads(data: Path, seconds: float) -> dict:
             data__decode="turbo",
             optim__images_per_step=32,
         )
-        found = profiled(config, seconds, True)
-        return by_setting(found, "decode", "data.threads")
+        return by_setting(config, "decode", "data.threads", seconds)
 
 
 def large(data: Path, folder: Path, images: int = 64, side: int = 2400) -> None:
@@ -188,7 +191,7 @@ def large(data: Path, folder: Path, images: int = 64, side: int = 2400) -> None:
 
 def step(data: Path, seconds: float) -> dict:
     config = config_of(str(data), rotation__views="all", data__crop=96, optim__images_per_step=8)
-    return by_setting(profiled(config, seconds, True), "step", "engine.precision")
+    return by_setting(config, "step", "engine.precision", seconds)
 
 
 def prefetch(data: Path, seconds: float) -> dict:
@@ -197,7 +200,7 @@ def prefetch(data: Path, seconds: float) -> dict:
     manifest = profiles.open_manifest(config.data.train, config, alone(), "data.train")
     step_s = profiles.Training(profiles.Job, config, alone(), manifest).step(1.0)[1]["step_s"]
     with stalling_reads(14, 7 * step_s):
-        return by_setting(profiled(config, seconds, True), "ahead", "data.prefetch")
+        return by_setting(config, "ahead", "data.prefetch", 3 * seconds)
 
 
 def rank(data: Path, seconds: float) -> dict:

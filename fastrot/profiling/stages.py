@@ -99,12 +99,10 @@ def decoding(batches: list[Batch], decoder: Decoder, seconds: float) -> Ceiling:
         decoder.result()
         return flying.pop(0)
 
-    try:
-        return ceiling(work, seconds)
-    finally:
-        while flying:
-            decoder.result()
-            flying.pop()
+    found = ceiling(work, seconds)
+    for _ in flying:
+        decoder.result()
+    return found
 
 
 class _Still:

@@ -19,6 +19,7 @@ from fastrot.data.manifest import Manifest
 from fastrot.data.remarks import describe
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
+from fastrot.profiling.kernels import IDLE
 from fastrot.profiling.pace import SLOW_RANK
 from fastrot.profiling.stages import decoding, handing_over, held_bytes, held_pixels, reading
 from fastrot.profiling.verdict import NAMES, Ceiling, Interval, Stages, Verdict, held, in_words, judge, ratio
@@ -300,6 +301,9 @@ def _show(result: dict[str, Any], cures: list[Cure]) -> None:
             del shares["compute"]
         told = ", ".join(f"{key} {share:.0%}" for key, share in shares.items() if share >= 0.005)
         rows.append((title, f"{part['step_s']:.3f} s: {told}; {part['memory_gib']:.1f} GiB"))
+    if gpu := result["parts_of_a_step"]["both"].get("gpu"):
+        kinds = ", ".join(f"{name} {share:.0%}" for name, share in gpu.items() if name != IDLE)
+        rows.append(("the GPU in training", f"{1 - gpu[IDLE]:.0%} busy: {kinds}"))
     terminal.table("alone, each, of a rank" if result["ranks"] > 1 else "alone, each", rows)
     if roof := result["roofline"]:
         title = f"the roof: {roof['flops'] / 1e9:,.0f} GFLOP/s, {roof['bytes'] / 2**30:,.1f} GiB/s"
