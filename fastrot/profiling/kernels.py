@@ -2,7 +2,6 @@
 
 import re
 
-from torch.autograd import DeviceType
 from torch.profiler import profile
 
 _KINDS = {  # the first that fits a kernel's name
@@ -38,5 +37,5 @@ def _kind(name: str) -> str:
 def of_profiler(profiler: profile) -> dict[str, float]:
     """Those that a profiler saw on a GPU; none without one."""
     events = profiler.events() or []
-    on_gpu = [event for event in events if event.device_type == DeviceType.CUDA]
+    on_gpu = [event for event in events if event.device_type.name == "CUDA"]
     return kinds([(event.name, event.time_range.start, event.time_range.end) for event in on_gpu])
