@@ -65,7 +65,7 @@ def _linked(text: str, path: str, copies: set[str]) -> str:
             target += "/__init__.py"
         if not (ROOT / target).is_file():
             return match[0]
-        inside = target in PAGES or target.startswith("docs/")
+        inside = target in PAGES or (target.startswith("docs/") and not target.endswith(".py"))
         if not inside:
             copies.add(target)
         to = _page(target) if inside else _copy(target)

@@ -26,7 +26,18 @@ from fastrot.runs.arithmetic import arithmetic
 IMAGENET = 1_281_167
 PADDED = 10_010  # steps of an epoch in the published run
 LEARNING = GROUPS["training"]
-SLOW = ("quickstart", "data", "pretraining", "resume", "probes", "transfer", "export", "performance", "formats")
+SLOW = (
+    "quickstart",
+    "tutorial",
+    "data",
+    "pretraining",
+    "resume",
+    "probes",
+    "transfer",
+    "export",
+    "performance",
+    "formats",
+)
 PAGES = ["loader", "api", "stream", *(pytest.param(page, marks=pytest.mark.slow) for page in SLOW)]
 
 
