@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup demo demo-control test test-all gpu check docs lock clean
+.PHONY: setup demo demo-control test test-all gpu check docs figures lock clean
 
 setup: $(VENV)/.ready
 
@@ -50,6 +50,10 @@ test-all: check
 gpu: setup
 	$(BIN)/fastrot selfcheck --gpu
 
+# do the documents say what bench/results says? tools/figures.py --write makes them
+figures: setup
+	$(BIN)/python tools/figures.py
+
 # style, layers, types, the documents' links, and lines of code by room against the budget in tools/lines.py
 check: docs
 	$(BIN)/ruff check .
@@ -57,6 +61,7 @@ check: docs
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/python tools/lines.py
+	$(BIN)/python tools/figures.py
 
 # build/docs/index.html: a dead link or a missing page fails; asks the network for nothing
 docs: setup
