@@ -137,7 +137,7 @@ def commands_page() -> str:
     lines = [
         "# Commands", "",
         "`fastrot COMMAND --help`, for every command, in the order of a user's day. Exit codes: 0 done, 2 your error, 3 stopped",
-        "by a fault, 130 Ctrl-C.", "",
+        "by a fault, 75 stopped as asked, 130 Ctrl-C.", "",
     ]  # fmt: skip
     for group, names in GROUPS.items():
         lines += [f"## {group[0].upper()}{group[1:]}", ""]
