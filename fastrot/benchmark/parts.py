@@ -32,7 +32,7 @@ from fastrot.probes import knn
 from fastrot.profiling.stages import LAPS, ceiling
 from fastrot.runs.arithmetic import arithmetic
 from fastrot.runs.build import Job
-from fastrot.runs.profile import Alone
+from fastrot.runs.subject import Training
 from fastrot_kernels import backends, rotate_views
 
 # of the last layer's gradient, that the configured arithmetic may move it
@@ -55,9 +55,9 @@ class Place:
     manifest: Manifest
     seconds: float
 
-    def alone(self) -> Alone:
+    def alone(self) -> Training:
         """The stages of a training, as `fastrot profile` times them."""
-        return Alone(self.config, self.ranks, self.manifest, self.seconds)
+        return Training(Job, self.config, self.ranks, self.manifest)
 
     def with_(self, **data: object) -> "Place":
         values = flat(self.config) | {f"data.{key}": value for key, value in data.items()}
@@ -98,7 +98,7 @@ def _decoders(config: Config, device: str) -> dict[str, Arm]:
 
 
 def _loads(decode: str, place: Place) -> list[float]:
-    return place.with_(decode=decode).alone().data().paces
+    return place.with_(decode=decode).alone().data(place.seconds).paces
 
 
 def _same_pixels(decode: str, place: Place) -> str:
@@ -212,7 +212,8 @@ def _learns(place: Place) -> str:
 
 
 def _trains(stage: str, place: Place) -> list[float]:
-    found, _ = place.alone().step() if stage == "step" else place.alone().both()
+    alone = place.alone()
+    found, _ = alone.step(place.seconds) if stage == "step" else alone.both(place.seconds)
     return [TURNS * pace for pace in found.paces]
 
 

@@ -132,12 +132,13 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return ordered[cut], statistics.median(ordered), ordered[n - 1 - cut]
 
 
-def waiting(seconds: Sequence[float], depth: int) -> float:
+def waiting(seconds: Sequence[float], depth: int, step: float | None = None) -> float:
     """Share of its time that a steady step waits for data with `depth` batches ahead.
 
-    seconds  that the loader took for one batch after another. The step is as long as 0.9 of its pace allows.
+    seconds  that the loader took for one batch after another. step: seconds; default: as long as 0.9 of the loader's
+             pace allows.
     """
-    step = statistics.fmean(seconds) / _LOAD
+    step = statistics.fmean(seconds) / _LOAD if step is None else step
     start = clock = sum(seconds[:depth])  # the queue is full when the first step begins
     taken: list[float] = []  # when the step took each batch
     ready = waited = 0.0

@@ -17,7 +17,7 @@ from fastrot.profiling import roofline
 from fastrot.profiling.estimate import Demand, Plan, plan
 from fastrot.profiling.hardware import Hardware, Known, read
 from fastrot.profiling.memory import peak_of_step
-from fastrot.runs.arithmetic import arithmetic
+from fastrot.runs.arithmetic import arithmetic, refuse_norm_views
 from fastrot.runs.build import fitted
 from fastrot.runs.elsewhere import profiled
 from fastrot.runs.memory import state_bytes
@@ -36,7 +36,8 @@ def demand_of(config: Config, ranks: int, rows: int, image_bytes: float) -> Dema
         model = build_model(config.model.arch, TURNS, config.run.seed)
     fresh = partial(_network, config)
     channels = [m.num_features for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    synchronised = config.model.sync_batchnorm and ranks > 1
+    refuse_norm_views(config, n)
+    synchronised = n.norm_groups < ranks
     graphs = config.engine.cuda_graphs == "collectives" or (bool(config.engine.cuda_graphs) and not synchronised)
     rows_of_a_step = roofline.step_rows(fresh, images * n.views_per_image, images, side, dtype)
     maps = peak_of_step(fresh(), n.largest * n.views_per_image, config.engine.stem_channels, side, dtype)
@@ -58,7 +59,7 @@ def demand_of(config: Config, ranks: int, rows: int, image_bytes: float) -> Dema
 
 
 def _network(config: Config) -> torch.nn.Module:
-    return fitted(build_model(config.model.arch, TURNS, config.run.seed), config, over_ranks=False)
+    return fitted(build_model(config.model.arch, TURNS, config.run.seed), config, over_ranks=None)
 
 
 def estimate(

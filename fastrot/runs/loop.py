@@ -70,12 +70,14 @@ def run(
     log: Log,
     clock: Clock,
     bad_images: Callable[[], int],
+    heard: Callable[[], str] = str,
 ) -> dict[str, Any]:
     """Train over `batches`; returns the last logged values with the whole run's rates.
 
     lr_of(epoch) -> rate.  work_of(epoch) -> what a step asks of this rank's device.
     evaluate() -> held-out metrics, or None.  bad_images() -> how many were replaced so far.
     save(steps completed, next stream position, the held-out figure that judges or None, whether one is due).
+    heard() -> why to stop early, or nothing, alike on all ranks: that step is saved, and `stopped` among the values.
     Raises Diverged where the loss was not finite for engine.max_bad_steps in a row, seen at the next line; what fp16
     skips has a finite loss.
     """
@@ -85,8 +87,8 @@ def run(
         rate = lr_of(batch.epoch)
         set_lr(engine.optimizer, rate)
         done, position = batch.step + 1, batch.position + course.images_per_step
-        last = done == course.last_step
-        saving = last or done % course.checkpoint_every == 0
+        last, stopped = done == course.last_step, heard()
+        saving = last or bool(stopped) or done % course.checkpoint_every == 0
         evaluating = evaluate is not None and (last or course.evaluates(done, position))
         due = saving or evaluating or done % course.log_every == 0
         clock.watch(due)
@@ -118,6 +120,8 @@ def run(
         if (saving or evaluating) and not bad:  # the checkpoint before the first bad step stays
             save(done, position, figure, saving)
         clock.skip()
+        if stopped and not last:
+            return tally.whole() | {"stopped": stopped}
     return tally.whole()
 
 

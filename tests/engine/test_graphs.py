@@ -12,7 +12,7 @@ from fastrot import config as configs
 from fastrot import distributed
 from fastrot.data.loader import MicroBatch
 from fastrot.distributed import Ranks
-from fastrot.engine import StepSettings
+from fastrot.engine import StepSettings, make_engine
 from fastrot.engine.graphs import WARM_UPS, Graphed
 from fastrot.engine.optimizers import build_optimizer
 from fastrot.engine.plain import PlainEngine
@@ -119,6 +119,22 @@ def test_later_shapes_take_no_memory_but_the_graphs(monkeypatch):
     assert said == ["expandable_segments:True", *["emptied"] * WARM_UPS]
 
 
+@pytest.mark.parametrize("fixed, then", [(512.0, 512.0), (None, 2.0**15)])
+def test_a_graph_finds_the_loss_scale_where_it_was_captured(ranks, fixed, then):
+    """An overflow skips the update, and halves the scale but where it is fixed."""
+    model, places = nn.Linear(2, 1), set()
+    settings = StepSettings("fp16", cuda_graphs=True, loss_scale=fixed)
+    engine = make_engine("plain", model, torch.optim.SGD(model.parameters(), 0.1), settings, ranks, {})
+    moved = []
+    for factor in (1.0, 1e38, 1.0):
+        before = model.weight.detach().clone()
+        engine.backward(factor * model(torch.ones(1, 2)).sum(), 1)
+        engine.step()
+        places.add(engine._scaler()._scale.data_ptr())
+        moved.append(torch.allclose(before - model.weight, torch.tensor(0.1)))
+    assert moved == [True, False, True] and len(places) == 1 and engine._scaler().get_scale() == then
+
+
 @pytest.mark.parametrize(
     "graphs",
     [
@@ -162,7 +178,7 @@ def test_auto_replays_where_it_can_and_is_never_refused(more, world, device, gra
     assert ("auto: off" in "".join(deviations(config, ranks))) is (world > 1 and not more)
 
 
-def test_the_network_is_compiled_in_the_mode_asked_for(fastrot, images, tmp_path, monkeypatch):
+def test_the_network_is_compiled_in_the_mode_asked_for(narrow, fastrot, images, tmp_path, monkeypatch):
     """And for more shapes than dynamo's 8: three crops of two slices and two held-out batches reach them."""
     compiled, dynamo = [], torch._dynamo.config
     monkeypatch.setattr(
@@ -191,7 +207,7 @@ def test_the_compilers_graphs_refuse_micro_steps_and_ours_take_them():
     refuse_graphs(configs.load(None, ["engine.cuda_graphs=true"])[0], one, 2)
 
 
-def test_a_dry_run_on_graphs_times_replays_alone(fastrot, images, tmp_path, monkeypatch):
+def test_a_dry_run_on_graphs_times_replays_alone(narrow, fastrot, images, tmp_path, monkeypatch):
     """Of both shapes of a step's micro-steps."""
     capture, said = OnTheHost(), []
     monkeypatch.setattr("fastrot.runs.build.refuse_graphs", lambda *_: None)

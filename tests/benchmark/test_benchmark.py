@@ -58,10 +58,10 @@ def test_a_sound_arm_passes_its_gate_and_has_laps(place, part, name):
 
 def test_the_steps_figure_counts_views_and_the_loaders_images(place, monkeypatch):
     from fastrot.profiling.verdict import Ceiling
-    from fastrot.runs.profile import Alone
+    from fastrot.runs.subject import Training
 
-    monkeypatch.setattr(Alone, "data", lambda self: Ceiling([10.0], 0.0))
-    monkeypatch.setattr(Alone, "both", lambda self: (Ceiling([10.0], 0.0), {}))
+    monkeypatch.setattr(Training, "data", lambda self, seconds: Ceiling([10.0], [0.0]))
+    monkeypatch.setattr(Training, "both", lambda self, seconds: (Ceiling([10.0], [0.0]), {}))
     assert arm(place, "load", "turbo").laps(place) == [10.0]
     assert arm(place, "train", "as configured").laps(place) == [40.0]
 
