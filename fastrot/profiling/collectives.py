@@ -22,12 +22,13 @@ _SMALL = 1024  # bytes: what latency rules
 _ROUNDS = 25
 _PAIR = 2  # processes, where there is but one to ask
 _CROWDED_S = 0.4
+_APART_S = 1e-3
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One collective of `bytes` bytes a rank among `ranks` ranks. seconds: median, with the quartiles; cpu_s: of a
-    rank's cores, in the mean."""
+    """One collective of `bytes` bytes a rank among `ranks` ranks. seconds: in the mean, as many add up in a step, with the
+    quartiles; cpu_s: of a rank's cores, in the mean."""
 
     operation: str
     ranks: int
@@ -89,14 +90,21 @@ def _timing(operation: str, tensor: Tensor, work: Callable[[], object]) -> Timin
     for number in range(_ROUNDS + 2):
         dist.all_reduce(torch.zeros(1, device=tensor.device))  # all begin together
         synchronise()
+        until = time.perf_counter() + _APART_S
+        while (
+            time.perf_counter() < until
+        ):  # in a step work lies between them, and who waits for a message has to wake up
+            pass
         began, began_cpu = time.perf_counter(), time.process_time()
         work()
         synchronise()
         if number >= 2:
             spent.append(time.perf_counter() - began)
             cpu += time.process_time() - began_cpu
-    low, median, high = statistics.quantiles(spent, n=4)
-    return Timing(operation, dist.get_world_size(), tensor.nbytes, median, low, high, cpu / _ROUNDS)
+    low, _, high = statistics.quantiles(spent, n=4)
+    mean = statistics.fmean(spent)
+    ranks = dist.get_world_size()
+    return Timing(operation, ranks, tensor.nbytes, mean, min(low, mean), max(high, mean), cpu / _ROUNDS)
 
 
 def _of_a_pair() -> dict[str, Any]:

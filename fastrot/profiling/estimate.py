@@ -135,12 +135,13 @@ def step_of(demand: Demand, hardware: Hardware, nodes: int, gpus: int, corner: C
     """One step. gpus: a node's. demand.rows: of one GPU's share."""
     n, ranks = Numbers.of(hardware, corner), nodes * gpus
     images, m, what = math.ceil(demand.images / ranks), demand.measured, "compute"
+    turns = 1.0
     if m:
         alone = m.seconds(images, corner)
-        crowded = max(
-            1.0, m.crowding * gpus * m.host_s(images) / alone / hardware.cores
-        )  # they take turns on the cores
-        compute = alone * crowded
+        ranks_a_core = gpus * m.crowding / m.seconds(images, "value") / hardware.cores  # for each second of a rank's work on the host
+        compute = alone * max(1.0, ranks_a_core * (m.host_s(images) + m.data_s * images))
+        if corner != "best":  # who gets a message must have a core to go on
+            turns = max(1.0, ranks_a_core * m.host_s(images))
     else:
         compute = sum(max(row.flops / n["matmul_flops"], row.bytes / n["memory_bytes"]) for row in demand.rows)
         launched = demand.launches * n["launch_s"]
@@ -150,8 +151,10 @@ def step_of(demand: Demand, hardware: Hardware, nodes: int, gpus: int, corner: C
         if demand.norms:
             channels = demand.norm_channels / demand.norms
             among = demand.norm_ranks or ranks
-            norms = demand.norms * norm_s(
-                n, channels, math.ceil(among / gpus), min(gpus, among), hardware.fabric == "gloo"
+            norms = (
+                turns
+                * demand.norms
+                * norm_s(n, channels, math.ceil(among / gpus), min(gpus, among), hardware.fabric == "gloo")
             )
         gradients = _exposed_s(demand, n, nodes, gpus, compute)
     data = _data_s(demand, hardware, n, nodes, gpus, norms + gradients)
