@@ -45,6 +45,7 @@ SWITCHES = {
     "norm=fused compile=true": {"norm": "fused", "compile": True},
     "norm=fused_conv": {"norm": "fused_conv"},
     "norm=fused_conv compile=true": {"norm": "fused_conv", "compile": True},
+    "norm=fused_chain": {"norm": "fused_chain"},
     "stem_channels=4": {"stem_channels": 4},
     "recompute=true": {"recompute": True},
     "norm=fused recompute=true": {"norm": "fused", "recompute": True},
@@ -52,6 +53,11 @@ SWITCHES = {
     "norm=fused stem_channels=4 cuda_graphs=true": {"norm": "fused", "stem_channels": 4, "cuda_graphs": True},
     "norm=fused_conv stem_channels=4 cuda_graphs=true": {
         "norm": "fused_conv",
+        "stem_channels": 4,
+        "cuda_graphs": True,
+    },
+    "norm=fused_chain stem_channels=4 cuda_graphs=true": {
+        "norm": "fused_chain",
         "stem_channels": 4,
         "cuda_graphs": True,
     },

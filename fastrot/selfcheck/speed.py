@@ -29,7 +29,7 @@ _IMAGES_A_GIB = 1.8  # ResNet-50 at 224 in bf16 by torch's modules holds 100 MB 
 ARMS = (
     "base", "cuda_graphs=true", "norm=fused", "norm=fused_conv", "norm=fused_conv stem_channels=4 cuda_graphs=true",
     "norm=fused stem_channels=4 cuda_graphs=true", "stem_channels=4", "channels_last=false", "compile=true",
-    "norm=fused_conv compile=true", "norm=fused compile=true", "compile=reduce-overhead",
+    "norm=fused_chain", "norm=fused_chain stem_channels=4 cuda_graphs=true", "norm=fused_conv compile=true", "norm=fused compile=true", "compile=reduce-overhead",
 )  # fmt: skip
 _RANKS_ARMS = ("base", "sync_batchnorm=false", "bucket_mb=0", "bucket_mb=5")
 

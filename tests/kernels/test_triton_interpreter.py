@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT
 
 TESTS = Path(__file__).parent.parent
-BATTERIES = {"kernels/test_rotate_views.py": 121, "kernels/test_norm.py": 40, "kernels/test_pointwise.py": 12}
-SLOW = {"models/test_fused_conv.py": 12}
+BATTERIES = {"kernels/test_rotate_views.py": 121, "kernels/test_norm.py": 52, "kernels/test_pointwise.py": 24}
+SLOW = {"models/test_fused_conv.py": 12, "models/test_fused_chain.py": 2}
 
 
 def interpreted(report: Path, files) -> Counter:

@@ -4,6 +4,7 @@ A mode is kind-precision-zero-optimizer, and any of -clip and
 micro: two micro-steps a step, on a network without batch norm (which sees a micro-step's views).
 fused: batch norm and ReLU as one function.
 bottlenecks: another network, whose 1x1 convolutions take in batch norm.
+chained: and the backward pass of the norm before them.
 compiled: by torch.compile, but for the kernels.
 graphed: replayed, with the norms' communication, as from CUDA graphs.
 small: gradients averaged in several buckets; whole: in one piece after the backward pass.
@@ -25,7 +26,7 @@ from fastrot.data.plan import slice_of
 from fastrot.engine import StepSettings, make_engine
 from fastrot.engine.graphs import Graphed
 from fastrot.engine.optimizers import build_optimizer
-from fastrot.models.fused_conv import fuse_convs
+from fastrot.models.fused_conv import chain_blocks, fuse_convs
 from fastrot.models.fused_norm import fuse_norm
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from workers.graphs import OnTheHost
@@ -89,7 +90,7 @@ def train(mode: str, ranks, first: int = 0, state=None):
         model[2] = nn.Identity()
         fuse_norm(model[4], relu=False, over_ranks=True)
     if "bottlenecks" in more:
-        fuse_convs(model, over_ranks=True)
+        (chain_blocks if "chained" in more else fuse_convs)(model, over_ranks=True)
     synchronise_batchnorm(model)
     fused = optimizer_name == "sgd" and precision != "fp16"
     optimizer = build_optimizer(

@@ -94,10 +94,10 @@ def tile(kernel: str, columns: int, dtype: torch.dtype, capability: int) -> dict
     capability  the GPU's generation: 8 Ampere, 9 Hopper.
     Such that nothing spills, and where it can be, two programs share a multiprocessor.
     """
-    if dtype == torch.float32 and precision() == "ieee":
-        return PLAIN
-    # four maps pass by a product that is short: small tiles, many loads under way
     joined = kernel == "joined_gradient"
+    if dtype == torch.float32 and precision() == "ieee":
+        return PLAIN | ({"BN": 32} if joined else {})
+    # joined: four maps pass by a product that is short, so small tiles, and many loads under way
     low, narrow = dtype != torch.float32, joined or columns <= COLUMNS // 2
     shape = {"BM": ROWS, "BN": COLUMNS // 2 if narrow else COLUMNS, "BK": ALONG if low else ALONG // 2}
     # Ampere's products hold their operands in registers too: two programs of eight warps would spill
