@@ -10,6 +10,7 @@ from harness import spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 from torchvision.transforms.v2.functional import normalize
 
 from fastrot import config as configs
@@ -57,6 +58,18 @@ def plain_pytorch(
     return step, model
 
 
+def communicated(step: Callable[[], object], ranks: Ranks) -> dict[str, float]:
+    """Of a step: what ranks say to one another, in messages, and the seconds of NCCL's kernels (of gloo's work), which
+    begin before the last rank is there."""
+    on_gpu = [ProfilerActivity.CUDA] if ranks.device.type == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *on_gpu], acc_events=True) as seen:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    own = [event for event in seen.events() if event.name.startswith(("ncclDev", "ncclKernel", "gloo:"))]
+    return {"messages": len(own), "seconds": sum(event.time_range.elapsed_us() for event in own) / 1e6}
+
+
 def batches_of(folder: str, images: int, side: int, ranks: Ranks) -> tuple[Iterator[MicroBatch], str]:
     """A rank's batches of real images without end, as training loads them, and the line that says how."""
     config, _ = configs.load(None, [f"data.train={folder}", f"data.crop={side}"])
@@ -88,13 +101,15 @@ def fed(step, batches: Iterator[MicroBatch], lap: int, rounds: int, device: torc
     for number in range(rounds + 1):
         for name, work in (("data_alone", data_alone), ("step_alone", step_alone), ("both", both)):
             work(1 if name == "step_alone" else _WARM_BATCHES)
-            clock.read()
+            clock.skip()
             work(lap)
-            times = clock.read()
+            clock.end_step()
+            (times,) = clock.read()
+            total = sum(times.values())
             if number:
-                taken[name].append(times["total"] / lap)
+                taken[name].append(total / lap)
                 if name == "both":
                     for stage, values in shares.items():
-                        values.append(times[stage] / times["total"])
+                        values.append(times[stage] / total)
     spreads = {name: spread(values, "_s") for name, values in taken.items()}
     return spreads | {f"{stage}_share": statistics.median(values) for stage, values in shares.items()}

@@ -158,7 +158,51 @@ def narrow():
         yield
 
 
-@pytest.fixture
+def structure(model) -> str:
+    """All of a network that a trace of it depends on."""
+    plain = (bool, int, float, str, tuple, type(None))
+    modules = [
+        (name, [kind.__qualname__ for kind in type(module).__mro__], "forward" in vars(module),
+         {key: value for key, value in vars(module).items() if isinstance(value, plain)})
+        for name, module in model.named_modules()
+    ]  # fmt: skip
+    return repr((modules, [(name, p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()]))
+
+
+@pytest.fixture(scope="session")
+def traced_once():
+    """Before its first step a run traces its network twice and times the device, which is most of what a small run
+    costs: in this process once for each network, and for the device."""
+    import torch
+
+    from fastrot.profiling import roofline
+    from fastrot.runs import memory
+
+    known = {}
+
+    def remember(patch, module, name, key_of):
+        work = getattr(module, name)
+
+        def once(first, *rest):
+            key = (name, key_of(first), *rest)
+            if key not in known:
+                known[key] = work(first, *rest)
+            return known[key]
+
+        patch.setattr(module, name, once)
+
+    def built(build):
+        with torch.device("meta"):
+            return structure(build())
+
+    with pytest.MonkeyPatch.context() as patch:
+        remember(patch, memory, "peak_of_step", structure)
+        remember(patch, roofline, "step_rows", built)
+        remember(patch, roofline, "measure_rates", str)
+        yield
+
+
+@pytest.fixture(scope="session")
 def shared_data():
     """A function that gives a real data set's folder, or skips with the reason."""
 
@@ -171,7 +215,7 @@ def shared_data():
 
 
 @pytest.fixture
-def fastrot(capfd, monkeypatch):
+def fastrot(capfd, monkeypatch, traced_once):
     """A function that runs a command in this process, as the console script does."""
     from fastrot import distributed
     from fastrot.cli import main

@@ -17,7 +17,7 @@ from fastrot.data.manifest import Manifest
 from fastrot.data.plan import Sample, StreamHash
 from fastrot.distributed import Ranks
 
-STEPS, RESUMED_AT, IMAGES = 50, 17, 7
+STEPS, RESUMED_AT, IMAGES = 20, 9, 7
 STORAGES = ("folder", "tar", "beton")
 HERE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 

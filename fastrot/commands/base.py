@@ -1,6 +1,7 @@
 """What commands are made of: words, an example, a call; the options and steps that several share."""
 
 import argparse
+import os
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastrot.config import Config, load
+from fastrot.config import Config, flat, from_values, load
 
 if TYPE_CHECKING:  # what imports torch is imported where it is used
     from fastrot.distributed import Ranks
@@ -116,7 +117,20 @@ def numbers(text: str) -> list[int]:
 def settings(args: argparse.Namespace, command: str | None = None) -> tuple[Config, dict[str, str]]:
     """The resolved config of --config and overrides, and where each value is from. command: as for config.load."""
     warnings.filterwarnings("ignore", module=r"torch\..*|deepspeed\..*")
-    return load(args.config, args.overrides, command)
+    config, sources = load(args.config, args.overrides, command)
+    return with_precision(config), sources
+
+
+def with_precision(config: Config) -> Config:
+    """`engine.precision: auto` as this machine's, said in a line."""
+    if config.engine.precision != "auto":
+        return config
+    from fastrot import machine, terminal
+
+    precision, why = machine.precision(max([config.data.crop, *config.data.crop_by_epoch.values()]))
+    if os.environ.get("RANK", "0") == "0":
+        terminal.console().print(f"engine.precision auto: {precision}; {why}", soft_wrap=True)
+    return from_values(None, flat(config) | {"engine.precision": precision})
 
 
 @contextmanager

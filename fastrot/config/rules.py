@@ -24,6 +24,10 @@ def _in_the_recipe(config: Config) -> tuple[tuple[bool, str], ...]:
             "data.window random cuts data.crop out of data.resize; data.crop_by_epoch cannot change it",
         ),
         (
+            config.model.norm_views is not None and not config.model.sync_batchnorm,
+            "model.norm_views groups ranks whose norms are synchronised; model.sync_batchnorm is false",
+        ),
+        (
             config.finetune.names is not None and config.finetune.fraction < 1,
             "finetune.names and finetune.fraction both choose images; set one",
         ),

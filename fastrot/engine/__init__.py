@@ -22,6 +22,8 @@ class StepSettings:
     cuda_graphs    forward and backward are replayed from graphs, which add gradients where they lay at capture.
     bucket_mb      gradients are averaged over ranks in buckets of so many MiB during the backward pass (under ZeRO 1
     after it); 0, and under cuda_graphs: in one piece after it.
+    average_statistics  a step makes norms' running statistics the mean over ranks: where they do not all see the same
+    views, so that every rank evaluates, saves and resumes the same network.
     """
 
     precision: str = "fp32"
@@ -31,6 +33,7 @@ class StepSettings:
     channels_last: bool = True
     cuda_graphs: bool = False
     bucket_mb: float = 25.0
+    average_statistics: bool = False
 
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -13,6 +13,7 @@ from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST, StepSettings
 from fastrot.engine.buckets import Buckets
 from fastrot.engine.optimizers import clip_and_measure
+from fastrot.profiling.clock import communicating
 
 _PREFIX = "momentum_buffer/"
 
@@ -60,7 +61,9 @@ class Engine:
         """
         self._measure = measure
         self.grad_norm = math.inf  # stays so where fp16 skips the update
-        self._average()
+        communicating(self._average)
+        if self._settings.average_statistics:
+            communicating(self._mean_over_ranks, _running_statistics(self.model))
         self._step()
 
     def _average(self) -> None:
@@ -68,20 +71,19 @@ class Engine:
         if self._buckets:
             self._buckets.finish()
         elif self._averages and self._ranks.world > 1:
-            self._average_in_one_piece()
+            self._mean_over_ranks([p.grad for p in self.model.parameters() if p.grad is not None])
 
     @property
     def _averages(self) -> bool:
         """Whether gradients that no bucket takes are averaged here."""
         return True
 
-    def _average_in_one_piece(self) -> None:
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        flat = torch._utils._flatten_dense_tensors(grads)
+    def _mean_over_ranks(self, tensors: list[Tensor]) -> None:
+        """In place, in one piece."""
+        flat = torch._utils._flatten_dense_tensors(tensors)
         dist.all_reduce(flat)
         flat /= self._ranks.world
-        for grad, mean in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
-            grad.copy_(mean)
+        torch._foreach_copy_(tensors, list(torch._utils._unflatten_dense_tensors(flat, tensors)))
 
     def _step(self) -> None:
         """Clip, update, forget; DeepSpeed averages here what has no buckets."""
@@ -101,6 +103,14 @@ class Engine:
         """Sum over all ranks, or the greatest of theirs, in place."""
         dist.all_reduce(values, dist.ReduceOp.MAX if greatest else dist.ReduceOp.SUM)
         return values
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """Every rank's, by rank."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self._ranks.device)
+        rows = mine.new_empty(self._ranks.world * len(values))
+        dist.all_gather_into_tensor(rows, mine)
+        found: list[list[float]] = rows.view(self._ranks.world, -1).tolist()
+        return found
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         """(model, optimiser, scalars), whole tensors by name: free of the number of ranks.
@@ -150,3 +160,9 @@ class Engine:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.grad_norm = clip_and_measure(parameters, self._settings.clip)
+
+
+def _running_statistics(model: nn.Module) -> list[Tensor]:
+    """Of the norms that learn them."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
+    return [t for module in norms for t in (module.running_mean, module.running_var) if t is not None]

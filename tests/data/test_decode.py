@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import io
 import re
 from importlib import metadata
@@ -123,25 +124,32 @@ AGREEMENT = {
 }
 
 
-@pytest.mark.parametrize("name", [ON_GPU if name == MIXED else name for name in AGREEMENT])
-def test_decoders_agree_on_real_photographs(name, shared_data, tmp_path):
-    """The same windows of every photograph, the odd files included."""
-    folder = index(str(shared_data("imagenet_sample")), tmp_path, 178_000_000, lambda items, total, title: items)
-    manifest = Manifest.load(folder)
+@pytest.fixture(scope="module")
+def photographs(shared_data, tmp_path_factory):
+    """A function that decodes a window of every photograph, the odd files included, by a decoder's name: float32."""
+    source, cache = str(shared_data("imagenet_sample")), tmp_path_factory.mktemp("photographs")
+    manifest = Manifest.load(index(source, cache, 178_000_000, lambda items, *_: items))
     rows = np.arange(len(manifest))
     windows = crop_windows(0, rows, np.zeros(len(rows), np.int64), manifest.height[rows], manifest.width[rows])
     buffers = FileStorage(manifest).read(rows)
-    results = []
-    for decoder in (made("torch"), made(name)):
-        some = [slice(at, at + 64) for at in range(0, len(rows), 64)]
+
+    @functools.cache
+    def decoded(name: str) -> torch.Tensor:
+        decoder, some = made(name), [slice(at, at + 64) for at in range(0, len(rows), 64)]
         parts = [run(decoder, buffers[s], windows[s], 224, manifest.orientation[s]) for s in some]
         decoder.close()
         assert not any(bad for _, bad in parts)
-        results.append(torch.cat([pixels.cpu() for pixels, _ in parts]).float())
-    difference = (results[0] - results[1]).abs().mean(dim=(1, 2, 3))
+        return torch.cat([pixels.cpu() for pixels, _ in parts]).float()
+
+    return decoded
+
+
+@pytest.mark.parametrize("name", [ON_GPU if name == MIXED else name for name in AGREEMENT])
+def test_decoders_agree_on_real_photographs(name, photographs):
+    difference = (photographs("torch") - photographs(name)).abs().mean(dim=(1, 2, 3))
     equal = (difference == 0).float().mean()
     print(
-        f"{name} against torch on {len(rows)} images: mean {difference.mean():.3f}, worst image "
+        f"{name} against torch on {len(difference)} images: mean {difference.mean():.3f}, worst image "
         f"{difference.max():.3f}, {equal:.1%} equal bit for bit"
     )
     worst, mean, least_equal = AGREEMENT[name]

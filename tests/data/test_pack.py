@@ -181,12 +181,14 @@ def test_what_cannot_be_packed_so_is_one_line(fastrot, tmp_path, images, out, wo
 
 
 @pytest.mark.parametrize("mode, os_cache", [("keep", True), ("mix", False)])
-def test_plain_ffcv_reads_the_same_rows(fastrot, tmp_path, odd, mode, os_cache):
+def test_plain_ffcv_reads_the_same_rows(fastrot, tmp_path, odd, monkeypatch, mode, os_cache):
     """FFCV's own Loader, whole images at a fixed size, against Pillow on the source."""
     pytest.importorskip("ffcv", reason="FFCV is not installed", exc_type=ImportError)
     from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
     from ffcv.loader import Loader, OrderOption
+    from ffcv.pipeline.compiler import Compiler
 
+    monkeypatch.setattr(Compiler, "is_enabled", False)  # compiling its pipeline takes longer than all the rest
     fastrot("pack", odd, tmp_path / "o.beton", "--mode", mode)
     manifest = build(odd, tmp_path / "c")
     loader = Loader(

@@ -162,7 +162,7 @@ def test_auto_replays_where_it_can_and_is_never_refused(more, world, device, gra
     assert ("auto: off" in "".join(deviations(config, ranks))) is (world > 1 and not more)
 
 
-def test_the_network_is_compiled_in_the_mode_asked_for(fastrot, images, tmp_path, monkeypatch):
+def test_the_network_is_compiled_in_the_mode_asked_for(narrow, fastrot, images, tmp_path, monkeypatch):
     """And for more shapes than dynamo's 8: three crops of two slices and two held-out batches reach them."""
     compiled, dynamo = [], torch._dynamo.config
     monkeypatch.setattr(
@@ -191,7 +191,7 @@ def test_the_compilers_graphs_refuse_micro_steps_and_ours_take_them():
     refuse_graphs(configs.load(None, ["engine.cuda_graphs=true"])[0], one, 2)
 
 
-def test_a_dry_run_on_graphs_times_replays_alone(fastrot, images, tmp_path, monkeypatch):
+def test_a_dry_run_on_graphs_times_replays_alone(narrow, fastrot, images, tmp_path, monkeypatch):
     """Of both shapes of a step's micro-steps."""
     capture, said = OnTheHost(), []
     monkeypatch.setattr("fastrot.runs.build.refuse_graphs", lambda *_: None)

@@ -28,6 +28,10 @@ KERNELS = [
     ("gradients_kernel", {"RELU": True, "KEPT": False, **WHOLE}, 84),
     ("gradients_kernel", {"RELU": True, "KEPT": True, **WHOLE}, 84),
 ]
+SLOW = [
+    pytest.param(*each, marks=pytest.mark.slow) for each in [(80, "bf16"), (90, "fp32"), (100, "fp32"), (100, "bf16")]
+]
+GENERATIONS = [(80, "fp32"), (90, "bf16"), *SLOW]
 MAPS = {"x", "dy", "y", "residual", "dx", "dresidual"}
 NUMBERS = {"M": "i32", "C": "i32", "R": "i32", "split": "i32", "eps": "fp32", "momentum": "fp32"}
 
@@ -50,8 +54,7 @@ def compiled(name, dtype, capability, constants):
 
 @pytest.mark.skipif(triton_norm.INTERPRETED, reason="TRITON_INTERPRET is set: nothing to compile")
 @pytest.mark.parametrize("name, constants, most", KERNELS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("capability", [80, 90, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("capability, dtype", GENERATIONS)
 def test_it_compiles_without_spills(tmp_path, monkeypatch, capability, dtype, name, constants, most):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # compile, do not find
     kernel = compiled(name, dtype, capability, constants)

@@ -23,10 +23,12 @@ KERNELS = [
     ("joined_gradient_kernel", {"STRIDE": 2}),
     ("weight_gradient_kernel", {}),
 ]
+# each generation and each width of tiles once; the rest is slow
+QUICK = [(80, "bf16", 64), (90, "bf16", 256)]
 PRODUCTS = [
-    ("bf16", 64),
-    ("bf16", 256),
-    *(pytest.param(*each, marks=pytest.mark.slow) for each in [("tf32", 64), ("tf32", 256), ("ieee", 64)]),
+    pytest.param(capability, *product, marks=[] if (capability, *product) in QUICK else pytest.mark.slow)
+    for capability in (80, 90, 100)
+    for product in [("bf16", 64), ("bf16", 256), ("tf32", 64), ("tf32", 256), ("ieee", 64)]
 ]
 MAPS = {"x", "weight", "dy", "y", "g", "added"}
 NUMBERS = dict.fromkeys(("M", "N", "K", "split", "height", "width"), "i32") | {"eps": "fp32"}
@@ -61,8 +63,7 @@ def machine_code(folder, kernel) -> tuple[dict[str, int], list[str]]:
 
 @pytest.mark.skipif(bool(triton_pointwise.INTERPRETED), reason="TRITON_INTERPRET is set: nothing to compile")
 @pytest.mark.parametrize("name, constants", KERNELS)
-@pytest.mark.parametrize("precision, columns", PRODUCTS)
-@pytest.mark.parametrize("capability", [80, 90, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("capability, precision, columns", PRODUCTS)
 def test_it_compiles_without_spills(tmp_path, monkeypatch, capability, precision, columns, name, constants):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # compile, do not find
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision != "ieee")

@@ -12,13 +12,35 @@ import pytest
 from conftest import ROOT
 
 TESTS = Path(__file__).parent.parent
-BATTERIES = {"kernels/test_rotate_views.py": 121, "kernels/test_norm.py": 52, "kernels/test_pointwise.py": 24}
-SLOW = {"models/test_fused_conv.py": 12, "models/test_fused_chain.py": 2}
+QUICK = {
+    "kernels/test_rotate_views.py": 66,
+    "kernels/test_norm.py": 29,
+    "kernels/test_pointwise.py": 14,
+    "kernels/test_pool.py": 15,
+}
+ALL = {
+    "kernels/test_rotate_views.py": 132,
+    "kernels/test_norm.py": 55,
+    "kernels/test_pointwise.py": 25,
+    "kernels/test_pool.py": 15,
+    "models/test_fused_conv.py": 12,
+    "models/test_fused_chain.py": 2,
+}
 
 
-def interpreted(report: Path, files) -> Counter:
+def interpreted(report: Path, files, marks: str) -> Counter:
     """How many tests of each file passed, by a process of its own: TRITON_INTERPRET counts only before triton's import."""
-    command = [sys.executable, "-m", "pytest", *(str(TESTS / file) for file in files), "-k", "cpu-triton", "--tb=short"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *(str(TESTS / file) for file in files),
+        "-k",
+        "cpu-triton",
+        "-m",
+        marks,
+        "--tb=short",
+    ]
     command += ["-p", "no:cacheprovider", "--maxfail=5", f"--junitxml={report}"]
     paths = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     environment = os.environ | paths | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -30,7 +52,11 @@ def interpreted(report: Path, files) -> Counter:
     )
 
 
-@pytest.mark.parametrize("batteries", [BATTERIES, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["kernels", "slow"])
-def test_the_interpreted_kernels_pass_the_battery_of_every_backend(tmp_path, batteries):
-    passed = interpreted(tmp_path / "report.xml", batteries)
+@pytest.mark.parametrize(
+    "batteries, marks",
+    [(QUICK, "not slow"), pytest.param(ALL, "slow or not slow", marks=pytest.mark.slow)],
+    ids=["quick", "all"],
+)
+def test_the_interpreted_kernels_pass_the_battery_of_every_backend(tmp_path, batteries, marks):
+    passed = interpreted(tmp_path / "report.xml", batteries, marks)
     assert all(passed[battery] >= least for battery, least in batteries.items()), passed

@@ -98,7 +98,7 @@ def test_a_chain_is_no_farther_from_float64_than_torchs_modules(monkeypatch, req
     """Float32 and 16 bits; the chain takes the way that it is for, from the last block to the first."""
     plain = stages().to(device)
     ours, conv, exact = (copy.deepcopy(plain) for _ in range(3))
-    chain_blocks(ours, over_ranks=False), fuse_convs(conv, over_ranks=False), exact.double()
+    chain_blocks(ours, over_ranks=None), fuse_convs(conv, over_ranks=None), exact.double()
     if "cpu-triton" in request.node.name:
         monkeypatch.setattr(norm.op, "kernels_for", lambda x: triton_norm)
         monkeypatch.setattr(pointwise.op, "kernels_for", lambda x: triton_pointwise)
@@ -115,7 +115,7 @@ def test_a_chain_is_no_farther_from_float64_than_torchs_modules(monkeypatch, req
 def test_a_network_is_as_exact_as_the_plain_one_and_shares_its_checkpoint():
     plain = stages()
     ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
-    chain_blocks(ours, over_ranks=False)
+    chain_blocks(ours, over_ranks=None)
     assert ours.state_dict().keys() == plain.state_dict().keys()
     assert_step_as_exact(exact, plain, ours, *views())
     plain.load_state_dict(ours.state_dict())
@@ -129,7 +129,7 @@ def test_micro_steps_add_up(joins, way):
     """Each forward pass has its own hand-over; what one left does not serve for another."""
     plain = stages()
     ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
-    chain_blocks(ours, over_ranks=False)
+    chain_blocks(ours, over_ranks=None)
     found = []
     for model in (exact, plain, ours):
         kind = model.fc.weight.dtype
@@ -149,7 +149,7 @@ def test_a_map_that_others_read_too_has_all_their_gradients(joins, at, weight):
     """Then what the next block left is a part of the gradient only: the block begins its own backward pass."""
     plain = stages()
     ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
-    chain_blocks(ours, over_ranks=False)
+    chain_blocks(ours, over_ranks=None)
     found = []
     for model in (exact, plain, ours):
         read = []
@@ -164,7 +164,7 @@ def test_a_map_that_others_read_too_has_all_their_gradients(joins, at, weight):
 def test_a_hook_that_changes_a_maps_gradient_is_heard(joins):
     plain = stages()
     ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
-    chain_blocks(ours, over_ranks=False)
+    chain_blocks(ours, over_ranks=None)
     found = []
     for model in (exact, plain, ours):
         hook = lambda module, x, out: out.register_hook(lambda grad: grad * 2)  # noqa: E731
@@ -180,7 +180,7 @@ def test_a_gradient_that_others_look_at_is_not_written_to():
     plain = stages()
     plain.layer1 = plain.layer1[1:]
     ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
-    chain_blocks(ours, over_ranks=False)
+    chain_blocks(ours, over_ranks=None)
     seen, middles = [], []
     for model in (exact, ours):
         middle = model.layer1[0](torch.linspace(-1, 1, 20 * 35, dtype=model.fc.weight.dtype).view(1, 20, 5, 7) ** 3)
@@ -192,7 +192,7 @@ def test_a_gradient_that_others_look_at_is_not_written_to():
 
 def test_nothing_is_held_after_the_backward_pass():
     """But what the graph's nodes always hold: neither a map of a block before nor a gradient that was left."""
-    model, tails, lefts = chain_blocks(stages(), over_ranks=False), [], []
+    model, tails, lefts = chain_blocks(stages(), over_ranks=None), [], []
 
     def seen(module, x, out):
         tails.append(weakref.ref(out.tail.y))
@@ -209,7 +209,7 @@ def test_nothing_is_held_after_the_backward_pass():
 
 
 def test_without_gradients_nothing_is_handed_over():
-    model = chain_blocks(stages(), over_ranks=False)
+    model = chain_blocks(stages(), over_ranks=None)
     with torch.no_grad():
         assert not hasattr(model.layer1(torch.randn(2, 6, 5, 5)), "tail")
     assert hasattr(model.layer1(torch.randn(2, 6, 5, 5)), "tail")
@@ -219,8 +219,8 @@ def test_without_gradients_nothing_is_handed_over():
 def test_recomputed_or_compiled_it_is_fused_conv(joins, compiled):
     """Recomputed: bit for bit; compiled: without a break of the graph."""
     plain = stages()
-    ours = chain_blocks(copy.deepcopy(plain), over_ranks=False)
-    fuse_convs(plain, over_ranks=False)
+    ours = chain_blocks(copy.deepcopy(plain), over_ranks=None)
+    fuse_convs(plain, over_ranks=None)
     if compiled:
         ours.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     else:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -15,10 +16,13 @@ import torchvision
 from safetensors.torch import load_file
 
 from conftest import launch, launched, metrics, write_folder
+from fastrot import cli
 from fastrot import config as configs
 from fastrot.cli import main
 from fastrot.data.build import plan_of
 from fastrot.data.manifest import Manifest
+from fastrot.errors import UserError
+from fastrot.runs.arithmetic import arithmetic
 from fastrot.tasks.rotation import RotationTask
 from workers.ranks import as_ranks
 
@@ -31,8 +35,9 @@ SMALL = [
 PLAIN = [*SMALL, "engine.kind=plain"]
 TIMES = {
     "images_per_s", "views_per_s", "step_s", "wait_share", "copy_share", "rotate_share", "compute_share", "update_share",
-    "memory_gib", "eta_s", "mfu", "roof_fraction",
+    "communicate_share", "host_share", "bound", "memory_gib", "eta_s", "mfu", "roof_fraction",
 }  # fmt: skip
+SLOW = {"slow_step", "straggler"}  # in a line where there is one
 
 
 def over(images, out) -> list[str]:
@@ -41,18 +46,16 @@ def over(images, out) -> list[str]:
 
 def learnt(out) -> list[dict]:
     """What was logged, but for speeds: equal bit for bit when the training is."""
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(out)]
+    return [{key: value for key, value in line.items() if key not in {*TIMES, *SLOW}} for line in metrics(out)]
 
 
 @pytest.fixture(scope="module")
 def whole(images, made_once):
-    """One plain-python run over 12 images: 6 steps, 3 epochs; (folder, output)."""
+    """One plain run over 12 images: 6 steps, 3 epochs; (folder, output)."""
 
     def run(folder):
         words = [*PLAIN, *over(images, folder / "run"), "--json", "run.tensorboard=true"]
-        code, output = launched("python", 1, *words, script=NARROW)
-        assert code == 0, output
-        (folder / "output").write_text(output)
+        (folder / "output").write_text(as_ranks(1, main, ["train", *words]))
 
     folder = made_once("whole", run)
     return folder / "run", (folder / "output").read_text()
@@ -273,6 +276,21 @@ def test_an_unknown_option_or_command_is_exit_2(fastrot):
     assert fastrot("pretrain").code == 2
 
 
+def test_the_script_starts_from_its_own_folder(tmp_path):
+    code, output = launched("python", 1, *PLAIN, f"run.out={tmp_path}", "optim.lrr=1")
+    assert code == 2 and "unknown key optim.lrr" in output and len(output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("rank, said", [("0", ["fastrot: 1 image"]), ("1", ["waited", "fastrot: rank 1: 1 image"])])
+def test_what_all_ranks_find_alike_rank_0_says_first(monkeypatch, capsys, rank, said):
+    """By then a launcher has ended the others."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(time, "sleep", lambda seconds: print("waited", file=sys.stderr))
+    cli._complain(UserError("1 image"))
+    assert capsys.readouterr().err.splitlines() == said
+
+
+@pytest.mark.slow
 def test_too_many_ranks_are_refused_with_one_line(images, tmp_path):
     code, output = launched("torchrun", 2, *PLAIN, *over(images, tmp_path / "r"), "optim.images_per_step=1")
     assert code != 0  # torchrun's own
@@ -283,12 +301,10 @@ def test_too_many_ranks_are_refused_with_one_line(images, tmp_path):
 
 
 def test_more_ranks_than_images_are_refused():
-    from fastrot import config as configs
-    from fastrot.errors import UserError
-    from fastrot.runs.arithmetic import arithmetic
-
     with pytest.raises(UserError, match="3 images for 4 ranks"):
         arithmetic(configs.load(None, [])[0], 4, 3)
+    with pytest.raises(UserError, match="optim.images_per_step 1 leaves some of 2 ranks without an image"):
+        arithmetic(configs.load(None, ["optim.images_per_step=1"])[0], 2, 9)
 
 
 def test_one_class_trains_and_says_so(tmp_path, fastrot):
@@ -378,14 +394,19 @@ def test_a_run_goes_on_with_fused_norms_and_a_padded_stem(whole, images, tmp_pat
         )
 
 
-def test_killed_in_mid_epoch_and_resumed_is_equal_in_every_logged_value(images, two, tmp_path):
-    """kill -9 of launcher and ranks at once, under torchrun; the peer ran whole under deepspeed."""
+@pytest.mark.parametrize("launcher", [None, pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_killed_in_mid_epoch_and_resumed_is_equal_in_every_logged_value(images, two, tmp_path, launcher):
+    """kill -9 of launcher and ranks at once; the peer ran whole under deepspeed."""
     words = [*SMALL, *over(images, tmp_path / "killed"), "run.checkpoint_every=1"]
-    process = launch("torchrun", 2, *words, script=NARROW)
-    wait_for(lambda: (tmp_path / "killed/checkpoints/latest").exists(), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    wait_for(lambda: not holders(tmp_path / "killed"), None)
+    has_begun = (tmp_path / "killed/checkpoints/latest").exists
+    if launcher is None:
+        as_ranks(2, main, ["train", *words], killed_when=has_begun)
+    else:
+        process = launch(launcher, 2, *words, script=NARROW)
+        wait_for(has_begun, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        wait_for(lambda: not holders(tmp_path / "killed"), None)
     assert "resumed from step-" in as_ranks(2, main, ["train", *words])
     assert learnt(tmp_path / "killed") == learnt(two)
 

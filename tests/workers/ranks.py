@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,11 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["deepspeed", "workers.steps", "fastrot.runs.run", "fastrot.runs.finetune"])
 
 
-def as_ranks(world: int, work: Callable, *arguments) -> str:
-    """Run work(*arguments), a function of a module, on `world` ranks of gloo; what they said. None may fail."""
+def as_ranks(world: int, work: Callable, *arguments, killed_when: Callable[[], bool] | None = None) -> str:
+    """Run work(*arguments), a function of a module, on `world` ranks of gloo; what they said. None may fail.
+
+    killed_when: then each gets a SIGKILL.
+    """
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))  # what is preloaded
     with tempfile.TemporaryDirectory() as folder:
@@ -27,7 +31,10 @@ def as_ranks(world: int, work: Callable, *arguments) -> str:
         try:
             for process in processes:
                 process.start()
+            while killed_when and not killed_when() and all(process.is_alive() for process in processes):
+                time.sleep(0.02)
             for process in processes:
+                process.kill() if killed_when else None
                 process.join(_TIME_OUT_S)
         finally:
             os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
@@ -35,7 +42,7 @@ def as_ranks(world: int, work: Callable, *arguments) -> str:
                 if process.is_alive():
                     process.kill()
         said = "".join(log.read_text() for log in logs)
-    assert [process.exitcode for process in processes] == [0] * world, said[-3000:]
+    assert [process.exitcode for process in processes] == [-9 if killed_when else 0] * world, said[-3000:]
     return said
 
 
