@@ -32,7 +32,7 @@ _IMAGES_A_GIB = 1.8  # ResNet-50 at 224 in bf16 by torch's modules holds 100 MB 
 ARMS = (
     "base", "cuda_graphs=true", "norm=fused", "norm=fused_conv", "norm=fused_conv stem_channels=4 cuda_graphs=true",
     "norm=fused stem_channels=4 cuda_graphs=true", "stem_channels=4", "channels_last=false", "compile=true",
-    "norm=fused_conv compile=true", "norm=fused compile=true", "compile=reduce-overhead",
+    "norm=fused_chain", "norm=fused_chain stem_channels=4 cuda_graphs=true", "norm=fused_conv compile=true", "norm=fused compile=true", "compile=reduce-overhead",
 )  # fmt: skip
 _IN_GRAPHS = "norm=fused_conv stem_channels=4 cuda_graphs=collectives"
 _RANKS_ARMS = (
