@@ -59,7 +59,7 @@ setup(
     package_data={
         "fastrot": ["py.typed"],
         "fastrot.profiling": ["nodes/*.yaml"],
-        "fastrot.report": ["template.html"],
+        "fastrot.report": ["*.html"],
         "fastrot.selfcheck": ["template.html"],
         "fastrot_kernels": ["py.typed", "*/*.c", "*/*.h", "*/*.cu"],
     },

@@ -29,10 +29,10 @@ from PIL import Image
 
 import fastrot
 from fastrot import config as configs
-from fastrot.data.loader_settings import interval
+from fastrot import distributed
 from fastrot.data.storage import FileStorage
 from fastrot.distributed import Ranks
-from fastrot.profiling.verdict import held
+from fastrot.profiling.verdict import held, ratio
 from fastrot.runs import profile as profiles
 
 QUESTION = "Does the profile name a planted bound, and does its predicted gain come true?"
@@ -64,7 +64,7 @@ def slow_reads(mib_per_s: float = 4.0) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stalling_reads(every: int = 10, seconds: float = 0.5) -> Iterator[None]:
+def stalling_reads(every: int, seconds: float) -> Iterator[None]:
     """One batch in so many comes late, as from a disk that others use."""
     start, count = FileStorage.start, [0]
 
@@ -88,13 +88,32 @@ def config_of(data: str, **more: object) -> configs.Config:
 
 @functools.cache
 def alone() -> Ranks:
-    from fastrot import distributed
+    ranks = distributed.start()
+    torch.set_num_threads(1)  # a core for the step, one for its data: threads of both on a core wait for one another
+    return ranks
 
-    return distributed.start()
+
+def busy_share(seconds: float = 1.0) -> float:
+    """Of the machine's cores, by others: this process sleeps."""
+
+    def spent() -> tuple[int, int]:
+        times = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+        return sum(times), times[3] + times[4]
+
+    (all_before, idle_before), _, (all_after, idle_after) = spent(), time.sleep(seconds), spent()
+    return 1 - (idle_after - idle_before) / (all_after - all_before)
 
 
-def profiled(config: configs.Config, seconds: float, attempt: bool) -> dict:
-    return profiles.profile(config, alone(), seconds, attempt, None, profiles.Profiled())
+def calm(most: float = 0.15, patience_s: float = 60) -> float:
+    """Wait until others leave the machine alone; how busy they are then."""
+    until = time.monotonic() + patience_s
+    while (busy := busy_share()) > most and time.monotonic() < until:
+        continue
+    return busy
+
+
+def profiled(config: configs.Config, seconds: float) -> dict:
+    return profiles.profile(config, alone(), seconds, False, None, profiles.Profiled())
 
 
 def both_paces(config: configs.Config, seconds: float) -> list[float]:
@@ -106,8 +125,8 @@ def both_paces(config: configs.Config, seconds: float) -> list[float]:
 
 def in_turns(now: Callable[[], list[float]], cured: Callable[[], list[float]]) -> tuple[float, float, float]:
     """Cured over uncured, lap by lap."""
-    ratios = [b / a for _ in range(ROUNDS) for a, b in zip(now(), cured(), strict=True)]
-    return interval(ratios)
+    rounds = [(now(), cured()) for _ in range(ROUNDS)]
+    return ratio([pace for _, laps in rounds for pace in laps], [pace for laps, _ in rounds for pace in laps])
 
 
 def told(expected: str, stage: str, says: str, cure: str, predicted, achieved) -> dict:
@@ -118,26 +137,30 @@ def told(expected: str, stage: str, says: str, cure: str, predicted, achieved) -
     }  # fmt: skip
 
 
-def by_setting(found: dict, expected: str, key: str) -> dict:
-    """The profile's own proposal of a key, which --try has tried."""
-    cures = [cure for cure in found["cures"] if cure["setting"].startswith(key)]
+def by_setting(config: configs.Config, expected: str, key: str, seconds: float) -> dict:
+    """The profile's best proposal of a key, tried as --try does."""
+    found = profiled(config, seconds)
     stage, says = found["verdict"]["stage"], found["says"]
+    cures = [cure for cure in found["cures"] if cure["setting"].startswith(key)]
     if not cures:
         nothing = (float("nan"),) * 3
         return told(expected, stage, says, f"{key} was not proposed", nothing, nothing)
-    return told(expected, stage, says, cures[0]["setting"], cures[0]["predicted"], cures[0]["achieved"])
+    setting, _, value = cures[0]["setting"].partition("=")
+    cured = configs.from_values(None, configs.flat(config) | {setting: value})
+    achieved = in_turns(lambda: both_paces(config, seconds / 6), lambda: both_paces(cured, seconds / 6))
+    return told(expected, stage, says, cures[0]["setting"], cures[0]["predicted"], achieved)
 
 
 def storage(data: Path, seconds: float) -> dict:
     config = config_of(str(data), data__crop=32)
     with slow_reads():
-        found = profiled(config, seconds, False)
+        found = profiled(config, seconds)
 
     def throttled() -> list[float]:
         with slow_reads():
-            return both_paces(config, seconds / 12)
+            return both_paces(config, seconds / 6)
 
-    achieved = in_turns(throttled, lambda: both_paces(config, seconds / 12))
+    achieved = in_turns(throttled, lambda: both_paces(config, seconds / 6))
     verdict = found["verdict"]
     return told(
         "cold|reads", verdict["stage"], found["says"], "reads that are not throttled", verdict["gain"], achieved
@@ -155,8 +178,7 @@ def threads(data: Path, seconds: float) -> dict:
             data__decode="turbo",
             optim__images_per_step=32,
         )
-        found = profiled(config, seconds, True)
-        return by_setting(found, "decode", "data.threads")
+        return by_setting(config, "decode", "data.threads", seconds)
 
 
 def large(data: Path, folder: Path, images: int = 64, side: int = 2400) -> None:
@@ -169,13 +191,16 @@ def large(data: Path, folder: Path, images: int = 64, side: int = 2400) -> None:
 
 def step(data: Path, seconds: float) -> dict:
     config = config_of(str(data), rotation__views="all", data__crop=96, optim__images_per_step=8)
-    return by_setting(profiled(config, seconds, True), "step", "engine.precision")
+    return by_setting(config, "step", "engine.precision", seconds)
 
 
 def prefetch(data: Path, seconds: float) -> dict:
-    config = config_of(str(data), rotation__views="all", optim__images_per_step=8, data__prefetch=1)
-    with stalling_reads():
-        return by_setting(profiled(config, seconds, True), "ahead", "data.prefetch")
+    """A stall as long as seven steps in each fourteen batches."""
+    config = config_of(str(data), optim__images_per_step=8, data__prefetch=1)
+    manifest = profiles.open_manifest(config.data.train, config, alone(), "data.train")
+    step_s = profiles.Training(profiles.Job, config, alone(), manifest).step(1.0)[1]["step_s"]
+    with stalling_reads(14, 7 * step_s):
+        return by_setting(config, "ahead", "data.prefetch", 3 * seconds)
 
 
 def rank(data: Path, seconds: float) -> dict:
@@ -196,7 +221,6 @@ def of_a_rank(data: Path, seconds: float, folder: Path) -> None:
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
     config = config_of(str(data), rotation__views="all", optim__images_per_step=8)
     ranks = alone()
-    torch.set_num_threads(1)
 
     @contextlib.contextmanager
     def busy() -> Iterator[None]:
@@ -211,7 +235,7 @@ def of_a_rank(data: Path, seconds: float, folder: Path) -> None:
     manifest = profiles.open_manifest(config.data.train, config, ranks, "data.train")
 
     def paces() -> list[float]:
-        return profiles.Training(profiles.Job, config, ranks, manifest).both(seconds / 12)[0].paces
+        return profiles.Training(profiles.Job, config, ranks, manifest).both(seconds / 6)[0].paces
 
     def slowed() -> list[float]:
         with busy():
@@ -280,20 +304,22 @@ def said(found) -> str:
 
 
 def consumer(data: Path, seconds: float) -> dict:
-    """Every step is followed by work of the loop's: singular values of the first layer and a sorted batch."""
+    """Every step is followed by work of the loop's: arrays are sorted for 0.2 s."""
+    alone()
     manifest, (model, optimizer) = fastrot.open(data), network(32)
     rng = np.random.default_rng(0)
 
     def body(batch, besides: bool = True) -> None:
         learn(model, optimizer, batch.normalised(), batch.labels % 100)
         if besides:
-            for _ in range(4):
-                np.sort(rng.random(300_000))
+            until = time.perf_counter() + 0.2
+            while time.perf_counter() < until:
+                np.sort(rng.random(100_000))
 
-    with fastrot.Loader(manifest, images=16, crop=32) as loader:
-        found = watched(Some(loader, 170), body)
+    with fastrot.Loader(manifest, images=8, crop=32) as loader:
+        found = watched(Some(loader, 130), body)
         achieved = in_turns(
-            lambda: looped(Some(loader, 40), body), lambda: looped(Some(loader, 40), lambda batch: body(batch, False))
+            lambda: looped(Some(loader, 25), body), lambda: looped(Some(loader, 25), lambda batch: body(batch, False))
         )
     return told("between", found.verdict.stage, said(found), "no work between steps", found.verdict.gain, achieved)
 
@@ -307,8 +333,8 @@ def torchvision_loader(data: Path, side: int, workers: int, batches: int) -> Som
 
 def few_workers(data: Path, seconds: float) -> dict:
     """torchvision's loader, without a worker; the cure is one."""
+    alone()
     model, optimizer = network(32)
-    torch.set_num_threads(1)
 
     def body(batch) -> None:
         learn(model, optimizer, batch[0], batch[1] % 100)
@@ -324,8 +350,8 @@ def few_workers(data: Path, seconds: float) -> dict:
 
 def slow_step(data: Path, seconds: float) -> dict:
     """torchvision's loader with a worker, and a network that is too slow for it; the cure is a smaller one."""
+    alone()
     model, optimizer = network(96)
-    torch.set_num_threads(1)
 
     def body(batch) -> None:
         learn(model, optimizer, batch[0], batch[1] % 100)
@@ -357,8 +383,9 @@ def main() -> None:
     kept = json.loads(args.out.read_text())["cases"] if args.out and args.out.exists() else {}
     for number, name in enumerate(args.cases, 1):
         print(f"{number} of {len(args.cases)}: {name}", file=sys.stderr, flush=True)
-        began = time.perf_counter()
-        kept[name] = CASES[name](args.data, args.seconds) | {"seconds": time.perf_counter() - began} | harness.facts()
+        busy, began = calm(), time.perf_counter()
+        case = CASES[name](args.data, args.seconds)
+        kept[name] = case | {"others_busy": busy, "seconds": time.perf_counter() - began} | harness.facts()
         harness.write(args.out, QUESTION, {"cases": {name: kept[name] for name in CASES if name in kept}})
 
 

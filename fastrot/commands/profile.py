@@ -24,6 +24,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=60, metavar="S", help="seconds of timing in all (default: 60)")
     parser.add_argument("--try", action="store_true", dest="attempt", help="train with each setting that is proposed")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write three steps for Chrome or Perfetto (.json)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of it")
     add_dry_run(parser)
     add_config(parser, "data", "rotation", *_PREPARE, "model", "optim", "engine", "run")
 
@@ -33,7 +34,8 @@ def _run(args: argparse.Namespace) -> Result:
 
     task = args.task or command_of(args.config, args.overrides)
     config, sources = settings(args, None if task == "features" else task)
-    _refuse_unwritable("--trace", args.trace)
+    for option, path in (("--trace", args.trace), ("--html", args.html)):
+        _refuse_unwritable(option, path)
     with among_ranks() as ranks:
         if args.dry_run:
             does = [("would time", f"the stages of fastrot {task} in {args.seconds:g} s")]
@@ -41,7 +43,12 @@ def _run(args: argparse.Namespace) -> Result:
         from fastrot.runs.profile import profile
 
         config, what = _profiled(task, config, ranks)
-        return profile(config, ranks, args.seconds, args.attempt, args.trace, what)
+        result = profile(config, ranks, args.seconds, args.attempt, args.trace, what)
+        if args.html and ranks.first:
+            from fastrot.report.profile_page import write
+
+            write(result, args.html)
+        return result
 
 
 def _profiled(task: str, config: "Config", ranks: "Ranks") -> tuple["Config", "Profiled"]:

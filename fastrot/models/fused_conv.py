@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.resnet import ResNet
 
-from fastrot.models.fused_norm import FusedBottleneck, fuse_norms, maps_of, merged, rows_of, summed
+from fastrot.models.fused_norm import FusedBottleneck, fuse_norms, maps_of, rows_of
+from fastrot.models.over_ranks import Group, merging, summing
 from fastrot_kernels import norm, pointwise
 
 # stride, padding, dilation and groups of a convolution
@@ -26,14 +27,11 @@ class _Normed(NamedTuple):
     def applied(self, y: Tensor, residual: Tensor | None, moments: Tensor, relu: bool) -> Tensor:
         return norm.apply(y, residual, moments, self.gamma, self.beta, self.eps, relu)
 
-    def gradients(
-        self, dy: Tensor, x: Tensor, y: Tensor | None, moments: Tensor, relu: bool, over_ranks: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of x and of the residual, and this rank's of gamma and beta [2, C]."""
-        mine = norm.gradient_sums(dy, x, y, moments, self.gamma, self.beta, self.eps, relu)
-        return *self.gradients_by(summed(mine, over_ranks), dy, x, y, moments, relu), mine
+    def sums(self, dy: Tensor, x: Tensor, y: Tensor | None, moments: Tensor, relu: bool) -> Tensor:
+        """This rank's gradients of gamma and beta [2, C]."""
+        return norm.gradient_sums(dy, x, y, moments, self.gamma, self.beta, self.eps, relu)
 
-    def gradients_by(
+    def gradients(
         self, sums: Tensor, dy: Tensor, x: Tensor, y: Tensor | None, moments: Tensor, relu: bool
     ) -> tuple[Tensor, Tensor]:
         """Gradients of x and of the residual, by all ranks' of gamma and beta."""
@@ -46,6 +44,8 @@ class _Step(torch.autograd.Function):
     y are what convolutions give, before their norm. The moments of y1, y3 and the shortcut come with the products
     that make them; bn2 and its ReLU are computed as conv3, and its gradients, read y2: that normalised map is never
     in memory. The gradient of x is summed where the product writes it, not by a pass of its own.
+    What norms say to other ranks is on its way while what does not need it is computed: the shortcut's product, and
+    the weights' gradients of conv2 and conv3. The shortcut's norm shares a message of bn3's, and of bn2's.
 
     conv2   stride, padding, dilation and groups of the 3x3 convolution.
     stride  of the shortcut, where there is one.
@@ -59,29 +59,31 @@ class _Step(torch.autograd.Function):
         conv2: _Geometry,
         stride: int,
         eps: tuple[float, ...],
-        over_ranks: bool,
+        over_ranks: Group | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         n1, n2, n3, *shortcut = _by_three(parameters, eps)
         w1, w2, w3 = _matrix(n1.filters, x.dtype), n2.filters.to(x.dtype), _matrix(n3.filters, x.dtype)
         rows = rows_of(x)
         y1, m1 = pointwise.forward(rows, w1, None)
-        m1 = merged(m1, over_ranks)
+        merged1 = merging(over_ranks, m1)
+        down: list[Tensor] = []
+        md: list[Tensor] = []
+        for nd in shortcut:
+            wd, thinned = _matrix(nd.filters, x.dtype), rows_of(x[:, :, ::stride, ::stride])
+            yd, *md = pointwise.forward(thinned, wd, None)
+            down = [thinned, wd, yd]
+        [m1] = merged1()
         h1 = maps_of(n1.applied(y1, None, m1, True), x)
         maps2 = F.conv2d(h1, w2, None, *conv2)
         y2 = rows_of(maps2)
-        m2 = merged(norm.moments(y2), over_ranks)
+        [m2] = merging(over_ranks, norm.moments(y2))()
         a2 = pointwise.affine(m2, n2.gamma, n2.beta, n2.eps)
         y3, m3 = pointwise.forward(y2, w3, a2)
-        m3 = merged(m3, over_ranks)
-        residual, moments = rows, [m1, m2, m3]
-        down: list[Tensor] = []
+        m3, *md = merging(over_ranks, m3, *md)()
+        residual, moments = rows, [m1, m2, m3, *md]
         for nd in shortcut:
-            wd, thinned = _matrix(nd.filters, x.dtype), rows_of(x[:, :, ::stride, ::stride])
-            yd, md = pointwise.forward(thinned, wd, None)
-            md = merged(md, over_ranks)
-            residual = nd.applied(yd, None, md, False)
-            down, moments = [thinned, wd, yd], [*moments, md]
+            residual = nd.applied(yd, None, md[0], False)
         out = maps_of(n3.applied(y3, residual, m3, True), maps2)
         ctx.save_for_backward(rows, w1, y1, h1, w2, y2, a2, w3, y3, out, *down, *moments, *parameters)
         ctx.conv2, ctx.stride, ctx.eps, ctx.over_ranks = conv2, stride, eps, over_ranks
@@ -95,19 +97,28 @@ class _Step(torch.autograd.Function):
         norms, over_ranks = len(ctx.eps), ctx.over_ranks
         down, (m1, m2, m3, *md), parameters = rest[: -4 * norms], rest[-4 * norms : -3 * norms], rest[-3 * norms :]
         n1, n2, n3, *shortcut = _by_three(parameters, ctx.eps)
-        dy3, dresidual, sums3 = n3.gradients(rows_of(grad), y3, rows_of(out), m3, True, over_ranks)
-        dw3 = pointwise.weight_gradient(dy3, y2, a2)
+        dy = rows_of(grad)
+        sums3 = n3.sums(dy, y3, rows_of(out), m3, True)
+        [all3] = summing(over_ranks, sums3)()
+        dy3, dresidual = n3.gradients(all3, dy, y3, rows_of(out), m3, True)
+        sumsd = [nd.sums(dresidual, down[2], None, md[0], False) for nd in shortcut]
         g, sums2 = pointwise.data_gradient(dy3, w3, y2, a2)
-        dy2, _ = n2.gradients_by(summed(sums2, over_ranks), g, y2, None, m2, False)
-        dh1, dw2, _ = torch.ops.aten.convolution_backward(
-            maps_of(dy2, out), h1, w2, None, *ctx.conv2[:3], False, [0, 0], ctx.conv2[3], [True, True, False]
-        )
-        dy1, _, sums1 = n1.gradients(rows_of(dh1), y1, None, m1, True, over_ranks)
+        summed = summing(over_ranks, sums2, *sumsd)
+        dw3 = pointwise.weight_gradient(dy3, y2, a2)
+        all2, *alld = summed()
+        dy2, _ = n2.gradients(all2, g, y2, None, m2, False)
+        back2 = (maps_of(dy2, out), h1, w2, None, *ctx.conv2[:3], False, [0, 0], ctx.conv2[3])
+        dh1 = rows_of(torch.ops.aten.convolution_backward(*back2, [True, False, False])[0])
+        sums1 = n1.sums(dh1, y1, None, m1, True)
+        summed = summing(over_ranks, sums1)
+        dw2 = torch.ops.aten.convolution_backward(*back2, [False, True, False])[1]
+        [all1] = summed()
+        dy1, _ = n1.gradients(all1, dh1, y1, None, m1, True)
         gradients = [pointwise.weight_gradient(dy1, rows, None), *sums1, dw2, *sums2, dw3, *sums3]
         if shortcut:
             thinned, wd, yd = down
-            dyd, _, sumsd = shortcut[0].gradients(dresidual, yd, None, md[0], False, over_ranks)
-            gradients += [pointwise.weight_gradient(dyd, thinned, None), *sumsd]
+            dyd, _ = shortcut[0].gradients(alld[0], dresidual, yd, None, md[0], False)
+            gradients += [pointwise.weight_gradient(dyd, thinned, None), *sumsd[0]]
             dx = maps_of(dy1 @ w1, h1)
             dx[:, :, :: ctx.stride, :: ctx.stride].add_(maps_of(dyd @ wd, out))  # += would copy it to itself after
         else:
@@ -139,14 +150,14 @@ class _FusedConvBottleneck(FusedBottleneck):
         if not x.is_meta and torch.is_autocast_enabled(kind):  # torch knows none on the meta device
             x = x.to(torch.get_autocast_dtype(kind))
         geometry, eps = (conv2.stride, conv2.padding, conv2.dilation, conv2.groups), tuple(bn.eps for _, bn in pairs)
-        parts: tuple[Tensor, ...] = _Step.apply(x, geometry, self.stride, eps, self.bn1.synced, *parameters)  # type: ignore[no-untyped-call]  # torch's apply
+        parts: tuple[Tensor, ...] = _Step.apply(x, geometry, self.stride, eps, self.bn1.over_ranks, *parameters)  # type: ignore[no-untyped-call]  # torch's apply
         out, *moments = parts
         for (_, bn), each in zip(pairs, moments, strict=True):
             bn.track(each)
         return out
 
 
-def fuse_convs(model: ResNet, over_ranks: bool) -> ResNet:
+def fuse_convs(model: ResNet, over_ranks: Group | None) -> ResNet:
     """fuse_norms, and every Bottleneck's 1x1 convolutions fused with the norms around them, in place.
 
     Other blocks have none but their shortcut's: they stay as fuse_norms leaves them.

@@ -11,20 +11,21 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from fastrot import machine, terminal
+from fastrot import distributed, machine, terminal
 from fastrot.config import Config, flat, from_values
 from fastrot.data.build import crop_at, decoder_of, open_manifest, plan_of, settings_of
-from fastrot.data.loader import DECODES_IN_FLIGHT
 from fastrot.data.loader_settings import interval, thread_counts, waiting
 from fastrot.data.manifest import Manifest
 from fastrot.data.remarks import describe
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
+from fastrot.profiling.kernels import IDLE
 from fastrot.profiling.pace import SLOW_RANK
 from fastrot.profiling.stages import decoding, handing_over, held_bytes, held_pixels, reading
-from fastrot.profiling.verdict import NAMES, Ceiling, Interval, Stages, Verdict, held, in_words, judge
+from fastrot.profiling.verdict import NAMES, Ceiling, Interval, Stages, Verdict, held, in_words, judge, ratio
 from fastrot.runs.arithmetic import arithmetic
 from fastrot.runs.build import Job, set_torch_flags
+from fastrot.runs.elsewhere import for_elsewhere
 from fastrot.runs.subject import Extracting, Parts, Subject, Training
 
 _SHARES = {
@@ -38,6 +39,7 @@ _SHARES = {
     "both": 4,
     "cures": 8,
 }  # of the seconds
+_NO_SETTING = ("cold", "warm", "reads", "between", "ahead")  # stages that no setting makes faster
 _SEEN = 1.03  # a gain below it nobody could see
 _DRAWS = 20  # orders of the batches in which a depth is simulated
 
@@ -97,26 +99,32 @@ def profile(
     if ranks.first:
         describe(manifest, terminal.console().print)
     bench = _Bench(what, config, ranks, manifest, seconds / sum(_SHARES.values()))
-    stages, parts, took = _measured(bench, trace)
+    mine, parts, seen = _measured(bench, trace)
+    stages, took = distributed.on_first(ranks, lambda: (mine, seen))  # all ranks judge and try the same
     verdict = judge(stages)
     slow = _slow_rank(ranks, parts["both"])
     if slow:
         verdict = replace(verdict, bound="rank", stage="rank", gain=slow["gain"])
-    cures = [] if slow else _cures(bench, stages, verdict, took)
+    found = [] if slow else _cures(bench, stages, verdict, took)
+    cures = distributed.on_first(ranks, lambda: found)
     if attempt:
         cures = [_tried(bench, cure) for cure in cures]
+    alone = bench.subject
     result = {
         "stages": {
             name: asdict(one) | {"pace": one.pace, "cpu_s": one.cpu_s} for name, one in _by_name(stages).items()
         },
         "cores": stages.cores,
+        "ranks": ranks.world,
         "views_per_image": arithmetic(config, ranks.world, len(manifest)).views_per_image,
         "images_per_step": config.optim.images_per_step,
         "parts_of_a_step": parts,
+        "roofline": alone.layers() if isinstance(alone, Training) else {},
         "verdict": asdict(verdict),
         "says": _slow_says(slow) if slow else in_words(stages, verdict, "images"),
         "cures": [asdict(cure) for cure in cures],
         "slow_rank": slow,
+        "elsewhere": for_elsewhere(config, ranks, manifest, seconds) if what.make is Job else None,
     }
     if ranks.first:
         _show(result, cures)
@@ -186,11 +194,11 @@ class _Path:
 
 def _cures(bench: _Bench, stages: Stages, verdict: Verdict, took: list[float]) -> list[Cure]:
     """Settings that change what bounds the training, each measured alone; the best three that gain at all."""
-    step = verdict.bound == "step" or verdict.stage == "step"
-    candidates = _of_the_step(bench) if step else _of_the_data_path(bench)
+    step = verdict.stage == "step"
+    candidates = [] if verdict.stage in _NO_SETTING else _of_the_step(bench) if step else _of_the_data_path(bench)
     shorter = replace(bench, unit=bench.unit * _SHARES["cures"] / max(1, len(candidates)))
     shown = terminal.track(candidates, len(candidates), "settings") if bench.ranks.first else candidates
-    cures = [] if step else _deeper(bench, stages, took)
+    cures = _deeper(bench, stages, took) if verdict.bound == "ahead" else []
     for setting in shown:
         try:
             other = shorter.with_setting(setting)
@@ -217,11 +225,12 @@ def _deeper(bench: _Bench, stages: Stages, took: list[float]) -> list[Cure]:
     orders = [rng.permutation(took).tolist() for _ in range(_DRAWS)]
 
     def pace(seconds: list[float], depth: int) -> float:
-        return 1 - waiting(seconds, depth + DECODES_IN_FLIGHT, micro_s)
+        return 1 - waiting(seconds, depth + 1, micro_s)  # one is in the loader's hand
 
     return [
         Cure(f"data.prefetch={n}", interval([pace(order, n) / pace(order, now) for order in orders]))
-        for n in (2 * now, 4 * now)
+        for n in sorted({2 * now, 4 * now, 8})
+        if n > now
     ]
 
 
@@ -240,11 +249,12 @@ def _of_the_step(bench: _Bench) -> list[str]:
 def _tried(bench: _Bench, cure: Cure) -> Cure:
     """Trained with it and without, in turns."""
     other, seconds = bench.with_setting(cure.setting), _SHARES["both"] * bench.unit
-    ratios: list[float] = []
+    now: list[float] = []
+    new: list[float] = []
     for _ in range(2):
-        now, new = bench.subject.both(seconds)[0], other.subject.both(seconds)[0]
-        ratios += [b / a for a, b in zip(now.paces, new.paces, strict=True)]
-    return replace(cure, achieved=interval(ratios))
+        now += bench.subject.both(seconds)[0].paces
+        new += other.subject.both(seconds)[0].paces
+    return replace(cure, achieved=ratio(new, now))
 
 
 def _slow_rank(ranks: Ranks, both: Parts) -> dict[str, Any] | None:
@@ -293,7 +303,13 @@ def _show(result: dict[str, Any], cures: list[Cure]) -> None:
             del shares["compute"]
         told = ", ".join(f"{key} {share:.0%}" for key, share in shares.items() if share >= 0.005)
         rows.append((title, f"{part['step_s']:.3f} s: {told}; {part['memory_gib']:.1f} GiB"))
-    terminal.table("alone, each", rows)
+    if gpu := result["parts_of_a_step"]["both"].get("gpu"):
+        kinds = ", ".join(f"{name} {share:.0%}" for name, share in gpu.items() if name != IDLE)
+        rows.append(("the GPU in training", f"{1 - gpu[IDLE]:.0%} busy: {kinds}"))
+    terminal.table("alone, each, of a rank" if result["ranks"] > 1 else "alone, each", rows)
+    if roof := result["roofline"]:
+        title = f"the roof: {roof['flops'] / 1e9:,.0f} GFLOP/s, {roof['bytes'] / 2**30:,.1f} GiB/s"
+        terminal.table(title, [(one["name"], _beside_the_roof(one)) for one in roof["groups"]])
     tried = [("try", _told(cure)) for cure in cures]
     if not cures and not result["slow_rank"]:
         tried.append(("try", "none of the settings tried alone would gain 3%"))
@@ -310,6 +326,11 @@ def _row(one: dict[str, Any], result: dict[str, Any]) -> str:
     if more:
         said.append(f"{pace * more['bytes'] / 2**20:,.1f} MiB/s, {pace * more['opens']:,.0f} files opened/s")
     return ", ".join(said)
+
+
+def _beside_the_roof(group: dict[str, Any]) -> str:
+    share, ms = group["least_s"] / group["seconds"], 1e3 * group["seconds"]
+    return f"{share:.0%} of the roof: {ms:.1f} ms, {group['flops'] / 1e9:.2f} GFLOP, {group['bytes'] / 2**20:,.0f} MiB"
 
 
 def _told(cure: Cure) -> str:

@@ -2,9 +2,10 @@
 
 import itertools
 import statistics
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, record_function
 
 from fastrot.config import Config
-from fastrot.data.build import make_loader, settings_of, short_side
+from fastrot.data.build import crop_at, make_loader, settings_of, short_side
 from fastrot.data.loader import IN_FLIGHT, MicroBatch, StepBatch
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
@@ -23,7 +24,9 @@ from fastrot.engine.graphs import WARM_UPS
 from fastrot.errors import UserError
 from fastrot.features.extract import BLOCK, Extractor
 from fastrot.models.backbone import random_backbone
-from fastrot.profiling.clock import Clock
+from fastrot.profiling.clock import Clock, Spans
+from fastrot.profiling.kernels import of_profiler
+from fastrot.profiling.layers import Stopwatch, groups
 from fastrot.profiling.marks import Mark, between, mark, memory_gib
 from fastrot.profiling.roofline import Work
 from fastrot.profiling.stages import LAPS, ceiling
@@ -33,6 +36,9 @@ from fastrot.runs.loop import run
 
 _MOST = 10**6  # steps, more than any lap has
 _TRACED = 3  # steps
+_PACED = 3  # steps that tell how long a lap must be
+_SHOWN = 6  # steps of a timeline
+_TIMED = 4  # steps of the groups of layers
 
 Parts = dict[str, Any]
 """step_s, memory_gib, the share of each stage, and lists of them by lap."""
@@ -116,6 +122,29 @@ class Training:
     def both(self, seconds: float, trace: Path | None = None) -> tuple[Ceiling, Parts]:
         return self._trained(seconds, resident=False, trace=trace)
 
+    def layers(self) -> dict[str, Any]:
+        """Groups of layers beside this device's rates; none where they are not computed one by one, or nobody counted
+        what they compute."""
+        job, engine = self._job(), self.config.engine
+        try:
+            rows = job.step_rows(crop_at(self.config, 0))
+            if not rows or engine.compile or engine.recompute or job.engine.cuda_graphs:
+                return {}
+            stopwatch = Stopwatch(job.engine.model)
+            vars(job.engine)["backward"] = stopwatch.timed(job.engine.backward)
+            with closing(job.batches(range(_MOST), 0)) as batches:
+                steps = _again_and_again(job, next(batches))
+                _run(job, steps, 2, 1, _Forward(job.task.loss))
+                stopwatch.read()
+                line = _run(job, steps, _TIMED, _TIMED, _Forward(job.task.loss)).lines[-1]
+            stopwatch.close()
+        finally:
+            job.close()
+        seconds = {name: spent / _TIMED for name, spent in stopwatch.read().items()}
+        seconds |= {"views": line["rotate_share"] * line["step_s"], "update": line["update_share"] * line["step_s"]}
+        found = groups(rows, job.rates, seconds)
+        return {**asdict(job.rates), "groups": [asdict(one) for one in found]}
+
     def _trained(self, seconds: float, resident: bool, trace: Path | None) -> tuple[Ceiling, Parts]:
         job = self._job()
         try:
@@ -135,27 +164,32 @@ def _again_and_again(job: Job, first: StepBatch) -> Iterator[StepBatch]:
 def _timed(
     job: Job, steps: Iterator[StepBatch], seconds: float, ready: int, trace: Path | None
 ) -> tuple[Ceiling, Parts]:
-    """Laps of the loop itself at rate 0: the weights stay, a step costs the same. ready: steps that may be loaded when
-    the first begins."""
+    """Laps of the loop itself at rate 0: the weights stay, a step costs the same. ready: steps that may be loaded before
+    there is one to train on: they are thrown away, or a slow data path would look fast."""
     forward = _Forward(job.task.loss)
     if not job.engine.cuda_graphs:  # where it is called once
         vars(job.task)["loss"] = forward
-    warm = _run(job, steps, WARM_UPS + ready + 3, 1, forward)
-    step_s = statistics.median(line["step_s"] for line in warm.lines[-3:])
-    lap = max(1, round(seconds / LAPS / step_s))
+    _run(job, steps, WARM_UPS, WARM_UPS, forward)
+    for batch in itertools.islice(steps, ready):
+        deque(batch.micro_steps, maxlen=0)
+    step_s = statistics.fmean(line["step_s"] for line in _run(job, steps, _PACED, 1, forward).lines)
+    lap = max(2, round(seconds / LAPS / step_s))
     if job.ranks.world > 1:  # the ranks must agree
         agreed = torch.tensor([lap], device=job.ranks.device)
         dist.all_reduce(agreed, dist.ReduceOp.MIN)
         lap = int(agreed)
-    if trace is not None:
-        with _profiler(job.ranks, trace):
+    gpu: dict[str, float] = {}
+    if trace is not None or job.ranks.device.type == "cuda":
+        with _profiler(job.ranks, trace, gpu):
             _run(job, steps, _TRACED, _TRACED, forward, _Ranges(job.ranks.device))
+    timeline = _Timeline(job.ranks.device)
+    _run(job, steps, _SHOWN, _SHOWN, forward, timeline)
     laps = _run(job, steps, lap * (LAPS + 1), lap, forward)
     images = lap * job.numbers.images / job.ranks.world
     cpus = [(end - begin) / images for begin, end in itertools.pairwise(laps.cpu)]
     lines = laps.lines[1:]
     paces = [line["images_per_s"] / job.ranks.world for line in lines]
-    return Ceiling(paces, cpus), _parts(lines, lap)
+    return Ceiling(paces, cpus), _parts(lines, lap) | {"timeline": timeline.spans, "gpu": gpu}
 
 
 def _parts(lines: list[dict[str, Any]], lap: int) -> Parts:
@@ -190,16 +224,33 @@ def _run(
 
 
 @contextmanager
-def _profiler(ranks: Ranks, trace: Path) -> Iterator[None]:
-    """What runs inside as Chrome and Perfetto read it."""
+def _profiler(ranks: Ranks, trace: Path | None, gpu: dict[str, float]) -> Iterator[None]:
+    """What runs inside as Chrome and Perfetto read it; and what a GPU does of it."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
     with torch.profiler.profile(activities=activities) as profiler:
         yield
-    if ranks.first:
+    gpu |= of_profiler(profiler)
+    if trace is not None and ranks.first:
         try:
             profiler.export_chrome_trace(str(trace))
         except (OSError, RuntimeError) as error:
             raise UserError(f"--trace {trace}: cannot be written ({error})") from None
+
+
+class _Timeline(Clock):
+    """Keeps when the stages of each step were, in seconds from the first."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.spans: list[tuple[str, float, float]] = []
+
+    def read(self) -> list[Spans]:
+        kept = [span for spans, _, _ in self._steps for span in spans]
+        seconds = super().read()
+        self.spans = [
+            (one.name, self._between(kept[0].begin, one.begin), self._between(kept[0].begin, one.end)) for one in kept
+        ]
+        return seconds
 
 
 class _Ranges(Clock):
@@ -249,7 +300,7 @@ class Extracting:
                 return _taken(extract, batch)
 
             if trace is not None:
-                with _profiler(self.ranks, trace):
+                with _profiler(self.ranks, trace, {}):
                     for _ in range(_TRACED):
                         work()
             took: list[float] = []

@@ -32,7 +32,7 @@ def mean_bytes(folder) -> float:
 def test_every_stage_is_timed_the_bound_said_and_nothing_written(fastrot, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trace = tmp_path / "trace.json"
-    done = fastrot(*SMALL, f"data.train={images}", "--trace", trace, "--json")
+    done = fastrot(*SMALL, f"data.train={images}", "--trace", trace, "--html", tmp_path / "page.html", "--json")
     found = done.json
     assert set(found["stages"]) == {*PATH, "data", "step", "both"}
     assert all(len(one["paces"]) == 5 and min(one["paces"]) > 0 for one in found["stages"].values())
@@ -43,7 +43,14 @@ def test_every_stage_is_timed_the_bound_said_and_nothing_written(fastrot, images
     assert step["forward_share"] + step["backward_share"] == pytest.approx(step["compute_share"])
     names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
     assert names >= {"wait", "rotate", "compute", "update"}
-    assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"trace.json", "page.html"}
+    groups = {one["name"]: one for one in found["roofline"]["groups"]}
+    assert set(groups) == {"stem", "layer1", "layer2", "layer3", "layer4", "head", "views", "update"}
+    spent = sum(one["seconds"] for name, one in groups.items() if name not in ("views", "update"))
+    assert 0 < spent < 2 * step["step_s"]  # of other steps
+    page = (tmp_path / "page.html").read_text()
+    assert found["says"][1:].replace("'", "&#39;") in page and "http" not in page
+    assert page.count("<svg") == 2 and all(f">{name}</td>" in page for name in (*groups, "compute"))
 
 
 @pytest.mark.slow
@@ -95,6 +102,8 @@ def test_what_the_config_or_task_names_is_profiled(fastrot, images, monkeypatch,
         (["--seconds", "inf"], "--seconds inf: must be above 0"),
         (["--trace", "{tmp}/none/t.json"], "none is no folder"),
         (["--trace", "{tmp}"], "cannot be written"),
+        (["--html", "{tmp}/none/p.html"], "none is no folder"),
+        (["--html", "{tmp}"], "cannot be written"),
         (["data.train=/no/such"], "/no/such: no such folder"),
         (["engine.cuda_graphs=true"], "engine.cuda_graphs needs a CUDA device"),
         (["data.decode_on=gpu"], "there is no CUDA device here"),

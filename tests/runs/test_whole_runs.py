@@ -270,3 +270,12 @@ def test_the_estimate_of_memory_counts_what_a_detectors_heads_keep(build):
         losses = network([torch.randn(3, side, side)] * 2, [target] * 2)
     estimate = peak_of_step(Averaged(network, WithRegions(network)), 2, 3, side, torch.float32)
     assert losses and 0.9 < estimate / sum(saved.values()) < 1.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, kind", [(DETECT, "voc"), (SEGMENT, "vocseg")])
+def test_profile_times_whole_images_by_the_config_alone(fastrot, voc, command, kind):
+    words = [word for word in command[3:] if not word.startswith("run.")]
+    found = fastrot("profile", *words, f"data.train={kind}:{voc}?split=trainval", "--seconds", "0.5", "--json").json
+    assert set(found["stages"]) == {"cold", "warm", "data", "step", "both"} and found["roofline"] == {}
+    assert found["says"].startswith("bound by ")
