@@ -14,7 +14,9 @@ import torch
 from fastrot import config as configs
 from fastrot import distributed
 from fastrot.data.build import make_loader, open_manifest
+from fastrot.data.loader import StepBatch
 from fastrot.probes import knn, voc_svm
+from fastrot.profiling.stages import ceiling
 from fastrot.runs.arithmetic import RECIPE_VIEWS
 from fastrot.selfcheck import verdict
 from fastrot.selfcheck.correctness import SAME, small
@@ -122,18 +124,17 @@ def _fed(place: Place, folder: Path) -> Iterator[tuple[str, float]]:
         config, _ = configs.load(None, words)
         loader, says = make_loader(config, open_manifest(str(folder), config, ranks, "data.train"), ranks, images, None)
         batches = loader.train(range(10**9), 0, images, 1, 0, 1, lambda epoch: side)
+        work = partial(_taken, batches, ranks.device)
         for _ in range(8):
-            next(batches)
-        clock, count = time.perf_counter(), 0
-        while time.perf_counter() - clock < (4 if place.gpu else 0.5):
-            for micro in next(batches).micro_steps:
-                micro.to(ranks.device)
-            count += images
-        if place.gpu:
-            torch.cuda.synchronize()
-        yield says + (f", hardware share {share}" if place.gpu else ""), count / (time.perf_counter() - clock)
+            work()
+        yield says + (f", hardware share {share}" if place.gpu else ""), ceiling(work, 4 if place.gpu else 0.5).pace
         batches.close()
     distributed.end()
+
+
+def _taken(batches: Iterator[StepBatch], device: torch.device) -> int:
+    """Images of the next step, on the device."""
+    return sum(len(micro.to(device).sample) for micro in next(batches).micro_steps)
 
 
 def end_to_end(place: Place, found: Found) -> None:

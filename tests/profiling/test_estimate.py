@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -204,6 +205,8 @@ def test_more_processes_than_cores_take_turns():
     assert (alone.compute_s, two.compute_s, four.compute_s) == pytest.approx((0.64, 0.32, 0.32))
     assert alone.bound == "compute" and four.bound == "the node's cores"
     assert four.seconds == pytest.approx((0.64 + 0.064) / 2, rel=1e-3)
+    crowded = replace(one, measured=replace(step, crowding=1.5))
+    assert step_of(crowded, here, 1, 4).seconds == pytest.approx(1.5 * four.seconds)
 
 
 def test_a_step_is_no_faster_than_its_launches():

@@ -252,7 +252,7 @@ class Told(Place):
 @pytest.mark.parametrize(
     "check, odd, says",
     [
-        (correctness.losses, "losses-1", "bf16: losses 100.00% from the CPU's"),
+        (correctness.losses, "losses-1", "bf16: the mean loss 100.00% from the CPU's"),
         (correctness.resume, "resume-0-again", "bf16, deepspeed: model.safetensors of the resumed run differ"),
         (
             partial(speed._captured_collectives, world=2),
