@@ -48,6 +48,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def processor() -> str:
+    """Its model's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
 def precision(crop: int) -> tuple[str, str]:
     """What `engine.precision: auto` is on this machine for crops of a side, and why.
 

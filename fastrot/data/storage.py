@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrot.data.arenas import Arenas
 from fastrot.data.images import KINDS
 from fastrot.data.manifest import Manifest
 from fastrot.data.reading import again, open_regular
 from fastrot.errors import BadImage, Unreadable
 from fastrot_kernels import reader
+from fastrot_kernels.arenas import Arenas
 from fastrot_kernels.build import BuildError
 
 log = logging.getLogger(__name__)

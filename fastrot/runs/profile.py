@@ -25,6 +25,7 @@ from fastrot.profiling.stages import decoding, handing_over, held_bytes, held_pi
 from fastrot.profiling.verdict import NAMES, Ceiling, Interval, Stages, Verdict, held, in_words, judge, ratio
 from fastrot.runs.arithmetic import arithmetic
 from fastrot.runs.build import Job, set_torch_flags
+from fastrot.runs.elsewhere import for_elsewhere
 from fastrot.runs.subject import Extracting, Parts, Subject, Training
 
 _SHARES = {
@@ -123,6 +124,7 @@ def profile(
         "says": _slow_says(slow) if slow else in_words(stages, verdict, "images"),
         "cures": [asdict(cure) for cure in cures],
         "slow_rank": slow,
+        "elsewhere": for_elsewhere(config, ranks, manifest, seconds) if what.make is Job else None,
     }
     if ranks.first:
         _show(result, cures)
@@ -239,7 +241,7 @@ def _of_the_step(bench: _Bench) -> list[str]:
     if not engine.channels_last:
         out.append("engine.channels_last=true")
     if on_gpu and bench.what.make is Job:
-        out += [f"engine.norm={norm}" for norm in ("fused", "fused_conv") if norm != engine.norm]
+        out += [f"engine.norm={norm}" for norm in ("fused", "fused_conv", "fused_chain") if norm != engine.norm]
         out += ["engine.cuda_graphs=auto"] if not engine.cuda_graphs else []
     return out
 

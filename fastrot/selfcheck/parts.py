@@ -30,13 +30,14 @@ PARTS = (
     Part("tests", "do the tests that need CUDA pass?", 600, 120, "correctness:tests"),
     Part("decoders", "do decoders show Pillow's pixels, and write nowhere else?", 120, 120, "correctness:decoders"),
     Part("rotation", "is the views' kernel right, and how near a copy's speed?", 240, 120, "speed:rotation"),
+    Part("kernels", "do the step's kernels reach the speed that was predicted?", 120, 180, "speed:kernels"),
     Part("losses", "does a short training learn as on the CPU?", 300, 180, "correctness:losses"),
     Part("resume", "is a resumed run the whole one, bit for bit?", 300, 180, "correctness:resume"),
-    Part("step", "which switches make the step faster than plain PyTorch's?", 1200, 180, "speed:step"),
+    Part("step", "which switches make the step faster than plain PyTorch's?", 1080, 180, "speed:step"),
     Part("loader", "how many images a second does the loader give?", 240, 180, "speed:loader"),
     Part("end_to_end", "does a training wait for data?", 180, 120, "speed:end_to_end"),
     Part("probes", "how fast are features, SVM and k-NN, and are they the CPU's?", 180, 120, "speed:probes"),
-    Part("ranks", "what do several GPUs give, and what do norms and buckets cost?", 240, 180, "speed:ranks"),
+    Part("ranks", "what do several GPUs give, and what do norms and buckets cost?", 240, 300, "speed:ranks"),
 )
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import importlib
 import os
 import tarfile
 import threading
@@ -14,7 +15,6 @@ import torch
 
 from conftest import write_folder
 from fastrot.data import storage as storages
-from fastrot.data.arenas import Arenas
 from fastrot.data.bad_images import BadImages
 from fastrot.data.decode import make_decoder
 from fastrot.data.index import index
@@ -25,6 +25,7 @@ from fastrot.data.plan import Plan
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage, Fault, Unreadable
 from fastrot_kernels import reader
+from fastrot_kernels.arenas import Arenas
 from fastrot_kernels.build import BuildError, library
 
 CPU = torch.device("cpu")
@@ -185,9 +186,12 @@ def test_memory_is_used_again_once_no_part_of_it_is_left():
     assert len(arenas._free) == 16
 
 
-def test_a_decoder_keeps_a_batchs_memory_until_it_is_done(manifest):
+def test_a_decoder_keeps_a_batchs_memory_until_it_is_done(manifest, monkeypatch):
     """While it works no other batch is read there, whoever else has let go of it."""
-    for name in ("dali", "turbo", "torch"):
+    torch_decoder = importlib.import_module("fastrot.data.decode.torch")
+    looked, real = threading.Event(), torch_decoder.window_pixels
+    monkeypatch.setattr(torch_decoder, "window_pixels", lambda *image: looked.wait() and real(*image))
+    for name in ("torch", "dali", "turbo"):
         decoder, _ = make_decoder(name, "cpu", CPU, 1, 4, 2)
         storage = FileStorage(manifest)
         loader = Loader(
@@ -198,6 +202,7 @@ def test_a_decoder_keeps_a_batchs_memory_until_it_is_done(manifest):
         decoder.submit(loader._to_decode(storage.read(sample.rows), sample.rows, sample.windows, 20))
         gc.collect()
         assert not storage._arenas._free, name
+        looked.set()
         decoder.result()
         decoder.submit(loader._to_decode(storage.read(sample.rows), sample.rows, sample.windows, 20))
         decoder.result()

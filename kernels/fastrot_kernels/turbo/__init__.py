@@ -7,10 +7,8 @@ antialiased bilinear resize bit for bit; with `fast`, large windows are first sc
 
 import ctypes
 import functools
-import math
 import os
 import threading
-import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +18,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrot_kernels.arenas import Arenas
 from fastrot_kernels.build import library
 
 DONE, NOT_OURS, BROKEN = range(3)
 _REASON = 96
-_MOST_FREE = 8  # batches: as many as may come back between two
 _REQUEST = np.dtype(
     [
         ("data", np.uintp),
@@ -63,24 +61,6 @@ class _Flying(NamedTuple):
     reasons: NDArray[np.uint8]
 
 
-class _Outputs:
-    """Arrays whose memory is written again once no array looks at it: the system clears each new page, which takes half
-    as long as resampling."""
-
-    def __init__(self) -> None:
-        self._free: deque[bytearray] = deque(maxlen=_MOST_FREE)
-
-    def one(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        size, memory = math.prod(shape), bytearray()
-        while self._free and len(memory) != size:  # another shape's is let go
-            memory = self._free.popleft()
-        if len(memory) != size:
-            memory = bytearray(size)
-        flat = np.frombuffer(memory, np.uint8)  # every view of it holds it, and not the memory alone
-        weakref.finalize(flat, self._free.append, memory).atexit = False
-        return flat.reshape(shape)
-
-
 class Turbo:
     """Threads that decode the batches submitted, oldest first.
 
@@ -96,7 +76,7 @@ class Turbo:
         if not self._pool:
             raise MemoryError(f"{threads} decoding threads cannot be started")
         self._flying: deque[_Flying] = deque()
-        self._outputs = _Outputs()
+        self._outputs = Arenas(pinned=False)
 
     def submit(
         self,
@@ -113,7 +93,7 @@ class Turbo:
                  may lie outside, as Pillow's `resize(box=)`.
         """
         n = len(buffers)
-        out = self._outputs.one((n, size, size, 3))
+        out = self._outputs.take(n * size * size * 3).reshape(n, size, size, 3)
         outcomes, reasons = np.empty(n, np.uint8), np.zeros((n, _REASON), np.uint8)
         requests = np.zeros(n, _REQUEST)
         buffers = [np.ascontiguousarray(buffer) for buffer in buffers]

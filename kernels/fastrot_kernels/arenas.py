@@ -1,4 +1,5 @@
-"""Memory that batches are read into, used again once nothing refers to it."""
+"""Memory that batches are read and decoded into, used again once nothing refers to it: the system clears each new page,
+which takes as long as reading it from memory."""
 
 import weakref
 from collections import deque
