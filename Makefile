@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup demo demo-control test test-all gpu check lock clean
+.PHONY: setup demo demo-control test test-all gpu check docs figures lock clean
 
 setup: $(VENV)/.ready
 
@@ -50,13 +50,22 @@ test-all: check
 gpu: setup
 	$(BIN)/fastrot selfcheck --gpu
 
-# style, layers, types, and lines of code by room against the budget in tools/lines.py
-check: setup
+# do the documents say what bench/results says? tools/figures.py --write makes them
+figures: setup
+	$(BIN)/python tools/figures.py
+
+# style, layers, types, the documents' links, and lines of code by room against the budget in tools/lines.py
+check: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/python tools/lines.py
+	$(BIN)/python tools/figures.py
+
+# build/docs/index.html: a dead link or a missing page fails; asks the network for nothing
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lock:
 	$(BIN)/uv pip compile -q --generate-hashes --universal --python-version 3.11 --no-header --no-annotate requirements.in -o requirements.txt

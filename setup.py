@@ -34,6 +34,7 @@ EXTRAS["ffcv"] = ["ffcv>=1.0.2,<2"]  # built from source, with OpenCV's and libj
 EXTRAS["dev"] = [
     "hypothesis>=6",
     "import-linter>=2",
+    "mkdocs-material>=9.7,<10",
     "mypy>=2",
     "pytest>=9",
     "pytest-xdist>=3.8",
@@ -58,7 +59,7 @@ setup(
     package_data={
         "fastrot": ["py.typed"],
         "fastrot.profiling": ["nodes/*.yaml"],
-        "fastrot.report": ["template.html"],
+        "fastrot.report": ["*.html"],
         "fastrot.selfcheck": ["template.html"],
         "fastrot_kernels": ["py.typed", "*/*.c", "*/*.h", "*/*.cu"],
     },

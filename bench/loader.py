@@ -23,12 +23,11 @@ from loader_arms import ARMS, BATCH, COLD, RATIO, SCALE, SIDE, Files
 from PIL import Image
 
 from fastrot import __version__, machine
+from fastrot.data.decode import STATED
 from fastrot.data.index import index
 from fastrot.data.manifest import Manifest
 from fastrot.terminal import track
 
-# A decoder's stated error on photographs, levels against the torch decoder: mean, and the worst image's mean.
-STATED = {"turbo": (0.001, 0.05), "turbo_fast": (1.2, 4), "dali": (0.01, 0.5), "ffcv": (1.9, 8)}
 _CHECKED = 2  # batches of ours that are compared with the plan and the torch decoder
 _READ = 8  # batches whose windows are read off
 _LEAST_P = 1e-5  # of the Kolmogorov-Smirnov tests: about a hundred are made

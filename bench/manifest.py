@@ -38,7 +38,7 @@ def synthetic(rows: int, home: Path, one_file_each: bool) -> tuple[Path, dict]:
     image.write_bytes(tiny())
     columns = {name: np.full(rows, value, kind) for name, value, kind in (
         ("offset", 0, np.int64), ("length", image.stat().st_size, np.int64), ("height", 48, np.int32),
-        ("width", 64, np.int32), ("kind", 1, np.uint8), ("orientation", 1, np.uint8),
+        ("width", 64, np.int32), ("kind", 1, np.uint8), ("orientation", 1, np.uint8), ("coding", 3, np.uint8),
     )}  # fmt: skip
     label = np.arange(rows) * 1000 // rows
     if one_file_each:

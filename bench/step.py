@@ -263,8 +263,9 @@ def main() -> None:
         arguments.arch, arguments.images, arguments.side = "resnet18", 2, 32
         arguments.rounds = arguments.lap = 1
         arguments.only = [name for name in arguments.only if "compile" not in name]
-    # as a run sets them: measured convolutions, and fp32 that is fp32
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
+    # as a run sets them: every algorithm for a convolution measured, and fp32 that is fp32
+    cudnn = torch.backends.cudnn
+    cudnn.benchmark, cudnn.benchmark_limit, cudnn.allow_tf32 = True, 0, False
     ranks = distributed.start()
     try:
         keep = functools.partial(harness.keep, arguments.out if ranks.first else None, __doc__)

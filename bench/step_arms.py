@@ -88,13 +88,15 @@ def fed(step, batches: Iterator[MicroBatch], lap: int, rounds: int, device: torc
     for number in range(rounds + 1):
         for name, work in (("data_alone", data_alone), ("step_alone", step_alone), ("both", both)):
             work(1 if name == "step_alone" else _WARM_BATCHES)
-            clock.read()
+            clock.skip()
             work(lap)
-            times = clock.read()
+            clock.end_step()
+            (times,) = clock.read()
+            total = sum(times.values())
             if number:
-                taken[name].append(times["total"] / lap)
+                taken[name].append(total / lap)
                 if name == "both":
                     for stage, values in shares.items():
-                        values.append(times[stage] / times["total"])
+                        values.append(times[stage] / total)
     spreads = {name: spread(values, "_s") for name, values in taken.items()}
     return spreads | {f"{stage}_share": statistics.median(values) for stage, values in shares.items()}

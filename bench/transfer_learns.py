@@ -49,7 +49,15 @@ WORDS = {
     ],
 }  # fmt: skip
 JUDGES = {"segment": ["mean_iou"], "c4": ["ap50"], "fpn": ["ap50", "mask_ap50"]}
-SPEEDS = ("_share", "_per_s", "_s", "memory_gib")  # endings of what two equal runs need not share
+SPEEDS = (
+    "_share",
+    "_per_s",
+    "_s",
+    "memory_gib",
+    "bound",
+    "slow_step",
+    "straggler",
+)  # endings of what two equal runs need not share
 TINY = ["optim.steps=6", "optim.milestones=[4]", "optim.warmup_steps=1", "run.log_every=1", "run.checkpoint_every=2",
         "run.evaluate_every_steps=6", "engine.precision=fp32"]  # fmt: skip
 TINY_DETECT = ["detect.shorts=[64]", "detect.test_short=64", "detect.longest=96", "detect.regions=16"]

@@ -15,6 +15,7 @@ from fastrot.errors import Fault, UserError
 
 if TYPE_CHECKING:
     from fastrot import probes as probes
+    from fastrot import profiling as profiling
     from fastrot.api import extract as extract
     from fastrot.api import load_backbone as load_backbone
     from fastrot.api import open as open
@@ -34,6 +35,7 @@ __all__ = [
     "open",
     "pretrain",
     "probes",
+    "profiling",
     "rotate_views",
 ]
 
@@ -49,8 +51,8 @@ _LIES_IN = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "probes":
-        return import_module("fastrot.probes")
+    if name in ("probes", "profiling"):
+        return import_module(f"fastrot.{name}")
     if name not in _LIES_IN:
         raise AttributeError(f"module 'fastrot' has no attribute {name!r}")
     return getattr(import_module(_LIES_IN[name]), name)

@@ -12,7 +12,7 @@ from torchvision.models import ResNet
 
 from fastrot import config as configs
 from fastrot import terminal
-from fastrot.commands.base import among_ranks
+from fastrot.commands.base import among_ranks, with_precision
 from fastrot.data.index import in_cache
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
@@ -73,7 +73,7 @@ def pretrain(
     path = None if config is None or given else os.fspath(config)  # type: ignore[arg-type]  # given is never empty
     settings = configs.from_values(path, given | overrides, "train")
     with torch_flags_kept(), terminal.speaking(show), among_ranks() as ranks:
-        return train(settings, ranks, resume, [], None)
+        return train(with_precision(settings), ranks, resume, [], None)
 
 
 def extract(

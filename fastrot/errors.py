@@ -2,6 +2,7 @@
 
 UserError   2   the user's to mend: one line, no traceback
 Fault       3   the machine or the data failed while running
+Stopped     75  asked to stop, and did, with a checkpoint: the same command goes on
 """
 
 
@@ -19,6 +20,12 @@ class Fault(Exception):
 
 class Diverged(Fault):
     """The loss, the weights or their momentum are not finite any more."""
+
+
+class Stopped(Exception):
+    """A signal or `run.max_hours` ended a run early; a checkpoint of that step stands."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class LostPeer(Fault):

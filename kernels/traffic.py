@@ -89,6 +89,22 @@ def norm(arm: str, layer: str, where: str, n: int, relu: bool = True, added: boo
         yield from passes(layer, where, sums=(3 if added else 2) * n, gradients=(5 if added else 3) * n)
 
 
+def stem(arm: str, pixels: int, n: int) -> Iterator[Kernel]:
+    """The network up to its first block; n values of its norm, a fourth as many windows of its max-pool."""
+    yield from convolution("stem", "conv1", 0, n, 147, read=pixels)
+    windows = n // 4
+    if arm == "torch":
+        yield from norm(arm, "stem", "bn1", n)
+        pooled = windows * (BF16 + INT64)  # with where each maximum was
+        yield Kernel("stem", "maxpool: forward", BF16 * n + pooled)
+        yield Kernel("stem", "maxpool: backward", BF16 * n + pooled)
+    else:
+        yield from passes("stem", "bn1", moments=n)
+        yield Kernel("stem", "bn1, maxpool: forward", BF16 * (n + 2 * windows) + windows)
+        yield from passes("stem", "bn1, maxpool", sums=2 * windows)
+        yield Kernel("stem", "bn1, maxpool: gradient", BF16 * (2 * n + windows) + windows)
+
+
 def separate(arm: str, block: Block) -> Iterator[Kernel]:
     """Convolutions by cuDNN, norms between them."""
     layer, x, mid, low, out, inputs, within, stride, first = block
@@ -146,13 +162,9 @@ def blocks() -> Iterator[Block]:
 
 def kernels(arm: str) -> Iterator[Kernel]:
     """Every kernel of a view's step."""
-    pixels, stem, last = 3 * SIDE**2, STAGES[0][0] * (SIDE // 2) ** 2, STAGES[-1][0] * WIDER
+    pixels, last = 3 * SIDE**2, STAGES[-1][0] * WIDER
     yield Kernel("views", "rotate_views", pixels / 4 + BF16 * pixels)
-    yield from convolution("stem", "conv1", 0, stem, 147, read=pixels)
-    yield from norm(arm, "stem", "bn1", stem)
-    pooled = stem // 4 * (BF16 + INT64)  # with where each maximum was
-    yield Kernel("stem", "maxpool: forward", BF16 * stem + pooled)
-    yield Kernel("stem", "maxpool: backward", BF16 * stem + pooled)
+    yield from stem(arm, pixels, STAGES[0][0] * (SIDE // 2) ** 2)
     for block in blocks():
         yield from together(block) if arm == "fused_conv" else separate(arm, block)
     yield from passes("head", "avgpool", forward=50 * last, backward=50 * last)

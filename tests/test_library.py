@@ -17,7 +17,7 @@ from PIL import Image
 
 import fastrot
 from conftest import ROOT, write_folder
-from fastrot.data.storage import _READERS
+from fastrot.data.storage import READERS
 from workers import library, ranks
 
 ROWS, SIDE = 12, 20
@@ -257,7 +257,7 @@ def test_two_thousand_batches_leave_memory_threads_and_files_as_they_were(manife
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGESIZE") / 2**20, system_threads(), len(os.listdir("/proc/self/fd"))
 
-    threads = system_threads() + 1 + _READERS + len(os.sched_getaffinity(0)) + 1  # these start as they are needed
+    threads = system_threads() + 1 + READERS + len(os.sched_getaffinity(0)) + 1  # these start as they are needed
     with fastrot.Loader(manifest, 4, 64) as one:
         steps = (batch.step for _ in count() for batch in one)
         assert next(islice(steps, 499, None)) == 499

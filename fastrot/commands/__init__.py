@@ -9,7 +9,7 @@ GROUPS = {
     "training": ("train", "linear", "finetune", "detect", "segment"),
     "judging a backbone": ("features", "svm", "lowshot", "knn", "page"),
     "handing it on": ("predict", "export"),
-    "looking behind": ("profile", "estimate", "selfcheck", "stream", "config", "demo-data", "warmup"),
+    "looking behind": ("profile", "bench", "estimate", "selfcheck", "stream", "config", "demo-data", "warmup"),
 }
 
 

@@ -1,6 +1,7 @@
 """What commands are made of: words, an example, a call; the options and steps that several share."""
 
 import argparse
+import os
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
@@ -117,7 +118,21 @@ def settings(args: argparse.Namespace, command: str | None = None) -> "tuple[Con
     from fastrot.config import load
 
     warnings.filterwarnings("ignore", module=r"torch\..*|deepspeed\..*")
-    return load(args.config, args.overrides, command)
+    config, sources = load(args.config, args.overrides, command)
+    return with_precision(config), sources
+
+
+def with_precision(config: "Config") -> "Config":
+    """`engine.precision: auto` as this machine's, said in a line."""
+    if config.engine.precision != "auto":
+        return config
+    from fastrot import machine, terminal
+    from fastrot.config import flat, from_values
+
+    precision, why = machine.precision(max([config.data.crop, *config.data.crop_by_epoch.values()]))
+    if os.environ.get("RANK", "0") == "0":
+        terminal.console().print(f"engine.precision auto: {precision}; {why}", soft_wrap=True)
+    return from_values(None, flat(config) | {"engine.precision": precision})
 
 
 @contextmanager

@@ -23,6 +23,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from", type=Path, dest="profile", metavar="FILE", help="what fastrot profile --json printed of one process"
     )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the plans there too, as one page")
     add_config(parser, "data", "rotation", "model", "optim", "engine")
 
 
@@ -36,7 +37,12 @@ def _run(args: argparse.Namespace) -> Result:
     config, _ = settings(args)
     from fastrot.runs.estimate import estimate
 
-    return estimate(config, args.nodes, args.gpus_per_node, args.hardware, args.images, args.image_kib, args.profile)
+    result = estimate(config, args.nodes, args.gpus_per_node, args.hardware, args.images, args.image_kib, args.profile)
+    if args.html:
+        from fastrot.report.plans import write
+
+        write(args.html, result)
+    return result
 
 
 COMMAND = Command(
@@ -47,5 +53,6 @@ COMMAND = Command(
     _run,
     "Arithmetic over a hardware file, in which every number says whether it was measured, is from a data sheet or "
     "assumed, and how far it may be off: a step by the roofline or (--from) as profiled, gradients and synchronised "
-    "norms by latency and bandwidth, storage and decoders, memory, checkpoints, failures. Nothing is computed or written.",
+    "norms by latency and bandwidth, storage and decoders, memory, checkpoints, failures. Nothing is trained; --html alone "
+    "writes a file.",
 )

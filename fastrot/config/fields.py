@@ -58,6 +58,8 @@ class Data(Section):
     """Decoding threads a rank; default: as fastrot tune found, else this machine's cores over its ranks."""
     prefetch: PositiveInt | None = None
     """Micro-batches decoded ahead, a rank; each holds n * crop * crop * 3 bytes. Default: as fastrot tune found, else 3."""
+    readers: PositiveInt = 8
+    """Images that a rank reads at once; more for a disk across a network, which answers many in the time of one."""
     hw_decoder_load: Unit | None = None
     """Share of the JPEGs that dali gives to the GPU's hardware decoder; default: as fastrot tune found, else 0.99."""
     max_bad: Annotated[int, Field(ge=0)] | None = None
@@ -126,8 +128,9 @@ class Optim(Section):
 class Engine(Section):
     kind: Literal["deepspeed", "plain"] = "deepspeed"
     """DeepSpeed, or plain torch (its oracle in the tests)."""
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
-    """fp32 (the recipe), fp32 with TF32 products on a GPU, or autocast over fp32 weights; fp16 scales its loss."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """fp32 (the recipe), fp32 with TF32 products on a GPU, or autocast over fp32 weights; fp16 scales its loss. auto:
+    bf16 where this device is faster with it, else fp32, said in a line; the run's config keeps what was taken."""
     zero: Literal[0, 1] = 0
     """DeepSpeed's ZeRO stage; 1 splits the momentum over the ranks and saves under 100 MB here."""
     images_per_micro_step: Annotated[int, Field(ge=2)] | None = None
@@ -164,6 +167,9 @@ class Run(Section):
     """Of the stream and of the first weights."""
     max_steps: PositiveInt | None = None
     """Stop after this many steps; default: the whole schedule. The schedule itself does not shrink."""
+    max_hours: PositiveFloat | None = None
+    """Stop after so many hours of this start, with a checkpoint and exit code 75; the same command goes on. As a signal
+    (SIGTERM, SIGUSR1) does; leave a few minutes of a scheduler's limit."""
     log_every: PositiveInt = 50
     """Steps between lines of metrics.jsonl; a checkpoint's step is logged too."""
     evaluate_every: PositiveInt = 1

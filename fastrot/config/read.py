@@ -136,6 +136,12 @@ def _in_file(path: str | None) -> dict[str, Any]:
     return _flatten(tree)
 
 
+def command_of(path: str | None, overrides: list[str]) -> str:
+    """The command that a file and overrides are for: train, linear, finetune, detect or segment."""
+    values = _in_file(path) | dict(override.partition("=")[::2] for override in overrides)
+    return _meant_for(values) or "train"
+
+
 def load(path: str | None, overrides: list[str], command: str | None = None) -> tuple[Config, dict[str, str]]:
     """The resolved config, and where each key's value comes from (file, command line, default).
 

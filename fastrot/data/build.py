@@ -86,6 +86,11 @@ def settings_of(config: Config, ranks: Ranks) -> Tuned:
     return replace(kept, **asked, found="" if {"threads", "prefetch"} <= asked.keys() else kept.found)
 
 
+def storage_of(config: Config, manifest: Manifest, ranks: Ranks) -> FileStorage:
+    """What reads these images, for a GPU's decoder into pinned memory."""
+    return FileStorage(manifest, config.data.readers, ranks.device.type == "cuda" and config.data.decode_on != "cpu")
+
+
 def decoder_of(config: Config, manifest: Manifest, ranks: Ranks, batch: int, settings: Tuned) -> tuple[Decoder, str]:
     """The config's decoder of these images, and the line that says what was taken. batch: most images a submit."""
     data, hardware = config.data, Hardware(settings.hw_decoder_load, *manifest.largest)
@@ -109,7 +114,7 @@ def make_loader(
     loader = Loader(
         manifest,
         plan_of(config, manifest),
-        FileStorage(manifest),
+        storage_of(config, manifest, ranks),
         decoder,
         BadImages(bad_path, manifest.source, most),
         ranks.device,

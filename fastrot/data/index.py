@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fastrot import machine, terminal
 from fastrot.data import jpeg, png, scan
+from fastrot.data.coding import ODD, coding_of, coding_of_jpeg
 from fastrot.data.images import KINDS, kind_of, open_image, orientation_of, upright
 from fastrot.data.manifest import FORMAT, HEAD, Manifest, content_hash, place
 from fastrot.data.reading import GONE, states
@@ -129,8 +130,8 @@ def _storage_hash(
 
 def scan_file(
     path: bytes, offset: int, length: int, raw_shape: tuple[int, int], max_pixels: int
-) -> tuple[int, int, int, int, bytes] | str:
-    """(upright height, width, kind, orientation, sha256 of the first 4 KiB), or why it is no sound image.
+) -> tuple[int, int, int, int, int, bytes] | str:
+    """(upright height, width, kind, orientation, coding, sha256 of the first 4 KiB), or why it is no sound image.
 
     offset, length  where the image lies in the file; length -1 = the whole file.
     raw_shape       height and width where these bytes are pixels, else (0, 0).
@@ -150,13 +151,13 @@ def scan_file(
                 return "empty file"
             kind = "RAW" if any(raw_shape) else kind_of(head)
             if kind == "RAW":
-                height, width, orientation = *raw_shape, 1
+                height, width, orientation, coding = *raw_shape, 1, ODD
                 _check_size(height, width, max_pixels)
             else:
-                height, width, orientation = _judged(file, kind, max_pixels)
+                height, width, orientation, coding = _judged(file, kind, max_pixels)
     except BadImage as error:
         return str(error)
-    return height, width, KINDS.index(kind), orientation, hashlib.sha256(head).digest()
+    return height, width, KINDS.index(kind), orientation, coding, hashlib.sha256(head).digest()
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
@@ -164,8 +165,8 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
         raise BadImage(f"{width}x{height} is above data.max_pixels {max_pixels}")
 
 
-def _judged(file: BinaryIO, kind: str, max_pixels: int) -> tuple[int, int, int]:
-    """Upright height, width, and the orientation of a sound image. Raises BadImage, before a pixel is allocated where
+def _judged(file: BinaryIO, kind: str, max_pixels: int) -> tuple[int, int, int, int]:
+    """Upright height, width, orientation and coding of a sound image. Raises BadImage, before a pixel is allocated where
     there are too many. A JPEG with its end is not decoded: its header tells, and no decoder ends before the window."""
     file.seek(0)
     image = open_image(file)
@@ -176,7 +177,8 @@ def _judged(file: BinaryIO, kind: str, max_pixels: int) -> tuple[int, int, int]:
         raise BadImage(f"has more than {jpeg.MOST_SCANS} scans")
     if frame and jpeg.ends(file, frame):
         orientation = orientation_of(image)
-        return (width, height, orientation) if orientation >= 5 else (height, width, orientation)
+        size = (width, height) if orientation >= 5 else (height, width)
+        return *size, orientation, coding_of_jpeg(frame)
     file.seek(0)
     data = file.read()
     if frame and jpeg.END not in data[frame.data :]:  # Pillow shows one whose coded bits are all there, likewise
@@ -186,7 +188,7 @@ def _judged(file: BinaryIO, kind: str, max_pixels: int) -> tuple[int, int, int]:
     image = open_image(io.BytesIO(data))
     orientation = orientation_of(image)
     width, height = upright(image, orientation).size
-    return height, width, orientation
+    return height, width, orientation, coding_of(kind, data)
 
 
 def _scan_all(
@@ -226,6 +228,7 @@ def _scan_all(
         label=label,
         kind=found.kind[good],
         orientation=found.orientation[good],
+        coding=found.coding[good],
         names=np.frombuffer(b"".join(listing.files), np.uint8),
         name_ends=np.cumsum([len(name) for name in listing.files]),
         source=source,

@@ -16,12 +16,13 @@ from fastrot.data.decode.batch import Batch
 from fastrot.data.images import known
 from fastrot.data.manifest import Manifest
 from fastrot.data.plan import Plan, Sample, slice_of
-from fastrot.data.storage import FileStorage
+from fastrot.data.storage import FileStorage, Reading
 from fastrot.errors import BadImage, Fault
 
 DECODES_IN_FLIGHT = 2  # one that decodes, one that waits for it: a decoder's threads never idle
-_PLANNED_TOGETHER = 1024  # images, about: numpy's calls cost more than their work on a batch alone
+_PLANNED_TOGETHER = 4096  # images, about: numpy's calls cost more than their work on a batch alone
 _READ_AHEAD = 4  # batches whose bytes are being read before the decoder wants them
+IN_FLIGHT = DECODES_IN_FLIGHT + _READ_AHEAD  # batches on their way to those that are ready
 
 # (rows int64 [n], epochs int64 [n]) -> what a plan shows of them
 Remake = Callable[[NDArray[np.int64], NDArray[np.int64]], Sample]
@@ -87,7 +88,7 @@ class Loader:
         self.manifest, self.plan = manifest, plan
         self._storage, self._decoder, self._bad = storage, decoder, bad
         self._device, self._depth, self._timeout = device, depth, timeout
-        self._stage = "starting"
+        self._stage: Callable[[], str] = lambda: "starting"
         self._flows: WeakSet[Generator[tuple[_Request, torch.Tensor], None, None]] = WeakSet()
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -185,10 +186,10 @@ class Loader:
     ) -> Generator[tuple[_Request, torch.Tensor], None, None]:
         """Requests with their pixels, in order, by a thread that runs ahead."""
         reading = begun(((request, self._storage.start(request.sample.rows)) for request in requests), _READ_AHEAD)
-        decoding = begun((self._submitted(request, finish) for request, finish in reading), DECODES_IN_FLIGHT - 1)
+        decoding = begun((self._submitted(request, started) for request, started in reading), DECODES_IN_FLIGHT - 1)
         decoded = (self._decoded(request, unread) for request, unread in decoding)
         sound = (self._mended(request, pixels, bad, remake) for request, pixels, bad in decoded)
-        flow = by_a_thread(sound, self._depth, self._timeout, lambda: self._stage, self._choose_device)
+        flow = by_a_thread(sound, self._depth, self._timeout, lambda: self._stage(), self._choose_device)
         self._flows.add(flow)
         return flow
 
@@ -197,12 +198,11 @@ class Loader:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
-    def _submitted(
-        self, request: _Request, finish_reading: Callable[[], list[NDArray[np.uint8] | BadImage]]
-    ) -> tuple[_Request, dict[int, str]]:
+    def _submitted(self, request: _Request, reading: Reading) -> tuple[_Request, dict[int, str]]:
         """The request, whose images the decoder has; and those that could not be read."""
-        self._stage = f"reading rows {request.sample.rows[:3].tolist()}... of {self.manifest.source}"
-        read = finish_reading()
+        wanted = f"rows {request.sample.rows[:3].tolist()}... of {self.manifest.source}"
+        self._stage = lambda: f"reading {wanted}, at {reading.at}"
+        read = reading()
         unread = {at: str(buffer) for at, buffer in enumerate(read) if isinstance(buffer, BadImage)}
         good = [at for at, buffer in enumerate(read) if not isinstance(buffer, BadImage)]
         buffers = [buffer for buffer in read if not isinstance(buffer, BadImage)]
@@ -220,11 +220,12 @@ class Loader:
         orientations = self.manifest.orientation[rows]
         if not orientations.all():  # a manifest of an older format
             orientations = np.array([known(int(o), b) for o, b in zip(orientations, buffers, strict=True)], np.uint8)
-        return Batch(buffers, orientations, windows, size)
+        return Batch(buffers, orientations, windows, size, self.manifest.coding[rows])
 
     def _decoded(self, request: _Request, unread: dict[int, str]) -> tuple[_Request, torch.Tensor, dict[int, str]]:
         """The request, pixels uint8 [n, size, size, 3], and the positions whose pixels are undefined, with the reason."""
-        self._stage = f"decoding rows {request.sample.rows[:3].tolist()}... of {self.manifest.source}"
+        wanted = f"rows {request.sample.rows[:3].tolist()}... of {self.manifest.source}"
+        self._stage = lambda: f"decoding {wanted}"
         decoded, failed = self._decoder.result()
         if not unread:
             return request, decoded, failed

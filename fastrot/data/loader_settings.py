@@ -15,7 +15,7 @@ from fastrot.config import Data
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.files import read_json, write_text
-from fastrot.machine import cache_folder, cores
+from fastrot.machine import cache_folder, cores, processor
 
 PREFETCH = 3  # micro-batches ahead where neither config nor tune says
 _NEAR = 0.97  # a setting this close to the fastest is as fast
@@ -39,7 +39,16 @@ class Tuned:
 def place(data: Data, ranks: Ranks) -> Path:
     """The file for this machine, as many ranks on it, this decoder and crop."""
     gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "no GPU"
-    where = (platform.machine(), _cpu(), cores(), gpu, ranks.local_world, data.decode, data.decode_on, data.crop)
+    where = (
+        platform.machine(),
+        processor(),
+        cores(),
+        gpu,
+        ranks.local_world,
+        data.decode,
+        data.decode_on,
+        data.crop,
+    )
     key = hashlib.sha256(json.dumps(where).encode()).hexdigest()[:16]
     return cache_folder() / "tune" / f"{data.decode}-{data.crop}-{key}.json"
 
@@ -123,12 +132,13 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return ordered[cut], statistics.median(ordered), ordered[n - 1 - cut]
 
 
-def waiting(seconds: Sequence[float], depth: int) -> float:
+def waiting(seconds: Sequence[float], depth: int, step: float | None = None) -> float:
     """Share of its time that a steady step waits for data with `depth` batches ahead.
 
-    seconds  that the loader took for one batch after another. The step is as long as 0.9 of its pace allows.
+    seconds  that the loader took for one batch after another. step: seconds; default: as long as 0.9 of the loader's
+             pace allows.
     """
-    step = statistics.fmean(seconds) / _LOAD
+    step = statistics.fmean(seconds) / _LOAD if step is None else step
     start = clock = sum(seconds[:depth])  # the queue is full when the first step begins
     taken: list[float] = []  # when the step took each batch
     ready = waited = 0.0
@@ -144,11 +154,3 @@ def waiting(seconds: Sequence[float], depth: int) -> float:
 def depth_for(seconds: Sequence[float]) -> int:
     """The fewest batches ahead with which a step waits under 1% of its time; at most 8."""
     return next((depth for depth in range(2, _DEEPEST) if waiting(seconds, depth) < _WAIT), _DEEPEST)
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

@@ -21,9 +21,10 @@ from fastrot.data.reading import GONE, states
 from fastrot.errors import UserError
 from fastrot.files import read_json, replacing
 
-FORMAT = 4  # 3 held no orientation
+FORMAT = 5  # 4 held no coding, 3 no orientation
 HEAD = 4096  # bytes of an image that enter the content hash
-COLUMNS = ("file", "offset", "length", "height", "width", "label", "kind", "orientation")
+COLUMNS = ("file", "offset", "length", "height", "width", "label", "kind", "orientation", "coding")
+_LATE = ("orientation", "coding", "file_state")  # not in manifests of formats that held none
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Manifest:
     file int32 [N] into `paths`; offset, length int64 [N], bytes; height, width int32 [N], upright
     (after EXIF); label int64 [N], or int8 [N, 20] where an image has many: 1 present, 0 absent, -1
     ignored; kind uint8 [N] into images.KINDS; orientation uint8 [N], EXIF's 1..8 of the stored pixels, which
-    decoders apply and do not read (images.UNKNOWN in manifests that were made before it was kept).
+    decoders apply and do not read; coding uint8 [N], as in coding.py, so that no header is read twice (both are 0, UNKNOWN,
+    in manifests that were made before they were kept).
     file_state   int64 [F, 2], size in bytes and modification time in ns of each file as indexed; None in manifests that
                  were made before this was kept: then a file's size is known where it is one image.
     content      hash of what the images are: what a resume checks.
@@ -49,6 +51,7 @@ class Manifest:
     label: NDArray[np.int64] | NDArray[np.int8]
     kind: NDArray[np.uint8]
     orientation: NDArray[np.uint8]
+    coding: NDArray[np.uint8]
     names: NDArray[np.uint8]
     name_ends: NDArray[np.int64]
     source: str
@@ -75,9 +78,12 @@ class Manifest:
 
     def file_paths(self, files: NDArray[np.integer[Any]]) -> list[bytes]:
         """Absolute paths of these files, by their numbers in `file`."""
-        names, ends = self.names.tobytes(), self.name_ends[files].tolist()
-        starts = np.where(files > 0, self.name_ends[files - 1], 0).tolist()
-        return [names[start:end] for start, end in zip(starts, ends, strict=True)]
+        names, spans = self.names.tobytes(), self.name_spans(files)
+        return [names[start:end] for start, end in zip(*(span.tolist() for span in spans), strict=True)]
+
+    def name_spans(self, files: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where these files' paths begin and end in `names`."""
+        return np.where(files > 0, self.name_ends[files - 1], 0), self.name_ends[files]
 
     def name(self, row: int) -> str:
         """A row's place, for a person: its file, and where in it."""
@@ -115,13 +121,14 @@ class Manifest:
         """Map a saved manifest. Raises UserError where it is missing or damaged."""
         try:
             meta = vars(read_json(folder / "meta.json", _Meta))
-            names = [name for name in (*COLUMNS, "names", "name_ends") if name != "orientation"]
+            names = [name for name in (*COLUMNS, "names", "name_ends") if name not in _LATE]
             kept: dict[str, Any] = {name: _mapped(folder / f"{name}.npy") for name in names}
-            for late in ("orientation", "file_state"):  # not in manifests of formats that held none
+            for late in _LATE:
                 path = folder / f"{late}.npy"
                 kept[late] = _mapped(path) if path.exists() else None
-            if kept["orientation"] is None:
-                kept["orientation"] = np.full(len(kept["file"]), UNKNOWN, np.uint8)
+            for late in ("orientation", "coding"):
+                if kept[late] is None:
+                    kept[late] = np.full(len(kept["file"]), UNKNOWN, np.uint8)
             return cls(**kept, **meta)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{folder}: not a manifest that can be read ({error}); remove it") from None

@@ -25,19 +25,21 @@ from fastrot.watch import die_with_parent
 
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 """track(items, total, title) -> the items: shows progress."""
-Look = Callable[..., tuple[int, int, int, int, bytes] | str]
+Look = Callable[..., tuple[int, int, int, int, int, bytes] | str]
 _Missing = dict[int, OSError | Unreadable]  # by row of a part: why nothing could be said of it
 _Part = tuple[int, Path, _Missing]
 ROWS = 2048  # a part: what a kill may cost a worker
 _MANY = 4096  # rows above which processes beat threads
-_FOUND = np.dtype([("height", "<i4"), ("width", "<i4"), ("kind", "u1"), ("orientation", "u1"), ("head", "u1", 32)])
+_FOUND = np.dtype(
+    [("height", "<i4"), ("width", "<i4"), ("kind", "u1"), ("orientation", "u1"), ("coding", "u1"), ("head", "u1", 32)]
+)
 
 
 @dataclass(frozen=True)
 class Found:
     """What looking at n rows gave.
 
-    height, width int32 [n]; kind, orientation uint8 [n]; head uint8 [n, 32], sha256 of the image's first bytes.
+    height, width int32 [n]; kind, orientation, coding uint8 [n]; head uint8 [n, 32], sha256 of the image's first bytes.
     sound   bool [n]; the other columns are 0 where it is False.
     reason  by row: why it is no sound image.
     """
@@ -46,6 +48,7 @@ class Found:
     width: NDArray[np.int32]
     kind: NDArray[np.uint8]
     orientation: NDArray[np.uint8]
+    coding: NDArray[np.uint8]
     head: NDArray[np.uint8]
     sound: NDArray[np.bool_]
     reason: dict[int, str]
@@ -63,7 +66,7 @@ def look_at(
     """`look` at rows 0 .. n - 1.
 
     words_of(first, last)  the arguments of `look` for these rows, an iterable of tuples.
-    look(*arguments)       (height, width, kind, orientation, sha256) of a row, or the reason why it is unsound; picklable.
+    look(*arguments)       (height, width, kind, orientation, coding, sha256) of a row, or the reason why it is unsound; picklable.
                            It raises OSError or Unreadable where nothing can be said of the row now: it is tried again.
     folder                 keeps the parts that are done; the caller removes it. A part found there is not redone.
     name_of(row)           a row's place, for a person.
@@ -92,10 +95,7 @@ def look_at(
         raise _unread(title, unread, name_of)
     sound = np.ones(n, bool)
     sound[list(reason)] = False
-    height, width, kind, orientation, head = (
-        table[name] for name in ("height", "width", "kind", "orientation", "head")
-    )
-    return Found(height, width, kind, orientation, head, sound, reason)
+    return Found(**{name: table[name] for name in _FOUND.names or ()}, sound=sound, reason=reason)
 
 
 def _unread(title: str, unread: dict[int, OSError | Unreadable], name_of: Callable[[int], str]) -> UserError | Fault:
@@ -185,7 +185,7 @@ def _look(words: list[tuple[Any, ...]], look: Look, part: Path) -> _Missing:
         if isinstance(found, str):
             reasons[row] = found
         else:
-            table[row] = (*found[:4], np.frombuffer(found[4], np.uint8))
+            table[row] = (*found[:-1], np.frombuffer(found[-1], np.uint8))
     if not missing:
         with replacing(part) as scratch, scratch.open("wb") as file:
             np.savez(file, found=table, reasons=np.frombuffer(json.dumps(reasons).encode(), np.uint8))

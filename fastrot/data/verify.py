@@ -72,8 +72,8 @@ def _opened(folder: Path, _content: str) -> tuple[Manifest, FileStorage]:
     return manifest, FileStorage(manifest)
 
 
-def _look(folder: Path, content: str, row: int) -> tuple[int, int, int, int, bytes] | str:
-    """Height, width, kind, orientation and the sha256 of the first bytes of a sound image of the size indexed, or why it is not."""
+def _look(folder: Path, content: str, row: int) -> tuple[int, int, int, int, int, bytes] | str:
+    """Height, width, kind, orientation, coding and the sha256 of the first bytes of a sound image of the size indexed, or why it is not."""
     manifest, storage = _opened(folder, content)
     (buffer,) = storage.read(np.array([row]))
     indexed = (
@@ -81,6 +81,7 @@ def _look(folder: Path, content: str, row: int) -> tuple[int, int, int, int, byt
         int(manifest.width[row]),
         int(manifest.kind[row]),
         int(manifest.orientation[row]),
+        int(manifest.coding[row]),
     )
     if isinstance(buffer, Unreadable):
         raise buffer

@@ -13,6 +13,7 @@ from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST, StepSettings
 from fastrot.engine.buckets import Buckets
 from fastrot.engine.optimizers import clip_and_measure
+from fastrot.profiling.clock import communicating
 
 _PREFIX = "momentum_buffer/"
 
@@ -60,7 +61,7 @@ class Engine:
         """
         self._measure = measure
         self.grad_norm = math.inf  # stays so where fp16 skips the update
-        self._average()
+        communicating(self._average)
         self._step()
 
     def _average(self) -> None:
@@ -101,6 +102,14 @@ class Engine:
         """Sum over all ranks, or the greatest of theirs, in place."""
         dist.all_reduce(values, dist.ReduceOp.MAX if greatest else dist.ReduceOp.SUM)
         return values
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """Every rank's, by rank."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self._ranks.device)
+        rows = mine.new_empty(self._ranks.world * len(values))
+        dist.all_gather_into_tensor(rows, mine)
+        found: list[list[float]] = rows.view(self._ranks.world, -1).tolist()
+        return found
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         """(model, optimiser, scalars), whole tensors by name: free of the number of ranks.

@@ -15,6 +15,7 @@ from fastrot.engine import AUTOCAST, StepSettings
 from fastrot.engine.base import Engine
 from fastrot.engine.host_collectives import load_host_collectives
 from fastrot.errors import UserError
+from fastrot.profiling.clock import communicating
 
 
 def settings_to_json(settings: StepSettings, world: int) -> dict[str, Any]:
@@ -148,7 +149,10 @@ class DeepSpeedEngine(Engine):
 
     def _step(self) -> None:
         kept = [(p, p.grad) for p in self.model.parameters() if p.grad is not None] if self.cuda_graphs else []
-        self._deepspeed.step()
+        if self._deepspeed.enable_backward_allreduce and self._ranks.world > 1:
+            communicating(self._deepspeed.step)  # it averages and updates in one
+        else:
+            self._deepspeed.step()
         for parameter, gradient in kept:  # DeepSpeed has dropped them
             parameter.grad = gradient
         if kept:

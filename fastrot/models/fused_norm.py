@@ -1,5 +1,6 @@
 """Batch norm, residual addition and ReLU of a ResNet as one function: fewer passes over the maps, the same numbers."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from fastrot_kernels import norm
+from fastrot.profiling.clock import communicating
+from fastrot_kernels import norm, pool
 
 
 class _NormAddRelu(torch.autograd.Function):
@@ -51,6 +53,36 @@ class _NormAddRelu(torch.autograd.Function):
         return maps_of(dx, x), grad_residual, mine[0].to(weight.dtype), mine[1].to(bias.dtype), None, None, None
 
 
+class _NormReluPool(torch.autograd.Function):
+    """maps -> (relu(norm(maps)) through a 3x3 max-pool of stride 2, moments [3, C]).
+
+    The normalised map is never in memory. Kept are the maps, and a value a window: where its maximum was, in a byte, and
+    what of the maps lay there, over which alone the sums of the backward pass go.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, over_ranks: bool
+    ) -> tuple[Tensor, Tensor]:
+        pixels = x.permute(0, 2, 3, 1).contiguous()
+        moments = merged(norm.moments(pixels.flatten(0, 2)), over_ranks)
+        y, peaks, winners = pool.forward(pixels, moments, weight, bias, eps)
+        ctx.save_for_backward(pixels, peaks, winners, weight, bias, moments)
+        ctx.eps, ctx.over_ranks = eps, over_ranks
+        ctx.mark_non_differentiable(moments)
+        ctx.set_materialize_grads(False)  # of the moments there is none: no zeros for them
+        return y.permute(0, 3, 1, 2), moments
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _moments: Tensor) -> tuple[Tensor | None, ...]:
+        pixels, peaks, winners, weight, bias, moments = ctx.saved_tensors
+        dy, rows = grad.permute(0, 2, 3, 1).contiguous(), peaks.flatten(0, 2)
+        mine = norm.gradient_sums(dy.flatten(0, 2), rows, None, moments, weight, bias, ctx.eps, True)
+        sums = summed(mine, ctx.over_ranks)
+        dx = pool.gradient(dy, winners, pixels, moments, weight, bias, sums, ctx.eps).permute(0, 3, 1, 2)
+        return dx, mine[0].to(weight.dtype), mine[1].to(bias.dtype), None, None
+
+
 def rows_of(maps: Tensor) -> Tensor:
     """[N, C, H, W] as [N*H*W, C]: the same memory where that is channels-last."""
     return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1]).contiguous()
@@ -67,7 +99,7 @@ def merged(moments: Tensor, over_ranks: bool) -> Tensor:
     if not over_ranks:
         return moments
     gathered = moments.new_empty(dist.get_world_size() * moments.numel())
-    dist.all_gather_into_tensor(gathered, moments.flatten())
+    communicating(dist.all_gather_into_tensor, gathered, moments.flatten())
     return norm.merge(gathered.view(-1, *moments.shape))
 
 
@@ -76,7 +108,7 @@ def summed(mine: Tensor, over_ranks: bool) -> Tensor:
     if not over_ranks:
         return mine
     sums = mine.clone()
-    dist.all_reduce(sums)
+    communicating(dist.all_reduce, sums)
     return sums
 
 
@@ -117,6 +149,27 @@ class FusedNorm2d(nn.BatchNorm2d):
             norm.update_running(self.running_mean, self.running_var, moments, self.momentum)
 
 
+class _StemNorm2d(FusedNorm2d):
+    """The first norm, and the max-pool after its ReLU where that is given: probes read the map between."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, maxpool: nn.Module | None = None) -> Tensor:
+        if maxpool is None or not self.training:
+            out = super().forward(x, residual)
+            return out if maxpool is None else maxpool(out)
+        parts: tuple[Tensor, Tensor] = _NormReluPool.apply(x, self.weight, self.bias, self.eps, self.synced)  # type: ignore[no-untyped-call]  # torch's apply
+        out, moments = parts
+        self.track(moments)
+        return out
+
+
+class _FusedStem(ResNet):  # type: ignore[misc]  # torchvision has no types
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x), maxpool=self.maxpool)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        out: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        return out
+
+
 class _FusedBasicBlock(BasicBlock):  # type: ignore[misc]  # torchvision has no types
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
@@ -144,11 +197,22 @@ def fuse_norm(module: nn.BatchNorm2d, relu: bool, over_ranks: bool) -> None:
 
 
 def fuse_norms(model: ResNet, over_ranks: bool) -> ResNet:
-    """Make every norm of a torchvision ResNet a FusedNorm2d, in place; parameters stay the same objects, names too."""
+    """Make every norm of a torchvision ResNet a FusedNorm2d, in place; parameters stay the same objects, names too.
+
+    Where a ResNet's own max-pool follows the stem's, the network calls both as one.
+    """
     for name, module in model.named_modules():
         if type(module) is nn.BatchNorm2d:
             fuse_norm(module, "downsample" not in name, over_ranks)
         elif type(module) in _BLOCKS:
             module.__class__ = _BLOCKS[type(module)]
     model.relu = nn.Identity()  # the stem's, which bn1 has done
+    if repr(model.maxpool) == repr(nn.MaxPool2d(3, 2, 1)):
+        model.bn1.__class__ = _StemNorm2d
+        model.__class__ = _with_fused_stem(type(model))  # type: ignore[arg-type]  # mypy: a class may not be hashable
     return model
+
+
+@cache
+def _with_fused_stem(kind: type[ResNet]) -> type[ResNet]:
+    return type(kind.__name__, (_FusedStem, kind), {})

@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastrot.profiling.clock import communicating
+
 
 class _SyncedNorm(torch.autograd.Function):
     """Batch norm over the batches of all ranks: one gather forward, one all-reduce backward.
@@ -21,7 +23,7 @@ class _SyncedNorm(torch.autograd.Function):
         count = torch.full_like(mean[:1], x.numel() // x.shape[1])
         mine = torch.cat([count, mean, var])
         rows = mine.new_empty(dist.get_world_size() * len(mine))
-        dist.all_gather_into_tensor(rows, mine)
+        communicating(dist.all_gather_into_tensor, rows, mine)
         counts, means, variances = rows.view(-1, len(mine)).split([1, len(mean), len(var)], dim=1)
         total = counts.sum()
         share = counts / total
@@ -45,7 +47,7 @@ class _SyncedNorm(torch.autograd.Function):
                 grad, x, mean, invstd, weight, True, True, True
             )
             sums = torch.cat([db, dxmu])
-            dist.all_reduce(sums)
+            communicating(dist.all_reduce, sums)
             db, dxmu = sums.chunk(2)
             grad_x = torch.batch_norm_backward_elemt(
                 grad, x, mean, invstd, weight, db, dxmu, total.to(torch.int32)[None]
@@ -56,7 +58,7 @@ class _SyncedNorm(torch.autograd.Function):
             grad, x, weight, mean, var, mean, invstd, False, ctx.eps, [True, True, True]
         )
         sums = torch.cat([grad_weight, grad_bias])
-        dist.all_reduce(sums)
+        communicating(dist.all_reduce, sums)
         dw, db = sums.chunk(2)
         # what flows through the statistics: -(w * invstd / n) * (db + xhat * dw), rounded once
         slope = (weight * invstd / total * dw * invstd)[:, None, None]

@@ -5,7 +5,7 @@ all-reduce by alpha and beta (Thakur et al. 2005), the checkpoint interval by Yo
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
@@ -15,7 +15,7 @@ from fastrot.profiling.roofline import Row
 Corner = Literal["worst", "value", "best"]
 _BACKWARD = 2 / 3  # of a step's work: two products for each of the forward pass
 _MIB = 2**20
-_LESS_IS_BETTER = ("link_latency_s", "net_latency_s", "restart_s")
+_LESS_IS_BETTER = ("link_latency_s", "net_latency_s", "launch_s", "restart_s")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Demand:
     """What a training asks. images, views: a step over all ranks; gradient_bytes: of all weights in fp32; norms: layers
     that synchronise (0: none does); norm_channels: in all of them; bucket_mb: 0 averages in one piece after the
     backward pass; image_bytes: of a file, in the mean; memory_bytes: of one GPU; checkpoint_bytes: written at once; steps: of the schedule.
-    step_s: of one GPU's share, where it was measured, without communication; None takes the roofline of `rows`."""
+    launches: of kernels by the host, 0 where CUDA graphs replay them.
+    measured: a step where one was profiled; None takes the roofline of `rows`."""
 
     images: int
     views: int
@@ -36,7 +37,32 @@ class Demand:
     memory_bytes: float
     checkpoint_bytes: float
     rows: tuple[Row, ...]
-    step_s: float | None = None
+    launches: int = 0
+    measured: "Measured | None" = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One rank's step, profiled at two sizes, without communication: `fixed_s` and `image_s` more for each image; spread:
+    its least and most over it. On the host's cores the step takes host_fixed_s and host_image_s, an image's data path
+    data_s besides; a rank that communicates keeps comm_cores busy. decode: images/s of a rank's data path alone."""
+
+    fixed_s: float
+    image_s: float
+    spread: tuple[float, float]
+    host_fixed_s: float
+    host_image_s: float
+    data_s: float
+    decode: float
+    comm_cores: float
+
+    def seconds(self, images: float, corner: Corner) -> float:
+        factor = {"worst": self.spread[1], "value": 1.0, "best": self.spread[0]}[corner]
+        return factor * (self.fixed_s + self.image_s * images)
+
+    def host_s(self, images: float) -> float:
+        """Core-seconds of a step, without the data path."""
+        return self.host_fixed_s + self.host_image_s * images
 
 
 @dataclass(frozen=True)
@@ -72,19 +98,24 @@ def all_reduce_s(numbers: Numbers, size: float, nodes: int, gpus: int) -> float:
     return within + min(ring, tree)
 
 
-def small_s(numbers: Numbers, size: float, nodes: int, gpus: int) -> float:
-    """Seconds of one small collective, which latency rules: trees within and between nodes."""
-    hops = (
-        math.ceil(math.log2(gpus)) * numbers["link_latency_s"] + math.ceil(math.log2(nodes)) * numbers["net_latency_s"]
-    )
+def norm_s(numbers: Numbers, channels: float, nodes: int, gpus: int, rings: bool) -> float:
+    """Seconds that a synchronised norm communicates, which latency rules: statistics gathered in the forward pass, sums
+    in the backward pass. By trees within and between nodes, or by rings, which sums go around twice."""
+    gathered, summed = 4 * (2 * channels + 1) * nodes * gpus, 4 * 2 * channels
     wire = numbers["net_bytes"] if nodes > 1 else numbers["link_bytes"]
-    return hops + (size / wire if gpus * nodes > 1 else 0.0)
+    if rings:
+        hops = 3 * ((gpus - 1) * numbers["link_latency_s"] + (nodes - 1) * numbers["net_latency_s"])
+    else:
+        within, between = math.ceil(math.log2(gpus)), math.ceil(math.log2(nodes))
+        hops = 2 * (within * numbers["link_latency_s"] + between * numbers["net_latency_s"])
+    return hops + (gathered + 2 * summed) / wire
 
 
 @dataclass(frozen=True)
 class Step:
     """Seconds of a step and of its parts. compute: a GPU's own; norms: waiting for synchronised norms; gradients: what
-    averaging them adds to the backward pass; data_s: what the slowest of storage and decoders needs for it."""
+    averaging them adds to the backward pass; data_s: what the slowest of storage, decoders and, where the step was
+    profiled, the node's cores needs for it."""
 
     compute_s: float
     norms_s: float
@@ -100,23 +131,41 @@ class Step:
 def step_of(demand: Demand, hardware: Hardware, nodes: int, gpus: int, corner: Corner = "value") -> Step:
     """One step. gpus: a node's. demand.rows: of one GPU's share."""
     n, ranks = Numbers.of(hardware, corner), nodes * gpus
-    compute = demand.step_s
-    if compute is None:
+    images, m, what = math.ceil(demand.images / ranks), demand.measured, "compute"
+    if m:
+        alone = m.seconds(images, corner)
+        crowded = max(1.0, gpus * m.host_s(images) / alone / hardware.cores)  # ranks that take turns on the cores
+        compute = alone * crowded
+    else:
         compute = sum(max(row.flops / n["matmul_flops"], row.bytes / n["memory_bytes"]) for row in demand.rows)
-    norms = 0.0
-    if ranks > 1 and demand.norms:
-        channels = demand.norm_channels / demand.norms
-        norms = 2 * demand.norms * small_s(n, 4 * (2 * channels + 1) * ranks, nodes, gpus)
-    gradients = _exposed_s(demand, n, nodes, gpus, compute) if ranks > 1 else 0.0
-    share = demand.images / nodes
-    data = {
-        "storage": share * demand.image_bytes / n["storage_bytes"],
-        "decoding": share / max(gpus * n["gpu_decode"], hardware.cores * n["core_decode"]),
-    }
+        launched = demand.launches * n["launch_s"]
+        what, compute = ("the host's launches", launched) if launched > compute else (what, compute)
+    norms = gradients = 0.0
+    if ranks > 1:
+        if demand.norms:
+            channels = demand.norm_channels / demand.norms
+            norms = demand.norms * norm_s(n, channels, nodes, gpus, hardware.fabric == "gloo")
+        gradients = _exposed_s(demand, n, nodes, gpus, compute)
+    data = _data_s(demand, hardware, n, nodes, gpus, norms + gradients)
     slowest = max(data, key=lambda name: data[name])
-    computing = {"compute": compute, "synchronised norms": norms, "gradients": gradients}
+    computing = {what: compute, "synchronised norms": norms, "gradients": gradients}
     bound = slowest if data[slowest] > sum(computing.values()) else max(computing, key=lambda name: computing[name])
     return Step(compute, norms, gradients, data[slowest], bound)
+
+
+def _data_s(
+    demand: Demand, hardware: Hardware, n: Numbers, nodes: int, gpus: int, communicating: float
+) -> dict[str, float]:
+    """Seconds that each part of the way to a step's images needs, and the node's cores for all that they do."""
+    share, m = demand.images / nodes, demand.measured
+    storage = share * demand.image_bytes / n["storage_bytes"]
+    if not m:
+        return {
+            "storage": storage,
+            "decoding": share / max(gpus * n["gpu_decode"], hardware.cores * n["core_decode"]),
+        }
+    busy = gpus * (m.host_s(share / gpus) + m.comm_cores * communicating) + m.data_s * share
+    return {"storage": storage, "decoding": share / gpus / m.decode, "the node's cores": busy / hardware.cores}
 
 
 def _exposed_s(demand: Demand, n: Numbers, nodes: int, gpus: int, compute: float) -> float:
@@ -215,8 +264,3 @@ def plan(demand: Demand, alone: Demand, hardware: Hardware, nodes: int, gpus: in
         every,
         good,
     )
-
-
-def measured(demand: Demand, step_s: float, images: float) -> Demand:
-    """With the time that a step of `images` images took on one GPU or process, in proportion to this share."""
-    return replace(demand, step_s=step_s * demand.images / images)

@@ -35,6 +35,10 @@ class Hardware(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
+    device: str = ""
+    """In the name that such a GPU gives itself."""
+    fabric: Literal["nccl", "gloo"] = "nccl"
+    """What sums over ranks: gloo knows rings alone, NCCL trees besides."""
     gpus: int = Field(gt=0)
     """GPUs a node, where nothing else is asked for."""
     cores: int = Field(gt=0)
@@ -44,10 +48,12 @@ class Hardware(BaseModel):
     """FLOP/s of a GPU in large convolutions, at the run's precision."""
     memory_bytes: Known
     """Bytes/s that a GPU's memory reads and writes."""
+    launch_s: Known
+    """Seconds of the host to launch one kernel."""
     gpu_decode: Known
     """JPEGs/s that a GPU's decoder gives at the data's size."""
     core_decode: Known
-    """Crops/s that one CPU core gives."""
+    """Crops/s that one CPU core gives; where a step was profiled, its whole data path."""
     link_bytes: Known
     """Bytes/s of a GPU to another of its node, one way."""
     link_latency_s: Known

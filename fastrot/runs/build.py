@@ -240,6 +240,7 @@ class Job:
             run_.evaluate_every_steps,
             run_.seed,
             self.ranks.rank,
+            tuple(peer.host for peer in self.ranks.peers),
             self.config.engine.max_bad_steps,
         )
 

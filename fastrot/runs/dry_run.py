@@ -159,7 +159,8 @@ def _show_plan(config: Config, r: dict[str, Any], memory: Memory) -> None:
                 "memory of a rank",
                 f"about {memory.needed / GIB:.1f} GiB: {memory.state / GIB:.2f} of weights and their like, "
                 f"{memory.maps / GIB:.1f} of maps of {memory.images} images at {memory.side}, "
-                f"{memory.ahead / GIB:.2f} of images ahead (on the host)",
+                f"{memory.ahead / GIB:.2f} of images ahead"
+                + (f"; and {memory.on_host / GIB:.2f} on the host" if memory.on_host else ""),
             ),
             ("memory here", left if memory.enough else f"{left}: too little; {memory.proposes()}"),
         ],

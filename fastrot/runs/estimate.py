@@ -1,7 +1,6 @@
 """`fastrot estimate`: a config on machines that are not there, before anyone queues for them."""
 
-import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,18 @@ from fastrot.config import Config
 from fastrot.data.build import sides
 from fastrot.engine import AUTOCAST
 from fastrot.errors import UserError
-from fastrot.files import read_json
 from fastrot.models.resnet import TURNS, build_model
 from fastrot.profiling import roofline
-from fastrot.profiling.estimate import Demand, Plan, measured, plan
+from fastrot.profiling.estimate import Demand, Plan, plan
 from fastrot.profiling.hardware import Hardware, Known, read
 from fastrot.profiling.memory import peak_of_step
 from fastrot.runs.arithmetic import arithmetic
 from fastrot.runs.build import fitted
+from fastrot.runs.elsewhere import profiled
 from fastrot.runs.memory import state_bytes
 
 _STOPS = 0.5  # of one GPU's pace: where a training has stopped scaling
+_WHOLE = 3  # plans that are printed whole: of more, a line each
 
 
 def demand_of(config: Config, ranks: int, rows: int, image_bytes: float) -> Demand:
@@ -36,6 +36,8 @@ def demand_of(config: Config, ranks: int, rows: int, image_bytes: float) -> Dema
     fresh = partial(_network, config)
     channels = [m.num_features for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     synchronised = config.model.sync_batchnorm and ranks > 1
+    graphs = config.engine.cuda_graphs == "collectives" or (bool(config.engine.cuda_graphs) and not synchronised)
+    rows_of_a_step = roofline.step_rows(fresh, images * n.views_per_image, images, side, dtype)
     maps = peak_of_step(fresh(), n.largest * n.views_per_image, config.engine.stem_channels, side, dtype)
     parameters = sum(p.numel() for p in model.parameters())
     return Demand(
@@ -49,7 +51,8 @@ def demand_of(config: Config, ranks: int, rows: int, image_bytes: float) -> Dema
         image_bytes=image_bytes,
         memory_bytes=maps + state_bytes(config, n, model),
         checkpoint_bytes=3 * 4 * parameters,  # weights, momentum, the backbone
-        rows=tuple(roofline.step_rows(fresh, images * n.views_per_image, images, side, dtype)),
+        rows=tuple(rows_of_a_step),
+        launches=0 if graphs else sum(row.bytes > 0 for row in rows_of_a_step),
     )
 
 
@@ -66,19 +69,20 @@ def estimate(
     image_kib: float,
     profile: Path | None,
 ) -> dict[str, Any]:
-    """Plans for each number of nodes, printed as a table.
+    """Plans for each number of nodes, printed.
 
-    gpus     a node's; None: the hardware file's.  profile: what `fastrot profile --json` printed of one process of
-    the same network, whose step takes the place of the roofline.
+    gpus     a node's; None: the hardware file's.  profile: what `fastrot profile --json` printed of the same network,
+    whose step, data path and collectives take the place of the hardware file's.
     Raises UserError where the config cannot run on so many GPUs, or a file is not what it should be.
     """
     machine = read(hardware)
     gpus = gpus or machine.gpus
-    step_s, images = _from(profile) if profile else (None, 0.0)
+    found = profiled(profile, config) if profile else None
+    machine = found.on(machine) if found else machine
 
     def demand(ranks: int) -> Demand:
-        found = demand_of(config, ranks, rows, image_kib * 1024)
-        return measured(found, step_s, images * ranks) if step_s else found
+        one = demand_of(config, ranks, rows, image_kib * 1024)
+        return replace(one, measured=found.step) if found else one
 
     alone, plans, refused = demand(1), [], {}
     for count in nodes:
@@ -88,26 +92,19 @@ def estimate(
             refused[count] = str(error)
     if not plans:
         raise UserError(refused[nodes[0]])
-    _show(machine, plans, refused, profile)
-    return {
+    marks = _marks(machine, bool(found))
+    result = {
         "hardware": machine.model_dump(),
-        "step": "measured" if step_s else "roofline of the hardware file's numbers",
+        "profile": found and found.says(machine),
+        "sources": marks,
         "images_per_step": alone.images,
         "steps": alone.steps,
-        "plans": [asdict(one) for one in plans],
+        "plans": [asdict(one) | {"says": dict(told(one, machine, marks))} for one in plans],
         "stops_scaling": _stops(plans),
         "refused": refused,
     }
-
-
-def _from(path: Path) -> tuple[float, float]:
-    """(seconds of a step alone, its images) of a profile of one process."""
-    try:
-        found = read_json(path, dict[str, Any])
-        step_s = float(found["parts_of_a_step"]["step"]["step_s"])
-        return step_s, float(found["stages"]["step"]["pace"]) * step_s
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"--from {path}: not what fastrot profile --json prints ({error})") from None
+    _show(machine, plans, result)
+    return result
 
 
 def _stops(plans: list[Plan]) -> str:
@@ -115,44 +112,89 @@ def _stops(plans: list[Plan]) -> str:
     for one in plans:
         if one.efficiency < _STOPS:
             return (
-                f"{one.nodes} nodes: {one.efficiency:.0%} of one GPU's pace a GPU; most of a step is {one.step.bound}"
+                f"{_nodes(one.nodes)}: {one.efficiency:.0%} of one GPU's pace a GPU; most of a step is {one.step.bound}"
             )
     return ""
 
 
-def _show(machine: Hardware, plans: list[Plan], refused: dict[int, str], profile: Path | None) -> None:
+def _nodes(count: int) -> str:
+    return f"{count:,} node{'s' * (count > 1)}"
+
+
+def _marks(machine: Hardware, profiled: bool) -> dict[str, str]:
+    """By part of a plan, the least sure source of its numbers."""
+
+    def least(*names: str) -> str:
+        known = {getattr(machine, name).source for name in names}
+        return next(source for source in ("assumed", "data sheet", "measured") if source in known)
+
+    compute = "measured" if profiled else least("matmul_flops", "memory_bytes", "launch_s")
+    return {
+        "compute": compute,
+        "norms": least("link_latency_s", "net_latency_s"),
+        "gradients": least("link_bytes", "net_bytes"),
+        "data": "storage assumed, decoding measured"
+        if profiled
+        else least("storage_bytes", "core_decode", "gpu_decode"),
+        "memory": "counted by a trace of the network",
+        "checkpoints": least("storage_bytes", "gpu_hours_to_failure", "restart_s"),
+    }
+
+
+def _show(machine: Hardware, plans: list[Plan], result: dict[str, Any]) -> None:
     known = [(name, getattr(machine, name)) for name in Hardware.model_fields]
     rows = [(name, f"{one.value:.3g} ({one.source}: {one.note})") for name, one in known if isinstance(one, Known)]
-    terminal.table(machine.name, [("a step alone", f"measured: {profile}"), *rows] if profile else rows)
-    for one in plans:
-        low, middle, high = one.views_per_s
-        step = one.step
-        parts = {"compute": step.compute_s, "norms": step.norms_s, "gradients": step.gradients_s, "data": step.data_s}
-        terminal.table(
-            f"{one.nodes} nodes of {one.gpus} GPUs",
-            [
-                ("views/s", f"{middle:,.0f} ({low:,.0f} to {high:,.0f}); {one.efficiency:.0%} of one GPU's pace a GPU"),
-                ("a step", f"{step.seconds * 1e3:.1f} ms: {', '.join(f'{k} {v * 1e3:.1f}' for k, v in parts.items())}"),
-                ("bound by", step.bound),
-                (
-                    "hours",
-                    f"{one.hours[1]:.1f} ({one.hours[2]:.1f} to {one.hours[0]:.1f}), {one.gpu_hours:,.0f} GPU-hours",
-                ),
-                (
-                    "a node reads",
-                    f"{one.images_per_s_a_node:,.0f} images/s, {one.bytes_per_s_a_node / 2**20:,.0f} MiB/s; "
-                    f"{one.cores_to_decode:.0f} of its {machine.cores} cores would decode them",
-                ),
-                ("GPU memory", f"{one.memory_share:.0%} of {machine.gpu_memory_gib:g} GiB"),
-                (
-                    "checkpoints",
-                    f"{one.checkpoint_s:.2f} s each, best every {terminal.duration(one.checkpoint_every_s)}; "
-                    f"{one.goodput:.1%} of the time is training that stays",
-                ),
-            ],
-        )
-    told = [(f"{count} nodes", why) for count, why in refused.items()]
-    if stops := _stops(plans):
-        told.insert(0, ("stops at", stops))
-    if told:
-        terminal.table("scaling", told)
+    terminal.table(machine.name, [("profile", result["profile"]), *rows] if result["profile"] else rows)
+    if len(plans) > 1:
+        terminal.table("nodes", [(f"{one.nodes:,}", _in_short(one)) for one in plans])
+    for one in plans if len(plans) <= _WHOLE else []:
+        title = f"{_nodes(one.nodes)} of {one.gpus} GPU{'s' * (one.gpus > 1)}"
+        terminal.table(title, told(one, machine, result["sources"]))
+    said = [(_nodes(count), why) for count, why in result["refused"].items()]
+    if result["stops_scaling"]:
+        said.insert(0, ("stops at", result["stops_scaling"]))
+    if said:
+        terminal.table("scaling", said)
+
+
+def _in_short(one: Plan) -> str:
+    low, middle, high = one.views_per_s
+    return (
+        f"{middle:,.0f} views/s ({low:,.0f} to {high:,.0f}), {one.hours[1]:,.1f} hours, {one.gpu_hours:,.0f} GPU-hours, "
+        f"{one.efficiency:.0%} of one GPU's pace a GPU; bound by {one.step.bound}"
+    )
+
+
+def told(one: Plan, machine: Hardware, marks: dict[str, str]) -> list[tuple[str, str]]:
+    """A plan, row by row; each says where its numbers are from."""
+    low, middle, high = one.views_per_s
+    step = one.step
+    parts = {"compute": step.compute_s, "norms": step.norms_s, "gradients": step.gradients_s, "data": step.data_s}
+    least = "assumed" if "assumed" in " ".join(marks.values()) else "measured"
+    enough = "can" if one.cores_to_decode <= machine.cores else "cannot alone"
+    return [
+        (
+            "views/s",
+            f"{middle:,.0f} ({low:,.0f} to {high:,.0f}); {one.efficiency:.0%} of one GPU's pace a GPU [{least}]",
+        ),
+        (
+            "a step",
+            f"{step.seconds * 1e3:.1f} ms: {', '.join(f'{k} {v * 1e3:.1f} [{marks[k]}]' for k, v in parts.items())}",
+        ),
+        ("bound by", step.bound),
+        (
+            "hours",
+            f"{one.hours[1]:.1f} ({one.hours[2]:.1f} to {one.hours[0]:.1f}), {one.gpu_hours:,.0f} GPU-hours [{least}]",
+        ),
+        (
+            "a node reads",
+            f"{one.images_per_s_a_node:,.0f} images/s, {one.bytes_per_s_a_node / 2**20:,.0f} MiB/s; its {machine.cores} "
+            f"cores {enough} decode them, which takes {one.cores_to_decode:.0f} [{machine.core_decode.source}]",
+        ),
+        ("GPU memory", f"{one.memory_share:.0%} of {machine.gpu_memory_gib:g} GiB [{marks['memory']}]"),
+        (
+            "checkpoints",
+            f"{one.checkpoint_s:.2f} s each, best every {terminal.duration(one.checkpoint_every_s)}; "
+            f"{one.goodput:.1%} of the time is training that stays [{marks['checkpoints']}, by simulation]",
+        ),
+    ]

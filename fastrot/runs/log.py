@@ -15,6 +15,7 @@ from rich.progress import Progress, TaskID
 from fastrot import terminal
 from fastrot.errors import why_not_there
 from fastrot.files import Damaged, as_json, finite, read_json, write_text
+from fastrot.profiling.pace import in_words
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter  # a second, which runs without it need not pay
@@ -89,6 +90,7 @@ class RunLog:
         self._board: SummaryWriter | None = None
         self._warned = False
         self._bad = 0
+        self._straggler: Any = None
 
     def begin(self, total_steps: int, first_step: int, tensorboard: bool, figure: str) -> None:
         """Take up the files from `first_step` on, and show progress. figure: name of the held-out one that a person
@@ -133,11 +135,22 @@ class RunLog:
             self.say(
                 f"images that cannot be read or decoded are replaced: {bad:,} so far, in {folder}/bad_images.jsonl"
             )
+        for said in in_words(self._news(values)):
+            self.say(said)
         line = _line(values, self._total, self._figure)
         if self._bar is not None and "loss" in values:
-            self._bar.update(self._task, note=f"{_learnt(values)}{_bad(values)}")
+            self._bar.update(self._task, note=f"{_learnt(values)}  {_waits(values)}{_bad(values)}")
         else:
             self.say(line)
+
+    def _news(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Without the straggler that was named at the last line too."""
+        straggler = values.get("straggler") or {}
+        who = straggler.get("rank"), straggler.get("stage")
+        if "loss" not in values or who == self._straggler:
+            return values | {"straggler": None}
+        self._straggler = who
+        return values
 
     def _record(self, folder: Path, values: dict[str, Any]) -> None:
         line = json.dumps(finite(values)).encode() + b"\n"
@@ -150,6 +163,8 @@ class RunLog:
             for name, value in values.items():
                 if name not in ("step", "epoch") and isinstance(value, int | float):
                     self._board.add_scalar(name, value, values["step"])
+            if "bound" in values:
+                self._board.add_text("bound", values["bound"], values["step"])
 
     def status(self, state: str, **facts: Any) -> None:
         """Replace STATUS.json where this rank keeps it."""
@@ -181,13 +196,17 @@ def _line(values: dict[str, Any], total: int, figure: str) -> str:
     mfu = f"  MFU {values['mfu']:.1%}  roof {values['roof_fraction']:.1%}" if "mfu" in values else ""
     return (
         f"{head}  {_learnt(values)}  lr {values['lr']:.4g}  "
-        f"{values['views_per_s']:,.0f} views/s  wait {values['wait_share']:.1%}{mfu}{_bad(values)}  ETA {terminal.duration(values['eta_s'])}"
+        f"{values['views_per_s']:,.0f} views/s  {_waits(values)}{mfu}{_bad(values)}  ETA {terminal.duration(values['eta_s'])}"
     )
 
 
 def _learnt(values: dict[str, Any]) -> str:
     accuracy = f"  accuracy {values['accuracy']:.1%}" if "accuracy" in values else ""
     return f"loss {values['loss']:.3f}{accuracy}"
+
+
+def _waits(values: dict[str, Any]) -> str:
+    return f"wait {values['wait_share']:.1%}  bound by {values['bound']}"
 
 
 def _bad(values: dict[str, Any]) -> str:

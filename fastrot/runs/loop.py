@@ -13,7 +13,8 @@ from fastrot.engine.base import Engine
 from fastrot.engine.graphs import Graphed
 from fastrot.engine.optimizers import set_lr
 from fastrot.errors import Diverged
-from fastrot.profiling.clock import STAGES, Clock
+from fastrot.profiling.clock import SPANS, Clock, Spans
+from fastrot.profiling.pace import Pace, Report, seen
 from fastrot.profiling.roofline import Work
 from fastrot.tasks import Task
 
@@ -23,7 +24,7 @@ class Course:
     """Where a run goes: all counts are of the whole run, over all ranks.
 
     last_step  steps in all; rows of the training set; images a step; views an image.
-    evaluate_every  epochs; evaluate_every_steps: steps instead.
+    evaluate_every  epochs; evaluate_every_steps: steps instead.  hosts: by rank; none where it is alone.
     """
 
     last_step: int
@@ -36,6 +37,7 @@ class Course:
     evaluate_every_steps: int | None
     seed: int
     rank: int
+    hosts: tuple[str, ...]
     max_bad_steps: int
 
     def evaluates(self, done: int, position: int) -> bool:
@@ -68,12 +70,14 @@ def run(
     log: Log,
     clock: Clock,
     bad_images: Callable[[], int],
+    heard: Callable[[], str] = str,
 ) -> dict[str, Any]:
     """Train over `batches`; returns the last logged values with the whole run's rates.
 
     lr_of(epoch) -> rate.  work_of(epoch) -> what a step asks of this rank's device.
     evaluate() -> held-out metrics, or None.  bad_images() -> how many were replaced so far.
     save(steps completed, next stream position, the held-out figure that judges or None, whether one is due).
+    heard() -> why to stop early, or nothing, alike on all ranks: that step is saved, and `stopped` among the values.
     Raises Diverged where the loss was not finite for engine.max_bad_steps in a row, seen at the next line; what fp16
     skips has a finite loss.
     """
@@ -82,6 +86,12 @@ def run(
     for batch in batches:
         rate = lr_of(batch.epoch)
         set_lr(engine.optimizer, rate)
+        done, position = batch.step + 1, batch.position + course.images_per_step
+        last, stopped = done == course.last_step, heard()
+        saving = last or bool(stopped) or done % course.checkpoint_every == 0
+        evaluating = evaluate is not None and (last or course.evaluates(done, position))
+        due = saving or evaluating or done % course.log_every == 0
+        clock.watch(due)
         for number, host in enumerate(clock.waiting(batch.micro_steps)):
             # whatever draws by itself draws the same after a resume; a tuple of ints hashes alike everywhere
             torch.manual_seed(hash((course.seed, batch.step, number, course.rank)) % 2**63)
@@ -91,15 +101,11 @@ def run(
                 views = task.views(micro)
             with clock.stage("compute"):
                 tally.add(learn(views, micro))
-        done, position = batch.step + 1, batch.position + course.images_per_step
-        last = done == course.last_step
-        saving = last or done % course.checkpoint_every == 0
-        evaluating = evaluate is not None and (last or course.evaluates(done, position))
-        due = saving or evaluating or done % course.log_every == 0
         with clock.stage("update"):
             engine.step(measure=due)
         tally.end_step(work_of(batch.epoch))
         log.tick()
+        clock.end_step()
         if not due:
             continue
         place = {"step": batch.step, "epoch": position / course.rows}
@@ -114,6 +120,8 @@ def run(
         if (saving or evaluating) and not bad:  # the checkpoint before the first bad step stays
             save(done, position, figure, saving)
         clock.skip()
+        if stopped and not last:
+            return tally.whole() | {"stopped": stopped}
     return tally.whole()
 
 
@@ -142,7 +150,7 @@ class _Tally:
         self._rows = torch.zeros(2, dtype=torch.int64, device=task.device)  # bad steps in a row: now, at most
         self._since, self._asked = 0, Work()
         self._steps, self._asked_in_all = 0, Work()
-        self._spent = dict.fromkeys((*STAGES, "total"), 0.0)
+        self._pace, self._spent = Pace(), dict.fromkeys(SPANS, 0.0)
         self.latest: dict[str, Any] = {}
 
     def add(self, metrics: torch.Tensor) -> None:
@@ -158,18 +166,23 @@ class _Tally:
 
     def line(self, place: dict[str, float], rate: float, bad_images: int) -> dict[str, Any]:
         """The values of the steps since the last line; what comes is summed anew."""
-        times, since, course = self._clock.read(), self._since, self._course
-        self._spent = {name: self._spent[name] + times[name] for name in self._spent}
+        since, course, steps = self._since, self._course, self._clock.read()
+        times = {name: sum(step[name] for step in steps) for name in SPANS}
+        total = sum(times.values())
+        self._spent = {name: self._spent[name] + times[name] for name in SPANS}
+        report = self._pace.report(steps, int(place["step"]) + 1 - since)
+        reports = [Report.of(one) for one in self._engine.gather(report.numbers())]
         self.latest = {
             **place,
             **self._task.summary(self._engine.reduce(self._sums)),
             "lr": rate,
             **_norm(self._engine),
             **_rates(course, times, since),
-            **self._asked.reached(times["total"]),
+            **seen(reports, course.hosts),
+            **self._asked.reached(total),
             **_memory(self._task.device),
             "bad_images": bad_images,
-            "eta_s": times["total"] / since * (course.last_step - place["step"] - 1),
+            "eta_s": total / since * (course.last_step - place["step"] - 1),
         }
         self._sums.zero_()
         self._steps, self._asked_in_all = self._steps + since, self._asked_in_all + self._asked
@@ -192,7 +205,7 @@ class _Tally:
         if not self._steps:
             return {}
         rates = _rates(self._course, self._spent, self._steps)
-        return {**self.latest, **rates, **self._asked_in_all.reached(self._spent["total"])}
+        return {**self.latest, **rates, **self._asked_in_all.reached(sum(self._spent.values()))}
 
 
 def _norm(engine: Engine) -> dict[str, float | None]:
@@ -200,14 +213,15 @@ def _norm(engine: Engine) -> dict[str, float | None]:
     return {"grad_norm": norm if math.isfinite(norm) else None}
 
 
-def _rates(course: Course, times: dict[str, float], steps: int) -> dict[str, float]:
-    """Images and views a second over all ranks, and each stage's share of the time on this rank."""
-    images = steps * course.images_per_step / times["total"]
-    shares = {f"{name}_share": times[name] / times["total"] for name in STAGES}
+def _rates(course: Course, times: Spans, steps: int) -> dict[str, float]:
+    """Images and views a second over all ranks, and each span's share of the time on this rank."""
+    total = sum(times.values())
+    images = steps * course.images_per_step / total
+    shares = {f"{name}_share": times[name] / total for name in SPANS}
     return {
         "images_per_s": images,
         "views_per_s": images * course.views_per_image,
-        "step_s": times["total"] / steps,
+        "step_s": total / steps,
         **shares,
     }
 

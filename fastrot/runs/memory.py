@@ -32,9 +32,10 @@ class Memory:
 
     state      weights, and of momentum and gradients what lies there from one micro-step to the next.
     maps       of `images` images at once: views, what the backward pass keeps of them, gradients as they come.
-    ahead      decoded batches that wait on the host.
-    device     cuda or cpu: where state and maps lie; left: the bytes free there, host_left: of the host, of the rank that
-               has the least of it, for one rank.
+    ahead      decoded batches that wait where the step wants them.
+    device     cuda or cpu: where state, maps and these lie; left: the bytes free there, of the rank that has the least
+               of it, for one rank.
+    on_host    decoded batches that a decoder of the CPU has in hand for a GPU; host_left: the bytes free there, likewise.
     fits       most images at once that would fit, None if not even two do; fits_norm: views that batch norm then sees.
     """
 
@@ -43,6 +44,7 @@ class Memory:
     ahead: int
     device: str
     left: int
+    on_host: int
     host_left: int
     images: int
     side: int
@@ -53,20 +55,20 @@ class Memory:
     @property
     def needed(self) -> int:
         """Where state and maps lie."""
-        return self.state + self.maps + (self.ahead if self.device == "cpu" else 0)
+        return self.state + self.maps + self.ahead
 
     @property
     def enough(self) -> bool:
-        return self.needed <= self.left and self.ahead <= self.host_left
+        return self.needed <= self.left and self.on_host <= self.host_left
 
     def says(self) -> str:
         """What is needed and what is left, for a person."""
         where = "GPU memory" if self.device == "cuda" else "host memory"
-        host = self.device == "cuda" and self.ahead > self.host_left
+        host = self.on_host > self.host_left
         return (
             f"a rank's {self.images} images of {self.side} at once need about {self.needed / GIB:.1f} GiB of {where}, "
             f"and {self.left / GIB:.1f} GiB are left"
-            + (f"; {self.ahead / GIB:.1f} GiB of the host's, and {self.host_left / GIB:.1f} are left" if host else "")
+            + (f"; {self.on_host / GIB:.1f} GiB of the host's, and {self.host_left / GIB:.1f} are left" if host else "")
         )
 
     def proposes(self) -> str:
@@ -85,7 +87,8 @@ def estimate(config: Config, n: Arithmetic, ranks: Ranks, model: nn.Module, dtyp
     dtype  of the network's maps. As torch runs it: what a compiler fuses needs less.
     """
     side, views = max(sides(config)), n.views_per_image
-    an_image_ahead = side**2 * 3 * (settings_of(config, ranks).prefetch + DECODES_IN_FLIGHT + 1)
+    waiting, in_hand = _ahead(config, ranks)
+    crop = side**2 * 3
 
     def maps(images: int) -> int:
         gaps = _HEAP if ranks.device.type == "cpu" else 0
@@ -95,9 +98,10 @@ def estimate(config: Config, n: Arithmetic, ranks: Ranks, model: nn.Module, dtyp
     all_of_it = Memory(
         state=state_bytes(config, n, model),
         maps=maps(n.largest),
-        ahead=n.largest * an_image_ahead,
+        ahead=n.largest * crop * waiting,
         device=ranks.device.type,
         left=left,
+        on_host=n.largest * crop * in_hand,
         host_left=host_left,
         images=n.largest,
         side=side,
@@ -108,14 +112,30 @@ def estimate(config: Config, n: Arithmetic, ranks: Ranks, model: nn.Module, dtyp
     if all_of_it.enough:
         return all_of_it
     few, in_parts = min(_LEAST, n.largest), state_bytes(config, replace(n, micro_steps=2), model)
-    fewest = replace(all_of_it, state=in_parts, images=few, maps=maps(few), ahead=few * an_image_ahead)
+    fewest = replace(
+        all_of_it,
+        state=in_parts,
+        images=few,
+        maps=maps(few),
+        ahead=few * crop * waiting,
+        on_host=few * crop * in_hand,
+    )
     fits = _between(fewest, replace(all_of_it, state=in_parts))
     # smaller blocks leave more gaps, so that line is not sure
-    while fits and fits > few and replace(fewest, maps=maps(fits), ahead=fits * an_image_ahead).needed > _ROOM * left:
+    while fits and fits > few and replace(fewest, maps=maps(fits), ahead=fits * crop * waiting).needed > _ROOM * left:
         fits = max(few, fits * 4 // 5)
     engine = config.engine.model_copy(update={"images_per_micro_step": fits or _LEAST})
     fewer = arithmetic(config.model_copy(update={"engine": engine}), n.ranks, n.images)
     return replace(all_of_it, fits=fits, fits_norm=fewer.norm_views)
+
+
+def _ahead(config: Config, ranks: Ranks) -> tuple[int, int]:
+    """(batches that wait where the step is, batches that wait on a GPU's host): the loader brings them to the device as
+    soon as they are decoded, and those at the decoder lie where it decodes."""
+    done = settings_of(config, ranks).prefetch + 1
+    data = config.data
+    apart = ranks.device.type == "cuda" and (data.decode_on == "cpu" or data.decode not in ("auto", "dali"))
+    return (done, DECODES_IN_FLIGHT) if apart else (done + DECODES_IN_FLIGHT, 0)
 
 
 def _between(fewest: Memory, most: Memory) -> int | None:
@@ -123,7 +143,7 @@ def _between(fewest: Memory, most: Memory) -> int | None:
     shares = [1.0]
     for room, few, many in (
         (_ROOM * most.left, fewest.needed, most.needed),
-        (_ROOM * most.host_left, fewest.ahead, most.ahead),
+        (_ROOM * most.host_left, fewest.on_host, most.on_host),
     ):
         if few > room:
             return None
@@ -160,7 +180,7 @@ def admit(memory: Memory, say: Callable[[str], None]) -> None:
     """Refuse what the kernel would kill, with a UserError; say a line where a GPU's memory may run out."""
     if memory.enough:
         return
-    if memory.device == "cuda" and memory.ahead <= memory.host_left:
+    if memory.device == "cuda" and memory.on_host <= memory.host_left:
         say(f"{memory.says()}: {memory.proposes()}; trying it all the same")
         return
     raise UserError(f"{memory.says()}: {memory.proposes()}")

@@ -1,62 +1,50 @@
 """`fastrot profile`: each stage of a training by itself, what bounds it, what a cure would give, and whether it did."""
 
+import math
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity
 
-from fastrot import machine, terminal
+from fastrot import distributed, machine, terminal
 from fastrot.config import Config, flat, from_values
-from fastrot.data.build import crop_at, decoder_of, make_loader, open_manifest, plan_of, settings_of
-from fastrot.data.loader import DECODES_IN_FLIGHT, StepBatch
-from fastrot.data.loader_settings import thread_counts
+from fastrot.data.build import crop_at, decoder_of, open_manifest, plan_of, settings_of
+from fastrot.data.loader_settings import interval, thread_counts, waiting
 from fastrot.data.manifest import Manifest
 from fastrot.data.remarks import describe
 from fastrot.distributed import Ranks
-from fastrot.engine.graphs import WARM_UPS
 from fastrot.errors import UserError
-from fastrot.profiling.roofline import Work
-from fastrot.profiling.stages import LAPS, ceiling, decoding, reading
-from fastrot.profiling.verdict import Ceiling, Stages, Verdict, held, judge
+from fastrot.profiling.pace import SLOW_RANK
+from fastrot.profiling.stages import decoding, handing_over, held_bytes, held_pixels, reading
+from fastrot.profiling.verdict import NAMES, Ceiling, Interval, Stages, Verdict, held, in_words, judge
 from fastrot.runs.arithmetic import arithmetic
 from fastrot.runs.build import Job, set_torch_flags
-from fastrot.runs.loop import run
+from fastrot.runs.elsewhere import for_elsewhere
+from fastrot.runs.subject import Extracting, Parts, Subject, Training
 
-_SHARES = {"cold": 1, "warm": 1, "decode": 2, "data": 3, "step": 4, "both": 4, "candidates": 8}  # of the seconds
-_MOST = 10**6  # steps, more than any lap has
-_TRACED = 3  # steps
-_SLOW = 1.2  # times the median: a rank to name
-
-Interval = tuple[float, float, float]
-
-
-class _Laps:
-    """In place of a run's log: pace, processor time and stages of each line."""
-
-    def __init__(self) -> None:
-        self.lines: list[dict[str, Any]] = []
-        self.cpu: list[float] = []
-
-    def tick(self) -> None: ...
-
-    def write(self, values: dict[str, Any]) -> None:
-        self.lines.append(dict(values))
-        self.cpu.append(time.process_time())
+_SHARES = {
+    "cold": 1,
+    "warm": 1,
+    "decode": 2,
+    "resample": 1,
+    "hand-over": 1,
+    "data": 3,
+    "step": 4,
+    "both": 4,
+    "cures": 8,
+}  # of the seconds
+_SEEN = 1.03  # a gain below it nobody could see
+_DRAWS = 20  # orders of the batches in which a depth is simulated
 
 
 @dataclass(frozen=True)
 class Cure:
-    """A setting, the pace it is predicted to give over the present one, and what it gave where it was tried: both
-    (lowest, median, highest)."""
+    """A setting, the pace it is predicted to give over the present one, and what it gave where it was tried."""
 
     setting: str
     predicted: Interval
@@ -64,193 +52,184 @@ class Cure:
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """The parts of a training under one config, and how long a unit of time is."""
+class Profiled:
+    """What is profiled. make: a job of its command, as Job is called, None for `fastrot features`; choose: its images
+    of all; crops: whether decoders cut its images for the loader, or its own threads."""
 
+    make: Callable[..., Job] | None = Job
+    choose: Callable[[Manifest], Manifest] | None = None
+    crops: bool = True
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """One config's training, and how long a unit of time is."""
+
+    what: Profiled
     config: Config
     ranks: Ranks
     manifest: Manifest
     unit: float
 
-    def data(self) -> Ceiling:
-        """The whole data path, drained as fast as it comes."""
-        n = arithmetic(self.config, self.ranks.world, len(self.manifest))
-        loader, _ = make_loader(self.config, self.manifest, self.ranks, n.largest, None)
-        crop = partial(crop_at, self.config)
-        steps = loader.train(range(_MOST), 0, n.images, n.ranks, self.ranks.rank, n.micro_steps, crop)
-        micro = (batch for step in steps for batch in step.micro_steps)
-        try:
-            return ceiling(lambda: len(next(micro).pixels), _SHARES["data"] * self.unit)
-        finally:
-            steps.close()
-            loader.close()
+    @property
+    def subject(self) -> Subject:
+        where = self.config, self.ranks, self.manifest
+        return Training(self.what.make, *where) if self.what.make else Extracting(*where)
 
-    def step(self) -> tuple[Ceiling, dict[str, Any]]:
-        """On a step's images that are there already; and its stages."""
-        return self._trained("step")
-
-    def both(self, trace: Path | None = None) -> tuple[Ceiling, dict[str, Any]]:
-        """As in training."""
-        return self._trained("both", trace)
-
-    def _trained(self, what: str, trace: Path | None = None) -> tuple[Ceiling, dict[str, Any]]:
-        job = Job(self.config, self.ranks, self.manifest, None, None, None, lambda line: None)
-        try:
-            with closing(job.batches(range(_MOST), 0)) as batches:
-                steps = _again_and_again(job, next(batches)) if what == "step" else batches
-                return _timed(job, steps, _SHARES[what] * self.unit, trace)
-        finally:
-            job.close()
+    def with_setting(self, setting: str) -> "_Bench":
+        key, _, value = setting.partition("=")
+        return replace(self, config=from_values(None, flat(self.config) | {key: value}))
 
 
-def _again_and_again(job: Job, first: StepBatch) -> Iterator[StepBatch]:
-    micro = [batch.to(job.ranks.device) for batch in first.micro_steps]
-    return (replace(first, step=at, micro_steps=iter(micro)) for at, _ in enumerate(repeat(None)))
-
-
-def _timed(job: Job, steps: Iterator[StepBatch], seconds: float, trace: Path | None) -> tuple[Ceiling, dict[str, Any]]:
-    """Laps of the loop itself at rate 0: the weights stay, a step costs the same."""
-    warm = _run(job, steps, WARM_UPS + 2, 1)
-    step_s = min(line["step_s"] for line in warm.lines[WARM_UPS:])
-    lap = max(1, round(seconds / LAPS / step_s))
-    if job.ranks.world > 1:  # the ranks must agree
-        agreed = torch.tensor([lap], device=job.ranks.device)
-        dist.all_reduce(agreed, dist.ReduceOp.MIN)
-        lap = int(agreed)
-    if trace is not None:
-        _traced(job, steps, trace)
-    laps = _run(job, steps, lap * (LAPS + 1), lap)
-    images = lap * job.numbers.images / job.ranks.world
-    cpu = (laps.cpu[-1] - laps.cpu[0]) / (images * LAPS)
-    lines = laps.lines[1:]
-    paces = [line["images_per_s"] / job.ranks.world for line in lines]
-    shares = {name: _mean(lines, name) for name in lines[0] if name.endswith("_share")}
-    return Ceiling(paces, cpu), {"step_s": _mean(lines, "step_s"), "memory_gib": lines[-1]["memory_gib"], **shares}
-
-
-def _mean(lines: list[dict[str, Any]], name: str) -> float:
-    return statistics.fmean(line[name] for line in lines)
-
-
-def _run(job: Job, steps: Iterator[StepBatch], count: int, log_every: int) -> _Laps:
-    laps = _Laps()
-    some = [None] * count
-    batches = (replace(batch, step=at) for at, (batch, _) in enumerate(zip(steps, some, strict=False)))
-    course = replace(job.course(count), log_every=log_every, checkpoint_every=_MOST)
-    nothing: Callable[..., None] = lambda *_: None  # noqa: E731
-    run(
-        course,
-        batches,
-        job.task,
-        job.engine,
-        lambda _: 0.0,
-        lambda _: Work(),
-        None,
-        nothing,
-        laps,
-        job.clock,
-        lambda: 0,
-    )
-    return laps
-
-
-def _traced(job: Job, steps: Iterator[StepBatch], trace: Path) -> None:
-    """A few steps as Chrome and Perfetto read them."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
-    with torch.profiler.profile(activities=activities) as profiler:
-        _run(job, steps, _TRACED, _TRACED)
-    if job.ranks.first:
-        profiler.export_chrome_trace(str(trace))
-
-
-def profile(config: Config, ranks: Ranks, seconds: float, attempt: bool, trace: Path | None) -> dict[str, Any]:
+def profile(
+    config: Config, ranks: Ranks, seconds: float, attempt: bool, trace: Path | None, what: Profiled
+) -> dict[str, Any]:
     """Measure every stage, judge, propose; with `attempt` train with each proposal and say what it gave.
 
     seconds  of timing in all, about; setting up, warming up and compiling come on top.
-    Raises UserError where there are no seconds, or the trace cannot be written.
+    Raises UserError where there are no seconds.
     """
-    if not seconds > 0:
+    if not 0 < seconds < math.inf:
         raise UserError(f"--seconds {seconds:g}: must be above 0")
-    if trace is not None and not trace.parent.is_dir():
-        raise UserError(f"--trace {trace}: {trace.parent} is no folder")
     set_torch_flags(config)
     manifest = open_manifest(config.data.train, config, ranks, "data.train")
+    manifest = what.choose(manifest) if what.choose else manifest
     if ranks.first:
         describe(manifest, terminal.console().print)
-    bench = _Bench(config, ranks, manifest, seconds / sum(_SHARES.values()))
-    stages, parts = _measured(bench, trace)
+    bench = _Bench(what, config, ranks, manifest, seconds / sum(_SHARES.values()))
+    mine, parts, seen = _measured(bench, trace)
+    stages, took = distributed.on_first(ranks, lambda: (mine, seen))  # all ranks judge and try the same
     verdict = judge(stages)
-    cures = _cures(bench, stages, verdict)
+    slow = _slow_rank(ranks, parts["both"])
+    if slow:
+        verdict = replace(verdict, bound="rank", stage="rank", gain=slow["gain"])
+    found = [] if slow else _cures(bench, stages, verdict, took)
+    cures = distributed.on_first(ranks, lambda: found)
     if attempt:
         cures = [_tried(bench, cure) for cure in cures]
-    slow = _slow_rank(ranks, parts["both"])
+    alone = bench.subject
     result = {
-        "stages": {name: asdict(one) | {"pace": one.pace} for name, one in _by_name(stages).items()},
+        "stages": {
+            name: asdict(one) | {"pace": one.pace, "cpu_s": one.cpu_s} for name, one in _by_name(stages).items()
+        },
         "cores": stages.cores,
+        "ranks": ranks.world,
+        "views_per_image": arithmetic(config, ranks.world, len(manifest)).views_per_image,
+        "images_per_step": config.optim.images_per_step,
         "parts_of_a_step": parts,
+        "roofline": alone.layers() if isinstance(alone, Training) else {},
         "verdict": asdict(verdict),
-        "says": _says(stages, verdict, parts["both"]),
+        "says": _slow_says(slow) if slow else in_words(stages, verdict, "images"),
         "cures": [asdict(cure) for cure in cures],
         "slow_rank": slow,
+        "elsewhere": for_elsewhere(config, ranks, manifest, seconds) if what.make is Job else None,
     }
     if ranks.first:
-        _show(stages, result, cures)
+        _show(result, cures)
     return result
 
 
 def _by_name(stages: Stages) -> dict[str, Ceiling]:
-    return {name: getattr(stages, name) for name in ("cold", "warm", "decode", "data", "step", "both")}
+    return {**stages.path, "data": stages.data, "step": stages.step, "both": stages.both}
 
 
-def _measured(bench: _Bench, trace: Path | None) -> tuple[Stages, dict[str, dict[str, Any]]]:
-    config, ranks, manifest, unit = bench.config, bench.ranks, bench.manifest, bench.unit
-    plan, settings = plan_of(config, manifest), settings_of(config, ranks)
-    images = arithmetic(config, ranks.world, len(manifest)).largest
-    decoder, _ = decoder_of(config, manifest, ranks, images, settings)
-    parts: dict[str, dict[str, Any]] = {}
+def _measured(bench: _Bench, trace: Path | None) -> tuple[Stages, dict[str, Parts], list[float]]:
+    """The stages; what a step is made of, alone and in training; the seconds that each batch took the data path."""
+    subject, unit, ranks = bench.subject, bench.unit, bench.ranks
+    parts: dict[str, Parts] = {}
 
-    def trained(what: str) -> Ceiling:
-        found, parts[what] = bench.step() if what == "step" else bench.both(trace)
-        return found
+    def trained(name: str, found: tuple[Ceiling, Parts]) -> Ceiling:
+        parts[name] = found[1]
+        return found[0]
 
-    works: dict[str, Callable[[], Ceiling]] = {
-        "cold": lambda: reading(manifest, plan, images, unit, cold=True),
-        "warm": lambda: reading(manifest, plan, images, unit, cold=False),
-        "decode": lambda: decoding(manifest, plan, decoder, images, crop_at(config, 0), 2 * unit, DECODES_IN_FLIGHT),
-        "data": bench.data,
-        "step": lambda: trained("step"),
-        "both": lambda: trained("both"),
-    }
-    shown = terminal.track(works.items(), len(works), "stages") if ranks.first else works.items()
-    found = {name: work() for name, work in shown}
-    decoder.close()
-    return Stages(machine.cores() / ranks.local_world, **found), parts
+    with closing(_Path(bench)) as path:
+        works: dict[str, Callable[[float], Ceiling]] = {
+            **path.works(),
+            "data": subject.data,
+            "step": lambda seconds: trained("step", subject.step(seconds)),
+            "both": lambda seconds: trained("both", subject.both(seconds, trace)),
+        }
+        shown = terminal.track(works.items(), len(works), "stages") if ranks.first else works.items()
+        found = {name: work(_SHARES[name] * unit) for name, work in shown}
+    data, step, both = (found.pop(name) for name in ("data", "step", "both"))
+    apart = parts["step"]["host_share"]
+    cores = machine.cores() / ranks.local_world
+    return Stages(cores, data, step, both, parts["both"]["wait_share"], apart, path=found), parts, subject.took
 
 
-def _cures(bench: _Bench, stages: Stages, verdict: Verdict) -> list[Cure]:
+class _Path:
+    """The parts of a data path by themselves."""
+
+    def __init__(self, bench: _Bench):
+        config, manifest, ranks = bench.config, bench.manifest, bench.ranks
+        self._bench, self._plan, self._settings = bench, plan_of(config, manifest), settings_of(config, ranks)
+        self._images = min(arithmetic(config, ranks.world, len(manifest)).largest, len(manifest))
+        self._decoder = (
+            decoder_of(config, manifest, ranks, self._images, self._settings)[0] if bench.what.crops else None
+        )
+
+    def works(self) -> dict[str, Callable[[float], Ceiling]]:
+        """Name -> seconds -> its ceiling."""
+        bench, manifest, plan, images = self._bench, self._bench.manifest, self._plan, self._images
+        out: dict[str, Callable[[float], Ceiling]] = {
+            "cold": lambda seconds: reading(manifest, plan, images, seconds, cold=True),
+            "warm": lambda seconds: reading(manifest, plan, images, seconds, cold=False),
+        }
+        if decoder := self._decoder:
+            size, device = crop_at(bench.config, 0), bench.ranks.device
+            depth = self._settings.prefetch
+            out |= {
+                "decode": lambda seconds: decoding(held_bytes(manifest, plan, images, size), decoder, seconds),
+                "resample": lambda seconds: decoding(held_pixels(manifest, plan, images, size), decoder, seconds),
+                "hand-over": lambda seconds: handing_over(manifest, plan, images, size, device, depth, seconds),
+            }
+        return out
+
+    def close(self) -> None:
+        if self._decoder:
+            self._decoder.close()
+
+
+def _cures(bench: _Bench, stages: Stages, verdict: Verdict, took: list[float]) -> list[Cure]:
     """Settings that change what bounds the training, each measured alone; the best three that gain at all."""
-    cures = []
-    step = verdict.stage == "step"
+    step = verdict.bound == "step" or verdict.stage == "step"
     candidates = _of_the_step(bench) if step else _of_the_data_path(bench)
-    shorter = replace(bench, unit=bench.unit / max(1, len(candidates)) * 2)
+    shorter = replace(bench, unit=bench.unit * _SHARES["cures"] / max(1, len(candidates)))
     shown = terminal.track(candidates, len(candidates), "settings") if bench.ranks.first else candidates
+    cures = [] if step else _deeper(bench, stages, took)
     for setting in shown:
         try:
-            other = replace(shorter, config=_with(bench.config, setting))
-            gain = stages.gain(step=other.step()[0]) if step else stages.gain(data=other.data())
+            other = shorter.with_setting(setting)
+            new = other.subject.step(other.unit)[0] if step else other.subject.data(other.unit)
         except UserError:  # what cannot run here is no proposal
             continue
-        cures.append(Cure(setting, gain))
-    better = [cure for cure in cures if cure.predicted[1] > 1.03]  # below it nobody could see it
+        cures.append(Cure(setting, stages.gain(replace(stages, step=new) if step else replace(stages, data=new))))
+    better = [cure for cure in cures if cure.predicted[1] > _SEEN]
     return sorted(better, key=lambda cure: -cure.predicted[1])[:3]
 
 
 def _of_the_data_path(bench: _Bench) -> list[str]:
     config, now = bench.config, settings_of(bench.config, bench.ranks)
     out = [f"data.threads={n}" for n in thread_counts(bench.ranks.cores) if n > now.threads]
-    if config.data.decode in ("auto", "turbo") and bench.ranks.device.type == "cpu":
+    if config.data.decode in ("auto", "turbo") and bench.ranks.device.type == "cpu" and bench.what.crops:
         out.append("data.decode=turbo_fast")
     return out
+
+
+def _deeper(bench: _Bench, stages: Stages, took: list[float]) -> list[Cure]:
+    """More batches ahead, simulated with the batches' own times, as often drawn anew."""
+    now, rng = settings_of(bench.config, bench.ranks).prefetch, np.random.default_rng(0)
+    micro_s = stages.data.pace * statistics.fmean(took) / stages.step.pace  # a micro-step's
+    orders = [rng.permutation(took).tolist() for _ in range(_DRAWS)]
+
+    def pace(seconds: list[float], depth: int) -> float:
+        return 1 - waiting(seconds, depth + 1, micro_s)  # one is in the loader's hand
+
+    return [
+        Cure(f"data.prefetch={n}", interval([pace(order, n) / pace(order, now) for order in orders]))
+        for n in sorted({2 * now, 4 * now, 8})
+        if n > now
+    ]
 
 
 def _of_the_step(bench: _Bench) -> list[str]:
@@ -259,94 +238,93 @@ def _of_the_step(bench: _Bench) -> list[str]:
     out = [f"engine.precision={other}"]
     if not engine.channels_last:
         out.append("engine.channels_last=true")
-    if on_gpu:
+    if on_gpu and bench.what.make is Job:
         out += [f"engine.norm={norm}" for norm in ("fused", "fused_conv") if norm != engine.norm]
         out += ["engine.cuda_graphs=auto"] if not engine.cuda_graphs else []
     return out
 
 
-def _with(config: Config, setting: str) -> Config:
-    key, _, value = setting.partition("=")
-    return from_values(None, flat(config) | {key: value})
-
-
 def _tried(bench: _Bench, cure: Cure) -> Cure:
     """Trained with it and without, in turns."""
-    other = replace(bench, config=_with(bench.config, cure.setting))
+    other, seconds = bench.with_setting(cure.setting), _SHARES["both"] * bench.unit
     ratios: list[float] = []
     for _ in range(2):
-        now, new = bench.both()[0], other.both()[0]
+        now, new = bench.subject.both(seconds)[0], other.subject.both(seconds)[0]
         ratios += [b / a for a, b in zip(now.paces, new.paces, strict=True)]
-    ratios.sort()
-    cut = len(ratios) // 5
-    return replace(cure, achieved=(ratios[cut], ratios[len(ratios) // 2], ratios[-1 - cut]))
+    return replace(cure, achieved=interval(ratios))
 
 
-def _slow_rank(ranks: Ranks, both: dict[str, Any]) -> dict[str, Any] | None:
-    """A rank whose own work takes much longer than the others': they wait for it in the update."""
-    mine = both["step_s"] * (1 - both["wait_share"] - both["update_share"])
-    everyone: list[Any] = [None] * ranks.world
-    dist.all_gather_object(everyone, mine)
-    median = sorted(everyone)[(len(everyone) - 1) // 2]
-    worst = max(range(ranks.world), key=lambda rank: everyone[rank])
-    if everyone[worst] < _SLOW * median:
+def _slow_rank(ranks: Ranks, both: Parts) -> dict[str, Any] | None:
+    """A rank whose own work takes much longer than the others': they wait for it in communication."""
+    if ranks.world == 1 or "laps" not in both:  # nobody waits for another
         return None
-    host = ranks.peers[worst].host if ranks.peers else ""
-    return {"rank": worst, "host": host, "times_the_median": everyone[worst] / median}
+    mine = {
+        name.removesuffix("_share"): [share * step for share, step in zip(shares, both["laps"]["step_s"], strict=True)]
+        for name, shares in both["laps"].items()
+        if name.endswith("_share") and name != "communicate_share"
+    }
+    step_s, everyone = both["laps"]["step_s"], list[Any]([None] * ranks.world)
+    dist.all_gather_object(everyone, mine)
+    own = [[sum(lap) for lap in zip(*one.values(), strict=True)] for one in everyone]
+    means = [statistics.fmean(laps) for laps in own]
+    ordered = sorted(range(ranks.world), key=lambda rank: means[rank])
+    middle, worst = ordered[(ranks.world - 1) // 2], ordered[-1]
+    if means[worst] < SLOW_RANK * means[middle]:
+        return None
+    gains = [step / (step - slow + usual) for step, slow, usual in zip(step_s, own[worst], own[middle], strict=True)]
+    later = {name: statistics.fmean(everyone[worst][name]) - statistics.fmean(everyone[middle][name]) for name in mine}
+    return {
+        "rank": worst,
+        "host": ranks.peers[worst].host if ranks.peers else "",
+        "times_the_median": means[worst] / means[middle],
+        "stage": max(later, key=lambda name: later[name]),
+        "gain": interval(gains),
+    }
 
 
-_NAMES = {
-    "cold": "reading from the disk",
-    "warm": "reading from memory",
-    "decode": "decoding",
-    "data": "the data path",
-    "step": "the step",
-    "cores": "the processor's cores",
-}
-
-
-def _says(stages: Stages, verdict: Verdict, both: dict[str, Any]) -> str:
-    """The verdict in words."""
-    what = _NAMES[verdict.stage]
-    if verdict.bound == "cores":
-        data, step = stages.data.cpu_s, stages.step.cpu_s
-        what = (
-            f"the processor's cores, of whose time the step takes {step / (data + step):.0%} and the data path "
-            f"{data / (data + step):.0%}"
-        )
-    noise = (
-        "; more than its bound: this machine had other work, run it again when it is quiet"
-        if verdict.reached > 1.1
-        else ""
-    )
+def _slow_says(slow: dict[str, Any]) -> str:
+    low, middle, high = slow["gain"]
     return (
-        f"bound by {what}: {verdict.bound_pace:,.0f} images/s are the most, {stages.both.pace:,.0f} are reached "
-        f"({verdict.reached:.0%}{noise}; {both['wait_share']:.0%} of a step waits for data). Without that, "
-        f"{_NAMES[verdict.next]} would bound it at {verdict.next_pace:,.0f}"
+        f"bound by rank {slow['rank']} on {slow['host']}: its own work takes {slow['times_the_median']:.1f} times the "
+        f"median's, most of what it takes longer in {slow['stage']}; the others wait for it. Were it as fast, "
+        f"{middle:.2f} times the pace ({low:.2f} to {high:.2f})"
     )
 
 
-def _show(stages: Stages, result: dict[str, Any], cures: list[Cure]) -> None:
-    rows = [
-        (
-            _NAMES.get(name, "training, both together"),
-            f"{one.pace:,.0f} images/s ({min(one.paces):,.0f} to {max(one.paces):,.0f}), "
-            f"{one.pace * one.cpu_s:.1f} cores busy",
-        )
-        for name, one in _by_name(stages).items()
+def _show(result: dict[str, Any], cures: list[Cure]) -> None:
+    rows = [(NAMES.get(name, "training, both together"), _row(one, result)) for name, one in result["stages"].items()]
+    for name, title in (("step", "a step alone"), ("both", "a step in training")):
+        part = result["parts_of_a_step"][name]
+        shares = {key.removesuffix("_share"): part[key] for key in part if key.endswith("_share")}
+        if "forward" in shares:
+            del shares["compute"]
+        told = ", ".join(f"{key} {share:.0%}" for key, share in shares.items() if share >= 0.005)
+        rows.append((title, f"{part['step_s']:.3f} s: {told}; {part['memory_gib']:.1f} GiB"))
+    terminal.table("alone, each, of a rank" if result["ranks"] > 1 else "alone, each", rows)
+    if roof := result["roofline"]:
+        title = f"the roof: {roof['flops'] / 1e9:,.0f} GFLOP/s, {roof['bytes'] / 2**30:,.1f} GiB/s"
+        terminal.table(title, [(one["name"], _beside_the_roof(one)) for one in roof["groups"]])
+    tried = [("try", _told(cure)) for cure in cures]
+    if not cures and not result["slow_rank"]:
+        tried.append(("try", "none of the settings tried alone would gain 3%"))
+    terminal.table("verdict", [("bound", result["says"]), *tried])
+
+
+def _row(one: dict[str, Any], result: dict[str, Any]) -> str:
+    pace, more = one["pace"], one["more"]
+    said = [
+        f"{pace:,.0f} images/s ({min(one['paces']):,.0f} to {max(one['paces']):,.0f})",
+        f"{pace * result['views_per_image']:,.0f} views/s",
+        f"{pace * one['cpu_s']:.1f} cores",
     ]
-    both = result["parts_of_a_step"]["both"]
-    shares = ", ".join(f"{name.removesuffix('_share')} {both[name]:.0%}" for name in both if name.endswith("_share"))
-    rows.append(("a step", f"{both['step_s']:.3f} s: {shares}; {both['memory_gib']:.1f} GiB"))
-    terminal.table("alone, each", rows)
-    told = [("bound", result["says"]), *(("try", _told(cure)) for cure in cures)]
-    if not cures:
-        told.append(("try", "none of the settings tried alone would gain 3%"))
-    if slow := result["slow_rank"]:
-        told.append(
-            ("slow", f"rank {slow['rank']} {slow['host']}: {slow['times_the_median']:.1f} times the median's work")
-        )
-    terminal.table("verdict", told)
+    if more:
+        said.append(f"{pace * more['bytes'] / 2**20:,.1f} MiB/s, {pace * more['opens']:,.0f} files opened/s")
+    return ", ".join(said)
+
+
+def _beside_the_roof(group: dict[str, Any]) -> str:
+    share, ms = group["least_s"] / group["seconds"], 1e3 * group["seconds"]
+    return f"{share:.0%} of the roof: {ms:.1f} ms, {group['flops'] / 1e9:.2f} GFLOP, {group['bytes'] / 2**20:,.0f} MiB"
 
 
 def _told(cure: Cure) -> str:

@@ -19,7 +19,7 @@ from fastrot.data.build import FILES, admit_changed_files, open_manifest
 from fastrot.data.manifest import Manifest
 from fastrot.data.remarks import describe
 from fastrot.distributed import Ranks
-from fastrot.errors import Diverged, Fault, LostPeer, UserError
+from fastrot.errors import Diverged, Fault, LostPeer, Stopped, UserError
 from fastrot.files import clear_scratch, replacing, write_text
 from fastrot.runs import checkpoint
 from fastrot.runs.arithmetic import steps_left
@@ -27,6 +27,7 @@ from fastrot.runs.build import Job, set_torch_flags
 from fastrot.runs.log import RunLog, read_status, write_refusal, write_status
 from fastrot.runs.loop import run
 from fastrot.runs.memory import admit, running_out_is_a_fault
+from fastrot.runs.stop import CTRL_C, Stop
 from fastrot.tasks import Task
 
 Chooser = Callable[[Manifest], Manifest]
@@ -150,6 +151,7 @@ def train(
     choose    which of the training images to learn from; default: all.
     """
     set_torch_flags(config)
+    until = None if config.run.max_hours is None else time.monotonic() + 3600 * config.run.max_hours
     with _folder(config.run.out, ranks) as folder:
         log, begun = RunLog(folder if ranks.first else None), False
         try:
@@ -158,7 +160,10 @@ def train(
             begun = True
             distributed.limit_waits(config.run.timeout)
             with distributed.lost_peer_is_a_fault(ranks), running_out_is_a_fault(start.job.memory):
-                result = _run(start, folder, log)
+                result = _run(start, folder, log, until)
+            if "stopped" in result:
+                log.status("stopped", **result)
+                raise _stopped(result["stopped"])
             distributed.on_first(ranks, lambda: _keep_backbone(folder, start))
             log.status("done", **result)
         except BaseException as error:
@@ -253,6 +258,8 @@ def _with_what_stands(error: BaseException, folder: Path) -> BaseException:
     """The same error; where a user may go on, with what from."""
     if isinstance(error, KeyboardInterrupt):
         return KeyboardInterrupt(checkpoint.standing(folder))
+    if isinstance(error, Stopped):
+        return Stopped(f"{error}; {checkpoint.standing(folder)}")
     if isinstance(error, Diverged):
         return Diverged(f"{error}; {checkpoint.standing(folder)}: lower optim.lr or set optim.clip")
     return error
@@ -260,6 +267,10 @@ def _with_what_stands(error: BaseException, folder: Path) -> BaseException:
 
 def _record_failure(error: BaseException, folder: Path, ranks: Ranks, begun: bool, log: RunLog) -> None:
     """STATUS.json by who knows why: rank 0, or the rank that failed, better than those who lost it."""
+    if isinstance(error, Stopped) or (
+        isinstance(error, KeyboardInterrupt) and read_status(folder).get("state") == "stopped"
+    ):
+        return  # said
     lost = isinstance(error, LostPeer) and read_status(folder).get("state") == "failed"
     if lost or not (ranks.first or isinstance(error, Fault)):
         return
@@ -278,7 +289,11 @@ def _find(resume: str, folder: Path) -> str | None:
     return str(path) if path else None
 
 
-def _run(start: _Start, folder: Path, log: RunLog) -> dict[str, Any]:
+def _stopped(why: str) -> BaseException:
+    return KeyboardInterrupt() if why == CTRL_C else Stopped(f"stopped by {why}")
+
+
+def _run(start: _Start, folder: Path, log: RunLog, until: float | None) -> dict[str, Any]:
     job, steps = start.job, start.steps
     saver = checkpoint.Saver(folder, job.config.run.keep_last, log.say)
     course, first, judge = job.course(steps.stop), job.ranks.first, next(iter(job.task.figures))
@@ -303,20 +318,22 @@ def _run(start: _Start, folder: Path, log: RunLog) -> dict[str, Any]:
     evaluate = job.evaluate if job.val else None
     job.clock.skip()
     batches = job.batches(steps, start.position)
-    try:
-        parts = (course, batches, job.task, job.engine, job.lr_of, job.work_of, evaluate, save, log, job.clock)
-        result = run(*parts, job.bad_images)
-        if not steps and evaluate:
-            result = evaluate()
-    finally:
-        saver.finish()
-        batches.close()
-        job.close()
+    with Stop(job.ranks, until) as stop:
+        try:
+            parts = (course, batches, job.task, job.engine, job.lr_of, job.work_of, evaluate, save, log, job.clock)
+            result = run(*parts, job.bad_images, stop.heard)
+            if not steps and evaluate:
+                result = evaluate()
+        finally:
+            saver.finish()
+            batches.close()
+            job.close()
     distributed.on_first(job.ranks, saver.check)
+    done = result["step"] + 1 if "stopped" in result else steps.stop
     return result | {
         "bad_images": job.bad_images(),
-        "steps": steps.stop,
-        "steps_now": len(steps),
+        "steps": done,
+        "steps_now": done - steps.start,
         "seconds": time.monotonic() - began,
         "out": str(folder),
     }

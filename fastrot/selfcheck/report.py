@@ -62,9 +62,16 @@ def _verdict(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 def page(said: dict[str, Any], parts: list[dict[str, Any]], environment: dict[str, Any]) -> str:
     """HTML that needs nothing else."""
-    step: dict[str, Any] = next((one["raw"] for one in parts if one["part"] == "step"), {})
+    raw: dict[str, dict[str, Any]] = {one["part"]: one["raw"] for one in parts}
+    step = raw.get("step", {})
     arms = sorted((step.get("plain", {}) | step.get("switches", {})).items(), key=lambda arm: -arm[1]["times_base"])
     most = max([line["times_base"] for _, line in arms], default=1.0)
     return template("fastrot.selfcheck", "template.html").render(
-        said=said, parts=parts, environment=environment, arms=arms, most=most, missing=step.get("missing", {})
+        said=said,
+        parts=parts,
+        environment=environment,
+        arms=arms,
+        most=most,
+        missing=step.get("missing", {}),
+        kernels=raw.get("kernels", {}).get("rows", []),
     )

@@ -56,6 +56,21 @@ def rotation(place: Place, found: Found) -> None:
     found.skipped += [f"{peer}: {why}" for peer, why in found.raw.get("missing", {}).items()]
 
 
+def kernels(place: Place, found: Found) -> None:
+    """bench/kernels.py: the four norm kernels and the three products, beside kernels/traffic.py's prediction."""
+    size = ["--rounds", 5] if place.gpu else ["--rounds", 1, "--stages", 4]
+    found.raw |= place.bench(found, "kernels", *size)
+    found.failures += [f"{kernel}: {why}" for kernel, why in found.raw.get("missing", {}).items()]
+    rows = found.raw.get("rows", [])
+    for kind, key, unit in (("norm", "gb_per_s", "GB/s"), ("product", "tflop_per_s", "TFLOP/s")):
+        if paces := sorted(row[key] for row in rows if row["kernel"].startswith(kind)):
+            predicted = found.raw["predicted_by"]["memory" if kind == "norm" else "ours"]
+            says = f"{paces[0]:,.1f} to {paces[-1]:,.1f} {unit}; {predicted:,.0f} were predicted"
+            found.figures.append((f"{kind} kernels", says))
+    for arm, pace in found.raw.get("views_per_s", {}).items():
+        found.figures.append((f"the step by these rates, norm={arm}", f"{pace:,.0f} views/s"))
+
+
 def step(place: Place, found: Found) -> None:
     """bench/step.py: the config's switches and plain PyTorch, in turns with base."""
     arms = [arm for arm in ARMS if place.gpu or "compile" not in arm]

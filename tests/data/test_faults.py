@@ -195,7 +195,7 @@ def agrees(decoder, data: bytes, path, most: float) -> bool:
     found = scan_file(bytes(path), 0, -1, (0, 0), 10**6)
     if isinstance(found, str):
         return False
-    height, width, _, orientation, _ = found
+    height, width, _, orientation, *_ = found
     assert (width, height) == transposed(data).size
     windows = np.array([(0, 0, 8, 8), (3, 5, 8, 8), (height - 8, width - 8, 8, 8)], np.int32)  # nothing to resize
     decoder.submit(Batch([np.frombuffer(bytearray(data), np.uint8)] * 3, np.full(3, orientation, np.uint8), windows, 8))

@@ -20,7 +20,7 @@ from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
 from fastrot.data.manifest import Manifest
 from fastrot.data.order import FullOrder
 from fastrot.data.plan import Plan
-from fastrot.data.storage import FileStorage
+from fastrot.data.storage import FileStorage, Reading
 from fastrot.errors import BadImage, Fault
 
 CPU = torch.device("cpu")
@@ -75,43 +75,96 @@ def test_any_number_of_ranks_and_micro_steps_sees_the_same_steps(source, decode,
         np.testing.assert_array_equal(a[4], b[4])
 
 
-def test_a_cpu_decoders_crops_are_copied_beside_the_step(source, monkeypatch):
-    """On a stream that is the loader's own, from pinned memory, as flips and turns; CUDA's part played on the host."""
-    gpu, current, said = torch.device("cuda", 0), [], []
+GPU = torch.device("cuda", 0)
+
+
+class Played:
+    """CUDA's part played on the host. said: each copy with the streams it is on, and each wait, in order."""
+
+    def __init__(self, monkeypatch):
+        self.said, self.pinned, self.there = [], {}, {}  # tensors by address: kept, so that no address comes twice
+        self._current, self._to, self._clone = [], torch.Tensor.to, torch.Tensor.clone
+        self.own = SimpleNamespace(record_event=lambda: SimpleNamespace(synchronize=self.saying("an event")))
+        for name, stand_in in (
+            ("Stream", lambda device: self.own), ("stream", self.stream), ("set_device", lambda device: None),
+            ("default_stream", lambda device: "step's"), ("synchronize", self.saying("the device")),
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *words, **options: self.to(tensor, words, options))
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: self.pin(tensor))
+        monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: self.clone(tensor))
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, one: self.said.append(f"kept for {one}"))
+
+    def saying(self, what):
+        return lambda *_: self.said.append(f"waits for {what}")
 
     @contextmanager
-    def stream(one):
-        current.append(one)
+    def stream(self, one):
+        self._current.append(one)
         yield
-        current.pop()
+        self._current.pop()
 
-    def to(tensor, *words, **options):
-        if gpu not in words:
-            return plain_to(tensor, *words, **options)
-        assert options["non_blocking"] and tensor.data_ptr() in pinned
-        said.append(("copied", list(current)))
-        return tensor.clone()
+    def to(self, tensor, words, options):
+        if GPU not in words:
+            return self._to(tensor, *words, **options)
+        if tensor.data_ptr() in self.there:
+            return tensor
+        assert options["non_blocking"] and tensor.data_ptr() in self.pinned
+        return self.placed(self._clone(tensor), "to the device")
 
-    def pin_memory(tensor):
-        pinned.add((copy := tensor.clone()).data_ptr())
-        kept.append(copy)
+    def pin(self, tensor):
+        self.said.append("to pinned memory")
+        copy = self._clone(tensor)
+        self.pinned[copy.data_ptr()] = copy
         return copy
 
-    plain_to, pinned, kept = torch.Tensor.to, set(), []
-    done = SimpleNamespace(synchronize=lambda: said.append("done"))
-    own = SimpleNamespace(record_event=lambda: done)
-    for name, stand_in in (("Stream", lambda device: own), ("stream", stream), ("default_stream", lambda d: "step's"),
-                           ("set_device", lambda device: None)):  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, one: said.append(one))
+    def clone(self, tensor):
+        return self.placed(self._clone(tensor), "on the device") if self._current else self._clone(tensor)
+
+    def placed(self, tensor, how):
+        """A tensor of the device."""
+        self.said.append(how + (", its own stream" if self._current == [self.own] else ", the step's"))
+        self.there[tensor.data_ptr()] = tensor
+        return tensor
+
+
+PINNED = ["to pinned memory"] * 2  # flips, turns
+STEPS = ["to the device, the step's"] * 2
+
+
+def test_a_cpu_decoders_crops_are_copied_beside_the_step(source, monkeypatch):
+    """All copies and waits of a batch, as docs/architecture.md counts them."""
+    played = Played(monkeypatch)
     (want,) = next(loader(source).train(range(1), 0, 8, 1, 0, 1, lambda epoch: 20)).micro_steps
-    assert not said
-    (got,) = next(loader(source, device=gpu).train(range(1), 0, 8, 1, 0, 1, lambda epoch: 20)).micro_steps
-    assert said == [("copied", [own]), "done", "step's"]
-    assert got.flips.data_ptr() in pinned and got.turns.data_ptr() in pinned
-    assert torch.equal(got.pixels, want.pixels) and torch.equal(got.turns, want.turns)
+    assert not played.said
+    (got,) = next(loader(source, device=GPU).train(range(1), 0, 8, 1, 0, 1, lambda epoch: 20)).micro_steps
+    crops = ["to pinned memory", "to the device, its own stream", "waits for an event", "kept for step's"]
+    assert played.said == crops + PINNED
+    moved = got.to(GPU)
+    assert played.said == crops + PINNED + STEPS
+    assert torch.equal(moved.pixels, want.pixels) and torch.equal(moved.turns, want.turns)
+
+
+def test_a_gpu_decoders_crops_are_copied_once_there(source, monkeypatch):
+    """As above, where DALI decodes on the GPU: its pipeline is played by a list of crops."""
+    from fastrot.data.decode import dali
+
+    played, fed = Played(monkeypatch), []
+    crops = torch.arange(8 * 20 * 20 * 3).remainder(251).byte().reshape(8, 20, 20, 3)
+    pipe = SimpleNamespace(
+        feed_input=lambda name, data: fed.append(name), schedule_run=lambda: None, release_outputs=lambda: None,
+        share_outputs=lambda: (SimpleNamespace(as_tensor=lambda: crops),),
+    )  # fmt: skip
+    monkeypatch.setattr(dali, "from_dlpack", lambda shared: shared)
+    made = loader(source, device=GPU)
+    made._decoder = dali.DaliDecoder(0, 1, 8, 1)
+    made._decoder._pipes[False] = pipe
+    monkeypatch.setattr(made, "_moved", lambda pixels: pixels)  # `is_cuda` of a host's tensor is false
+    (got,) = next(made.train(range(1), 0, 8, 1, 0, 1, lambda epoch: 20)).micro_steps
+    assert fed == ["data", "start", "shape", "size"]
+    there = ["on the device, its own stream", "waits for an event", "kept for step's"]
+    assert played.said == there + PINNED
+    assert torch.equal(got.to(GPU).pixels, crops) and played.said == there + PINNED + STEPS
 
 
 def test_labels_rows_and_turns_are_the_plans(source):
@@ -295,10 +348,13 @@ def test_storage_that_never_answers_ends_the_run_with_what_it_waited_for(source)
 
     class Stuck(FileStorage):
         def start(self, rows):
-            return lambda: [BadImage("late")] * len(rows) if answer.wait() else []
+            reading = Reading(source, rows, lambda: [BadImage("late")] * len(rows) if answer.wait() else [])
+            reading.pending = lambda: 1
+            return reading
 
     made = loader(source, storage=Stuck(source), timeout=0.3)
-    with pytest.raises(Fault, match="no batch for data.timeout 0.3 s: the loader was reading rows"):
+    second = source.name(int(made.plan.at(1, 2).rows[0]))
+    with pytest.raises(Fault, match=f"no batch for data.timeout 0.3 s: the loader was reading rows .*, at {second}$"):
         for batch in made.train(range(1), 0, 4, 1, 0, 1, lambda epoch: 20):
             next(batch.micro_steps)
     answer.set()

@@ -207,7 +207,9 @@ def test_what_is_found_keeps_its_rows(tmp_path):
     n = 1000
 
     def look(row):
-        return f"bad {row}" if row % 7 == 3 else (row + 1, row + 2, row % 5, row % 9, row.to_bytes(32, "little"))
+        return (
+            f"bad {row}" if row % 7 == 3 else (row + 1, row + 2, row % 5, row % 9, row % 4, row.to_bytes(32, "little"))
+        )
 
     found = scan.look_at(n, lambda a, b: ((row,) for row in range(a, b)), look, tmp_path, plain, "looking")
     good = np.array([row % 7 != 3 for row in range(n)])
@@ -218,6 +220,7 @@ def test_what_is_found_keeps_its_rows(tmp_path):
     assert np.array_equal(found.width[good], rows[good] + 2)
     assert np.array_equal(found.kind[good], rows[good] % 5)
     assert np.array_equal(found.orientation[good], rows[good] % 9)
+    assert np.array_equal(found.coding[good], rows[good] % 4)
     assert np.array_equal(found.head[good].view("<u8")[:, 0], rows[good])
 
 

@@ -12,11 +12,17 @@ import pytest
 from conftest import ROOT
 
 TESTS = Path(__file__).parent.parent
-QUICK = {"kernels/test_rotate_views.py": 66, "kernels/test_norm.py": 25, "kernels/test_pointwise.py": 10}
+QUICK = {
+    "kernels/test_rotate_views.py": 66,
+    "kernels/test_norm.py": 25,
+    "kernels/test_pointwise.py": 10,
+    "kernels/test_pool.py": 15,
+}
 ALL = {
     "kernels/test_rotate_views.py": 132,
     "kernels/test_norm.py": 43,
     "kernels/test_pointwise.py": 13,
+    "kernels/test_pool.py": 15,
     "models/test_fused_conv.py": 12,
 }
 

@@ -7,10 +7,13 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from markupsafe import escape
 
 from fastrot.errors import UserError
+from fastrot.profiling.collectives import Timing, fit
 from fastrot.profiling.estimate import (
     Demand,
+    Measured,
     Numbers,
     _exposed_s,
     all_reduce_s,
@@ -25,6 +28,9 @@ from fastrot.profiling.roofline import Row
 H100 = read("h100")
 N = Numbers.of(H100, "value")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+SHORT = Measured(1e-3, 0.0, (1.0, 1.0), 0.0, 0.0, 1e-6, 1e9, 0.0)
 
 
 def demand(**changes) -> Demand:
@@ -105,8 +111,8 @@ def test_each_bound_is_named():
     assert step_of(demand(images=64, norms=0), H100, 1, 1).bound == "compute"
     assert step_of(demand(image_bytes=1e8), H100, 1, 8).bound == "storage"
     assert step_of(demand(images=10**6, image_bytes=1e3), H100, 1, 1).bound == "decoding"
-    assert step_of(demand(step_s=1e-3), H100, 64, 8).bound == "synchronised norms"
-    assert step_of(demand(step_s=1e-3, norms=0, bucket_mb=0.0), H100, 64, 8).bound == "gradients"
+    assert step_of(demand(measured=SHORT), H100, 64, 8).bound == "synchronised norms"
+    assert step_of(demand(measured=SHORT, norms=0, bucket_mb=0.0), H100, 64, 8).bound == "gradients"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -130,16 +136,90 @@ def test_a_sweep_says_where_it_stops_and_what_cannot_be(fastrot):
     found = fastrot("estimate", *words).json
     assert [one["nodes"] for one in found["plans"]] == [1]
     assert found["steps"] == 700_639 and "leaves some of 512 ranks" in found["refused"]["64"]
-    assert found["stops_scaling"].endswith("synchronised norms")
+    assert found["stops_scaling"].endswith("the host's launches")
 
 
-def test_a_profiled_step_takes_the_place_of_the_roofline(fastrot, tmp_path):
-    profile = tmp_path / "profile.json"
-    profile.write_text(json.dumps({"parts_of_a_step": {"step": {"step_s": 0.5}}, "stages": {"step": {"pace": 64.0}}}))
-    words = ["model.arch=resnet18", "data.crop=32", "optim.images_per_step=64", "--from", profile, "--json"]
-    found = fastrot("estimate", *words, "--gpus-per-node", "2").json
-    assert found["plans"][0]["step"]["compute_s"] == pytest.approx(0.5)  # 32 images took it, as each GPU has
-    assert found["step"] == "measured"
+def timings(ranks: int, latency: float, rate: float) -> list[dict]:
+    """What rings would take, round by round."""
+    out = []
+    for size in (256, 1024, 4096, 2**16, 2**20, 2**23):
+        both = ring_s(ranks, size, latency, rate)
+        once = (ranks - 1) * (latency + size / rate)
+        for operation, seconds in (("all_reduce", both), ("all_gather", once)):
+            out.append({"operation": operation, "ranks": ranks, "bytes": size, "seconds": seconds, "low": 0.9 * seconds,
+                        "high": 1.2 * seconds, "cpu_s": seconds / 2})  # fmt: skip
+    return out
+
+
+@given(st.integers(2, 16), st.floats(1e-6, 1e-3), st.floats(1e8, 1e11))
+def test_latency_and_rate_of_a_ring_are_found_again(ranks, latency, rate):
+    found = fit([Timing(**one) for one in timings(ranks, latency, rate)])
+    assert found.latency_s[1] == pytest.approx(latency, rel=0.2)
+    assert found.rate[1] == pytest.approx(rate, rel=0.02)
+    assert found.latency_s[0] <= found.latency_s[1] <= found.latency_s[2] and found.rate[0] <= found.rate[2]
+    assert found.cpu_share == pytest.approx(0.5)
+
+
+WORDS = ["model.arch=resnet18", "data.crop=32", "optim.images_per_step=64"]
+NETWORK = {
+    "model.arch": "resnet18", "data.crop": 32, "rotation.views": "all", "engine.precision": "fp32", "engine.norm": "torch",
+    "engine.recompute": False,
+}  # fmt: skip
+
+
+def profile_of(path, **changes):
+    """A profile: a step takes 0.1 s and 5 ms an image, of 0.8 of a core; training as long."""
+    steps = [
+        {"images": n, "seconds": s, "low": s, "high": s, "cpu_s": 0.8 * s} for n, s in ((64.0, 0.42), (16.0, 0.18))
+    ]
+    made = {"machine": {"device": "NVIDIA A100", "cores": 4}, "network": NETWORK, "steps": steps,
+            "collectives": timings(2, 1e-4, 1e9)}  # fmt: skip
+    both = {"step_s": 0.42, "wait_share": 0.0, "communicate_share": 0.0}
+    stages = {"data": {"pace": 500.0, "cpu_s": 0.002}, "both": {"paces": [60 / 0.42, 64 / 0.42, 68 / 0.42]}}
+    found = {"stages": stages, "parts_of_a_step": {"both": both}, "elsewhere": made | changes}
+    path.write_text(json.dumps(found))
+    return ["--from", path, *WORDS, "--json"]
+
+
+def test_a_profile_takes_the_place_of_the_hardware_files_numbers(fastrot, tmp_path):
+    words = profile_of(tmp_path / "profile.json")
+    done = fastrot("estimate", *words, "--gpus-per-node", "2")
+    (one,) = done.json["plans"]
+    assert one["step"]["compute_s"] == pytest.approx(0.1 + 32 * 0.005)
+    assert one["step"]["norms_s"] == pytest.approx(20 * 2 * 1e-4, rel=0.3)  # a hop there and one back
+    known = done.json["hardware"]
+    assert known["link_latency_s"]["source"] == known["core_decode"]["source"] == "measured"
+    assert known["core_decode"]["value"] == pytest.approx(500)
+    assert known["net_bytes"]["source"] == "assumed"
+    assert "of NVIDIA A100, 4 cores; another machine than 8 x H100" in done.json["profile"]
+    assert "compute 260.0 [measured]" in one["says"]["a step"]
+
+
+def test_more_processes_than_cores_take_turns():
+    """Each keeps a core busy: four on two cores take twice as long, and the data path's cores come on top."""
+    step = Measured(0.0, 0.01, (1.0, 1.0), 0.0, 0.01, 0.001, 1e9, 1.0)
+    here = H100.model_copy(update={"cores": 2, "fabric": "gloo"})
+    one = demand(images=64, norms=0, bucket_mb=0.0, gradient_bytes=0, measured=step)
+    alone, two, four = (step_of(one, here, 1, gpus) for gpus in (1, 2, 4))
+    assert (alone.compute_s, two.compute_s, four.compute_s) == pytest.approx((0.64, 0.32, 0.32))
+    assert alone.bound == "compute" and four.bound == "the node's cores"
+    assert four.seconds == pytest.approx((0.64 + 0.064) / 2, rel=1e-3)
+
+
+def test_a_step_is_no_faster_than_its_launches():
+    step = step_of(demand(launches=10_000, images=64), H100, 1, 1)
+    assert step.compute_s == pytest.approx(10_000 * N["launch_s"]) and step.bound == "the host's launches"
+
+
+def test_a_page_holds_the_plans_and_draws_them(fastrot, tmp_path):
+    html = tmp_path / "plans.html"
+    found = fastrot("estimate", *WORDS, "--nodes", "1,2,8", "--html", html, "--json").json
+    page = html.read_text()
+    assert page.count("<polyline") == 3 and "<script" not in page and "http" not in page
+    assert all(escape(one["says"]["views/s"]) in page for one in found["plans"])
+    assert escape(f"Stops scaling at {found['stops_scaling']}") in page
+    refused = fastrot("estimate", *WORDS, "--html", tmp_path / "none" / "plans.html")
+    assert refused.code == 2 and "cannot be written" in refused.errors[0]
 
 
 @pytest.mark.parametrize(
@@ -151,14 +231,39 @@ def test_a_profiled_step_takes_the_place_of_the_roofline(fastrot, tmp_path):
         (["--gpus-per-node", "0"], "--gpus-per-node 0: must be 1 or more"),
         (["--images", "0"], "--images 0 of --image-kib 110: both must be above 0"),
         (["--from", "{odd}"], "not what fastrot profile --json prints"),
+        (["--from", "{tmp}/none.json"], "not what fastrot profile --json prints"),
         (["--nodes", "99"], "leaves some of 792 ranks without an image"),
     ],
 )
 def test_what_cannot_be_estimated_is_one_line(fastrot, tmp_path, words, line):
     odd = tmp_path / "odd.yaml"
     odd.write_text("name: x\n")
-    done = fastrot("estimate", "model.arch=resnet18", "data.crop=32", *(word.format(odd=odd) for word in words))
+    done = fastrot(
+        "estimate", "model.arch=resnet18", "data.crop=32", *(word.format(odd=odd, tmp=tmp_path) for word in words)
+    )
     assert done.code == 2 and line in done.err and "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        ({"network": NETWORK | {"model.arch": "resnet50"}}, "a profile of model.arch=resnet50; profile this config"),
+        ({"steps": []}, "holds no step at two sizes; profile for 20 s or more"),
+        ({"steps": [{"images": 3}]}, "not what fastrot profile --json prints"),
+    ],
+)
+def test_a_profile_that_does_not_fit_is_one_line(fastrot, tmp_path, changes, line):
+    done = fastrot("estimate", *profile_of(tmp_path / "profile.json", **changes))
+    assert done.code == 2 and len(done.errors) == 1 and line in done.errors[0]
+
+
+def test_a_hardware_file_that_lacks_a_number_is_refused(tmp_path):
+    content = yaml.safe_load((FOLDER / "h100.yaml").read_text())
+    del content["net_bytes"]
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="net_bytes: Field required"):
+        read(str(path))
 
 
 def test_a_hardware_file_out_of_order_is_refused(tmp_path):

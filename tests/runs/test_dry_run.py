@@ -126,7 +126,7 @@ def test_cudnn_may_measure_every_algorithm_it_has(monkeypatch):
     assert cudnn.benchmark and cudnn.benchmark_limit == 0
 
 
-NEED = Memory(2 * GIB, 40 * GIB, GIB, "cpu", 20 * GIB, 20 * GIB, 128, 224, 512, 48, 168)
+NEED = Memory(2 * GIB, 40 * GIB, GIB, "cpu", 20 * GIB, 0, 20 * GIB, 128, 224, 512, 48, 168)
 
 
 def test_a_run_that_the_host_would_kill_is_refused_with_what_fits():
@@ -145,9 +145,32 @@ def test_on_a_gpu_it_is_a_line_but_for_the_host():
     said = []
     admit(replace(NEED, device="cuda"), said.append)
     (line,) = said
-    assert "need about 42.0 GiB of GPU memory" in line and line.endswith("trying it all the same")
+    assert "need about 43.0 GiB of GPU memory" in line and line.endswith("trying it all the same")
     with pytest.raises(UserError, match="1.0 GiB of the host's, and 0.5 are left"):
-        admit(replace(NEED, device="cuda", host_left=GIB // 2), said.append)
+        admit(replace(NEED, device="cuda", on_host=GIB, host_left=GIB // 2), said.append)
+
+
+@pytest.mark.parametrize(
+    "device, words, on_device, on_host",
+    [
+        ("cpu", [], 6, 0),
+        ("cuda", [], 6, 0),
+        ("cuda", ["data.decode_on=cpu"], 4, 2),
+        ("cuda", ["data.decode=turbo"], 4, 2),
+    ],
+)
+def test_decoded_batches_wait_on_the_device_but_for_those_at_a_decoder_of_the_cpu(
+    monkeypatch, device, words, on_device, on_host
+):
+    """Three ahead, one that the loader holds, and two at the decoder."""
+    monkeypatch.setattr(memory, "_left", lambda ranks: (2**40, 2**40))
+    monkeypatch.setattr(memory, "settings_of", lambda *_: SimpleNamespace(prefetch=3))
+    ranks = Ranks(0, 1, 0, 1, torch.device(device))
+    config = load(None, [*SMALL, *words])[0]
+    found = memory.estimate(config, arithmetic(config, 1, 100), ranks, build_model("resnet18", 4, 0), torch.float32)
+    batch = 6 * 16 * 16 * 3
+    assert (found.ahead, found.on_host) == (on_device * batch, on_host * batch)
+    assert found.needed == found.state + found.maps + found.ahead
 
 
 @pytest.mark.parametrize(

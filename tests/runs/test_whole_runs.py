@@ -34,7 +34,7 @@ COMMAND = "import sys; from fastrot.cli import main; sys.exit(main(sys.argv[1:])
 SIZES = ((60, 80), (64, 64), (90, 60), (60, 100), (72, 64))
 TIMES = {
     "images_per_s", "views_per_s", "step_s", "wait_share", "copy_share", "rotate_share", "compute_share", "update_share",
-    "memory_gib", "eta_s",
+    "communicate_share", "host_share", "bound", "slow_step", "straggler", "memory_gib", "eta_s",
 }  # fmt: skip
 
 
@@ -270,3 +270,12 @@ def test_the_estimate_of_memory_counts_what_a_detectors_heads_keep(build):
         losses = network([torch.randn(3, side, side)] * 2, [target] * 2)
     estimate = peak_of_step(Averaged(network, WithRegions(network)), 2, 3, side, torch.float32)
     assert losses and 0.9 < estimate / sum(saved.values()) < 1.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, kind", [(DETECT, "voc"), (SEGMENT, "vocseg")])
+def test_profile_times_whole_images_by_the_config_alone(fastrot, voc, command, kind):
+    words = [word for word in command[3:] if not word.startswith("run.")]
+    found = fastrot("profile", *words, f"data.train={kind}:{voc}?split=trainval", "--seconds", "0.5", "--json").json
+    assert set(found["stages"]) == {"cold", "warm", "data", "step", "both"} and found["roofline"] == {}
+    assert found["says"].startswith("bound by ")

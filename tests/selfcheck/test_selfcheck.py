@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,56 @@ def test_the_arms_are_the_benchs(monkeypatch):
     assert all(step.able(step.BASE | step.SWITCHES[name], 1, cuda=True) for name in speed.ARMS)
     assert all(step.able(step.BASE | step.SWITCHES[name], 2, cuda=True) for name in speed._RANKS_ARMS)
     assert {key: step.BASE[key] for key in verdict.SWITCHES} == verdict.SWITCHES
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
+    return importlib.import_module("kernels")
+
+
+def test_the_kernels_measured_are_those_of_the_table(bench):
+    """Bytes and products of a stage's last block, which has no shortcut."""
+    import traffic
+
+    block = next(one for one in traffic.blocks() if one.layer == "layer4.2")
+    inner, outer = (list(traffic.norm("fused", "", "", n, added=n == block.out)) for n in (block.mid, block.out))
+    cases = list(bench.cases(1, [4], torch.device("cpu")))
+    norms, products = cases[:8], cases[8:]
+    assert [traffic.BF16 * case.values for case in norms] == [kernel.bytes for kernel in inner + outer]
+    (conv3, *_) = traffic.convolution("", "", block.low, block.out, block.within)
+    assert {case.flops for case in products} == {conv3.flops}
+    assert traffic.BF16 * products[0].values == conv3.bytes
+
+
+def test_a_kernel_that_is_wrong_has_no_figure(bench):
+    case = next(bench.cases(1, [4], torch.device("cpu")))
+    row = bench.measured(case, 1, 1, torch.device("cpu"))
+    assert row["gb_per_s"] == pytest.approx(row["predicted_us"] / row["us"] * 2300)
+    count, mean, var = case.check()[1]
+    wrong = replace(case, check=lambda: (torch.stack([count, 1.01 * mean, var]), torch.stack([count, mean, var])))
+    with pytest.raises(SystemExit, match=r"layer4 norm: moments: within 0.0\d+ of the reference"):
+        bench.measured(wrong, 1, 1, torch.device("cpu"))
+
+
+def test_kernels_stand_beside_what_was_predicted_in_the_bundle_and_the_page(tmp_path, monkeypatch):
+    row = {"layer": "layer1", "us": 412.5, "predicted_us": 400.0, "gb_per_s": 2231.0, "tflop_per_s": 0.0}
+    told = {
+        "rows": [row | {"kernel": "norm: apply"}, row | {"kernel": "product: weight gradient", "tflop_per_s": 301.0}],
+        "missing": {"layer2 norm: sums": "Unequal: gate"}, "predicted_by": {"memory": 2300, "library": 400, "ours": 350},
+        "views_per_s": {"fused_conv": 5570.0},
+    }  # fmt: skip
+    monkeypatch.setattr(Place, "bench", lambda place, found, script, *words: told)
+    found = Found()
+    speed.kernels(Place(True, tmp_path, tmp_path, 0.0), found)
+    assert ("norm kernels", "2,231.0 to 2,231.0 GB/s; 2,300 were predicted") in found.figures
+    assert found.failures == ["layer2 norm: sums: Unequal: gate"]
+    assert found.figures[-1] == ("the step by these rates, norm=fused_conv", "5,570 views/s")
+    (tmp_path / "found.json").write_text(json.dumps(GOOD | {"raw": told}))
+    monkeypatch.setitem(BODIES, "kernels", f"out.write_text(Path({str(tmp_path / 'found.json')!r}).read_text())")
+    ran(tmp_path / "bundle", "kernels")
+    html = (tmp_path / "bundle" / "report.html").read_text()
+    assert '<td>layer1</td><td class="n">412.5</td><td class="n">400.0</td>' in html and "301" in html
 
 
 def test_the_stand_in_finds_what_it_takes_the_place_of(monkeypatch, capsys):

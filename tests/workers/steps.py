@@ -55,7 +55,7 @@ def bottlenecks() -> nn.Module:
     torch.manual_seed(0)
     model = ResNet(BasicBlock, [1, 1, 1, 1])
     shortcuts = [nn.Sequential(nn.Conv2d(8, 32, 1, stride, bias=False), nn.BatchNorm2d(32)) for stride in (1, 2)]
-    model.conv1, model.bn1, model.maxpool = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Identity()
+    model.conv1, model.bn1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
     model.layer1 = nn.Sequential(Bottleneck(8, 8, downsample=shortcuts[0]), Bottleneck(32, 8), nn.Conv2d(32, 8, 1))
     model.layer2, model.fc = Bottleneck(8, 8, 2, shortcuts[1]), nn.Linear(32, 4)
     model.layer3 = model.layer4 = nn.Identity()

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from PIL import Image
 from torch.utils.dlpack import from_dlpack
 
+from fastrot.data import coding
 from fastrot.data.decode import nvjpeg
 from fastrot.data.decode.batch import Batch
 from fastrot.data.decode.orientation import stored_window, upright
-from fastrot.data.decode.plain import plain
 from fastrot.data.decode.torch import LeftToPillow, window_pixels
 from fastrot.data.images import kind_of
 from fastrot.data.jpeg import frame_of
@@ -250,7 +251,8 @@ class DaliDecoder:
             pipe.schedule_run()
 
     def _put(self, pipe: Pipeline, work: _Work) -> None:
-        pipe.feed_input("data", [work.batch.buffers[at] for at in work.by_dali])
+        files = [TensorCPU(work.batch.buffers[at]) for at in work.by_dali]
+        pipe.feed_input("data", TensorListCPU(files, contiguous=False))  # type: ignore[call-overload]  # its stubs lack it
         for name, array in _arguments(work.stored, work.batch.size, self._resampler is None).items():
             pipe.feed_input(name, np.ascontiguousarray(array))
 
@@ -329,16 +331,11 @@ class DaliDecoder:
 
 def _work_of(batch: Batch) -> _Work:
     """DALI's share: JPEGs of the usual codings, turned or not, and plain upright files of other kinds."""
-    by_dali, stored = [], batch.windows.copy()
-    for at, (buffer, orientation) in enumerate(zip(batch.buffers, batch.orientations.tolist(), strict=True)):
-        kind = kind_of(buffer)
-        if kind == "JPEG":
-            frame = frame_of(buffer)
-            if frame is None or not frame.usual:
-                continue
-            if orientation != 1:
-                stored[at] = stored_window(batch.windows[at], orientation, frame.height, frame.width)
-        elif kind not in _DECODES or orientation != 1 or not plain(kind, buffer):
-            continue
-        by_dali.append(at)
+    codings, turned, stored = batch.known_codings(), batch.orientations != 1, batch.windows.copy()
+    taken = (codings == coding.JPEG) | ((codings == coding.PLAIN) & ~turned)
+    for at in np.flatnonzero(taken & turned).tolist():
+        if frame := frame_of(batch.buffers[at]):
+            stored[at] = stored_window(batch.windows[at], int(batch.orientations[at]), frame.height, frame.width)
+        taken[at] = frame is not None
+    by_dali = np.flatnonzero(taken).tolist()
     return _Work(batch, by_dali, stored[by_dali])

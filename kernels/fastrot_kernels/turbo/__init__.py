@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrot_kernels.arenas import Arenas
 from fastrot_kernels.build import library
 
 DONE, NOT_OURS, BROKEN = range(3)
@@ -75,6 +76,7 @@ class Turbo:
         if not self._pool:
             raise MemoryError(f"{threads} decoding threads cannot be started")
         self._flying: deque[_Flying] = deque()
+        self._outputs = Arenas(pinned=False)
 
     def submit(
         self,
@@ -91,7 +93,7 @@ class Turbo:
                  may lie outside, as Pillow's `resize(box=)`.
         """
         n = len(buffers)
-        out = np.empty((n, size, size, 3), np.uint8)
+        out = self._outputs.take(n * size * size * 3).reshape(n, size, size, 3)
         outcomes, reasons = np.empty(n, np.uint8), np.zeros((n, _REASON), np.uint8)
         requests = np.zeros(n, _REQUEST)
         buffers = [np.ascontiguousarray(buffer) for buffer in buffers]

@@ -7,27 +7,40 @@
 #include <immintrin.h>
 #endif
 
+/* Outputs of a block, and its bytes. */
+enum { BLOCK = 16, BYTES = 3 * BLOCK };
+
 static int least(int a, int b) { return a < b ? a : b; }
 static int most(int a, int b) { return a > b ? a : b; }
 
-static bool room(struct axis *axis, int outputs, int weights) {
+static int blocks(int outputs) { return (outputs + BLOCK - 1) / BLOCK; }
+
+static bool room_for_outputs(struct axis *axis, int outputs) {
     if (outputs > axis->room_outputs) {
         free(axis->first);
         free(axis->count);
+        free(axis->places);
         axis->first = malloc(sizeof(int) * outputs);
         axis->count = malloc(sizeof(int) * outputs);
-        axis->room_outputs = axis->first && axis->count ? outputs : 0;
+        axis->places = malloc(sizeof(int32_t) * BYTES * blocks(outputs));
+        axis->room_outputs = axis->first && axis->count && axis->places ? outputs : 0;
     }
+    return axis->room_outputs >= outputs;
+}
+
+static bool room_for_weights(struct axis *axis, int weights) {
     if (weights > axis->room_weights) {
         free(axis->weights);
         free(axis->spread);
         free(axis->exact);
+        free(axis->pairs);
         axis->weights = malloc(sizeof(int16_t) * weights);
         axis->spread = malloc(sizeof(int16_t) * weights * 4);
-        axis->exact = malloc(sizeof(double) * weights);
-        axis->room_weights = axis->weights && axis->spread && axis->exact ? weights : 0;
+        axis->exact = malloc(sizeof(double) * weights * 3 / 2);
+        axis->pairs = malloc(sizeof(int32_t) * weights * 3 / 2);
+        axis->room_weights = axis->weights && axis->spread && axis->exact && axis->pairs ? weights : 0;
     }
-    return axis->room_outputs >= outputs && axis->room_weights >= weights;
+    return axis->room_weights >= weights;
 }
 
 void axis_free(struct axis *axis) {
@@ -36,6 +49,8 @@ void axis_free(struct axis *axis) {
     free(axis->weights);
     free(axis->spread);
     free(axis->exact);
+    free(axis->places);
+    free(axis->pairs);
 }
 
 static int floor_of(double x) { /* libm's is a call */
@@ -43,52 +58,111 @@ static int floor_of(double x) { /* libm's is a call */
     return truncated - (truncated > x);
 }
 
-/* Input samples under the triangle of output i. */
-static void reach(double start, double scale, int i, int low, int high, int *first, int *count) {
-    double support = scale >= 1 ? scale : 1, centre = start + scale * (i + 0.5);
-    *first = most(floor_of(centre - support + 0.5), low);
-    *count = most(least(floor_of(centre + support + 0.5), high) - *first, 0);
-}
-
-static double triangle(double x) {
-    x = x < 0 ? -x : x;
-    return x < 1 ? 1 - x : 0;
-}
-
-bool axis_plan(struct axis *axis, double start, double extent, int low, int high, int outputs) {
-    double scale = extent / outputs, shrink = scale >= 1 ? 1 / scale : 1, largest = 0;
+/* Where the taps of each output begin, and how many they are; the most of any. */
+static inline __attribute__((always_inline)) int reach(struct axis *axis, double start, double scale, int low, int high) {
+    double support = scale >= 1 ? scale : 1;
     int taps = 0;
-    for (int i = 0, first, count; i < outputs; i++) {
-        reach(start, scale, i, low, high, &first, &count);
-        taps = most(taps, count);
-    }
-    taps = (taps + 1) & ~1;
-    if (taps == 0 || !room(axis, outputs, outputs * taps)) return false;
-    axis->outputs = outputs;
-    axis->taps = taps;
-    for (int i = 0; i < outputs; i++) {
-        double centre = start + scale * (i + 0.5), sum = 0, *exact = axis->exact + i * taps;
-        int first, count;
-        reach(start, scale, i, low, high, &first, &count);
-        for (int j = 0; j < count; j++) sum += exact[j] = triangle((first + j - centre + 0.5) * shrink);
-        if (sum == 0) return false;
-        for (int j = 0; j < count; j++) {
-            exact[j] /= sum;
-            if (exact[j] > largest) largest = exact[j];
-        }
-        for (int j = count; j < taps; j++) exact[j] = 0;
+    for (int i = 0; i < axis->outputs; i++) {
+        double centre = start + scale * (i + 0.5);
+        int first = most(floor_of(centre - support + 0.5), low);
+        int count = most(least(floor_of(centre + support + 0.5), high) - first, 0);
         axis->first[i] = first;
         axis->count[i] = count;
+        taps = most(taps, count);
     }
+    return (taps + 1) & ~1;
+}
+
+/* Triangles of area 1, tap by tap: exact[j * outputs + i]; the largest, or 0 where an output has none. */
+static inline __attribute__((always_inline)) double weigh(struct axis *axis, double start, double scale) {
+    int outputs = axis->outputs;
+    double shrink = scale >= 1 ? 1 / scale : 1, largest = 0, least_sum = 1, *sum = axis->exact + axis->taps * outputs;
+    for (int i = 0; i < outputs; i++) sum[i] = 0;
+    for (int j = 0; j < axis->taps; j++)
+        for (int i = 0; i < outputs; i++) {
+            double x = (axis->first[i] + j - (start + scale * (i + 0.5)) + 0.5) * shrink, beside = 1 - (x < 0 ? -x : x);
+            double weight = beside > 0 && j < axis->count[i] ? beside : 0;
+            axis->exact[j * outputs + i] = weight;
+            sum[i] += weight;
+        }
+    for (int i = 0; i < outputs; i++) least_sum = sum[i] < least_sum ? sum[i] : least_sum;
+    if (least_sum == 0) return 0;
+    for (int j = 0; j < axis->taps; j++)
+        for (int i = 0; i < outputs; i++) {
+            double exact = axis->exact[j * outputs + i] /= sum[i];
+            largest = exact > largest ? exact : largest;
+        }
+    return largest;
+}
+
+/* Integer weights, output by output, of as many bits as an int16 holds of the largest. */
+static inline __attribute__((always_inline)) void round_off(struct axis *axis, double largest) {
     for (axis->precision = 0; axis->precision < 22; axis->precision++)
         if ((int)(0.5 + largest * (1 << (axis->precision + 1))) >= 1 << 15) break;
-    int one = 1 << axis->precision;
-    for (int k = 0; k < outputs * taps; k++) axis->weights[k] = (int16_t)(0.5 + axis->exact[k] * one);
-    for (int k = 0; k < outputs * taps * 4; k++) axis->spread[k] = axis->weights[k / 8 * 2 + k % 2];
+    double one = 1 << axis->precision;
+    for (int j = 0; j < axis->taps; j++)
+        for (int i = 0; i < axis->outputs; i++)
+            axis->weights[i * axis->taps + j] = (int16_t)(int)(0.5 + axis->exact[j * axis->outputs + i] * one);
+}
+
+#if defined(__x86_64__) && !defined(PLAIN) && !defined(AVX2_ALONE)
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")))
+
+/* Whether whole blocks can be gathered from registers. */
+static bool gathers(void) {
+    return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+}
+
+static void plan_blocks(struct axis *axis) {
+    int widest = 0, outputs = axis->outputs, pairs = axis->taps / 2;
+    for (int i = 0; i < outputs; i += BLOCK) {
+        int end = axis->first[least(i + BLOCK, outputs) - 1] + axis->taps;
+        widest = most(widest, 3 * (end - axis->first[i]));
+    }
+    axis->block = widest <= 64 ? 64 : widest <= 128 ? 128 : 0;
+    if (!axis->block) return;
+    for (int i = 0; i < blocks(outputs) * BLOCK; i++) {
+        int32_t *place = axis->places + 3 * i, *both = axis->pairs + i / BLOCK * pairs * BYTES + i % BLOCK * 3;
+        int at = i < outputs ? 3 * (axis->first[i] - axis->first[i / BLOCK * BLOCK]) : 0;
+        place[0] = at | (at + 3) << 16;
+        place[1] = (at + 1) | (at + 4) << 16;
+        place[2] = (at + 2) | (at + 5) << 16;
+        for (int p = 0; p < pairs; p++, both += BYTES) {
+            const int16_t *weights = axis->weights + i * axis->taps + 2 * p;
+            both[0] = both[1] = both[2] = i < outputs ? weights[0] | weights[1] << 16 : 0;
+        }
+    }
+}
+
+AVX512 static double weigh_avx512(struct axis *axis, double start, double scale) { return weigh(axis, start, scale); }
+AVX512 static void round_off_avx512(struct axis *axis, double largest) { round_off(axis, largest); }
+
+#endif
+
+bool axis_plan(struct axis *axis, double start, double extent, int low, int high, int outputs) {
+    double scale = extent / outputs, largest;
+    axis->block = 0;
+    axis->outputs = outputs;
+    if (!room_for_outputs(axis, outputs)) return false;
+    axis->taps = reach(axis, start, scale, low, high);
+    if (axis->taps == 0 || !room_for_weights(axis, (blocks(outputs) * BLOCK + BLOCK) * axis->taps)) return false;
+#ifdef AVX512
+    if (gathers()) {
+        if ((largest = weigh_avx512(axis, start, scale)) == 0) return false;
+        round_off_avx512(axis, largest);
+        plan_blocks(axis);
+        if (axis->block) return true;
+    } else
+#endif
+    {
+        if ((largest = weigh(axis, start, scale)) == 0) return false;
+        round_off(axis, largest);
+    }
+    for (int k = 0; k < outputs * axis->taps * 4; k++) axis->spread[k] = axis->weights[k / 8 * 2 + k % 2];
     return true;
 }
 
-int axis_slack(const struct axis *axis) { return axis->taps * 3 + 16; }
+int axis_slack(const struct axis *axis) { return most(axis->taps * 3 + 16, 128); }
 
 static uint8_t byte_of(int32_t sum, int precision) {
     int32_t value = sum >> precision;
@@ -198,6 +272,73 @@ AVX2 static void down_avx2(const struct axis *axis, int i, uint8_t *const *rows,
     }
 }
 
+#ifdef AVX512
+
+/* 16 outputs a turn: their 48 bytes' taps are gathered out of a block of input, two at a time, as words. */
+AVX512 static void across_avx512(const struct axis *axis, const uint8_t *row, uint8_t *out) {
+    const __mmask64 words = 0x5555555555555555;
+    const __m512i half = _mm512_set1_epi32(1 << axis->precision >> 1), two_taps = _mm512_set1_epi32(6 | 6 << 16);
+    const __m128i shift = _mm_cvtsi32_si128(axis->precision);
+    const int32_t *places = axis->places, *pairs = axis->pairs;
+    for (int i = 0; i < axis->outputs; i += BLOCK, places += BYTES, out += BYTES) {
+        const uint8_t *at = row + axis->first[i] * 3;
+        __m512i block = _mm512_loadu_si512(at), behind = axis->block > 64 ? _mm512_loadu_si512(at + 64) : block;
+        __m512i place[3], sum[3];
+        for (int z = 0; z < 3; z++) {
+            place[z] = _mm512_loadu_si512(places + 16 * z);
+            sum[z] = half;
+        }
+        for (int p = 0; p < axis->taps; p += 2, pairs += BYTES)
+            for (int z = 0; z < 3; z++) {
+                __m512i taps = axis->block > 64 ? _mm512_maskz_permutex2var_epi8(words, block, place[z], behind)
+                                                : _mm512_maskz_permutexvar_epi8(words, place[z], block);
+                sum[z] = _mm512_add_epi32(sum[z], _mm512_madd_epi16(taps, _mm512_loadu_si512(pairs + 16 * z)));
+                place[z] = _mm512_add_epi16(place[z], two_taps);
+            }
+        for (int z = 0; z < 3; z++)
+            _mm_storeu_si128((__m128i *)(out + 16 * z), _mm512_cvtusepi32_epi8(_mm512_sra_epi32(sum[z], shift)));
+    }
+}
+
+AVX512 static void down_avx512(const struct axis *axis, int i, uint8_t *const *rows, int ring, int width, uint8_t *out) {
+    const __m512i half = _mm512_set1_epi32(1 << axis->precision >> 1), zero = _mm512_setzero_si512();
+    const __m128i shift = _mm_cvtsi32_si128(axis->precision);
+    const int16_t *weights = axis->weights + i * axis->taps;
+    int count = axis->count[i], pairs = (count + 1) / 2;
+    const uint8_t *lines[2 * pairs];
+    for (int j = 0; j < 2 * pairs; j++) lines[j] = rows[(axis->first[i] + least(j, count - 1)) % ring];
+    for (int x = 0; x < width; x += 64) {
+        __mmask64 there = width - x >= 64 ? ~0ULL : (1ULL << (width - x)) - 1;
+        __m512i sum[4] = {half, half, half, half};
+        for (int j = 0; j < pairs; j++) {
+            uint32_t both = (uint16_t)weights[2 * j] | (uint32_t)(uint16_t)weights[2 * j + 1] << 16;
+            __m512i weight = _mm512_set1_epi32((int)both);
+            __m512i a = _mm512_maskz_loadu_epi8(there, lines[2 * j] + x);
+            __m512i b = _mm512_maskz_loadu_epi8(there, lines[2 * j + 1] + x);
+            __m512i low = _mm512_unpacklo_epi8(a, b), high = _mm512_unpackhi_epi8(a, b);
+            sum[0] = _mm512_add_epi32(sum[0], _mm512_madd_epi16(_mm512_unpacklo_epi8(low, zero), weight));
+            sum[1] = _mm512_add_epi32(sum[1], _mm512_madd_epi16(_mm512_unpackhi_epi8(low, zero), weight));
+            sum[2] = _mm512_add_epi32(sum[2], _mm512_madd_epi16(_mm512_unpacklo_epi8(high, zero), weight));
+            sum[3] = _mm512_add_epi32(sum[3], _mm512_madd_epi16(_mm512_unpackhi_epi8(high, zero), weight));
+        }
+        for (int k = 0; k < 4; k++) sum[k] = _mm512_sra_epi32(sum[k], shift);
+        __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(sum[0], sum[1]), _mm512_packs_epi32(sum[2], sum[3]));
+        _mm512_mask_storeu_epi8(out + x, there, bytes);
+    }
+}
+
+void resample_across(const struct axis *axis, const uint8_t *row, uint8_t *out) {
+    if (axis->block) across_avx512(axis, row, out);
+    else (__builtin_cpu_supports("avx2") ? across_avx2 : across_plain)(axis, row, out);
+}
+
+void resample_down(const struct axis *axis, int i, uint8_t *const *rows, int ring, int width, uint8_t *out) {
+    if (gathers()) down_avx512(axis, i, rows, ring, width, out);
+    else (__builtin_cpu_supports("avx2") ? down_avx2 : down_plain)(axis, i, rows, ring, width, out);
+}
+
+#else
+
 void resample_across(const struct axis *axis, const uint8_t *row, uint8_t *out) {
     (__builtin_cpu_supports("avx2") ? across_avx2 : across_plain)(axis, row, out);
 }
@@ -205,6 +346,8 @@ void resample_across(const struct axis *axis, const uint8_t *row, uint8_t *out) 
 void resample_down(const struct axis *axis, int i, uint8_t *const *rows, int ring, int width, uint8_t *out) {
     (__builtin_cpu_supports("avx2") ? down_avx2 : down_plain)(axis, i, rows, ring, width, out);
 }
+
+#endif
 
 #else
 

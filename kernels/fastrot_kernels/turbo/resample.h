@@ -17,7 +17,10 @@ struct axis {
     int *first, *count;
     int16_t *weights;
     int16_t *spread; /* for the across pass: each pair of weights four times */
-    double *exact;
+    double *exact;   /* tap by tap, and behind them their sums */
+    int block;       /* bytes that hold the taps of any 16 neighbouring outputs: 64, 128, or 0 where it takes more */
+    int32_t *places; /* of 16 outputs, for each byte of theirs: where its first two taps lie in the block */
+    int32_t *pairs;  /* of 16 outputs and two taps, for each byte of theirs: the weights */
     int room_outputs, room_weights;
 };
 

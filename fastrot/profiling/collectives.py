@@ -1,0 +1,127 @@
+"""A sweep of collectives over sizes, and what it says: a latency and a rate (alpha and beta)."""
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_SIZES = (256, 1024, 4096, 2**16, 2**20, 2**23)  # bytes
+_ROUNDS = 25
+_PAIR = 2  # processes, where there is but one to ask
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One collective of `bytes` bytes a rank among `ranks` ranks. seconds: median, with the quartiles; cpu_s: of a
+    rank's cores, in the mean."""
+
+    operation: str
+    ranks: int
+    bytes: int
+    seconds: float
+    low: float
+    high: float
+    cpu_s: float
+
+
+def sweep(device: torch.device) -> list[dict[str, Any]]:
+    """Sums over this process's ranks and gatherings, small and large. Alone on a CPU: two processes do it on this
+    machine; alone on a GPU nobody does. Collective."""
+    if dist.get_world_size() > 1:
+        return [asdict(one) for one in _timed(device)]
+    return _of_a_pair() if device.type == "cpu" else []
+
+
+def _timed(device: torch.device) -> list[Timing]:
+    ranks, out = dist.get_world_size(), []
+    for size in _SIZES:
+        mine = torch.zeros(size // 4, device=device)
+        rows = mine.new_empty(ranks * len(mine))
+        out.append(_timing("all_reduce", mine, partial(dist.all_reduce, mine)))
+        out.append(_timing("all_gather", mine, partial(dist.all_gather_into_tensor, rows, mine)))
+    return out
+
+
+def _timing(operation: str, tensor: Tensor, work: Callable[[], object]) -> Timing:
+    def synchronise() -> None:
+        if tensor.is_cuda:
+            torch.cuda.synchronize()
+
+    spent, cpu = [], 0.0
+    for number in range(_ROUNDS + 2):
+        dist.all_reduce(torch.zeros(1, device=tensor.device))  # all begin together
+        synchronise()
+        began, began_cpu = time.perf_counter(), time.process_time()
+        work()
+        synchronise()
+        if number >= 2:
+            spent.append(time.perf_counter() - began)
+            cpu += time.process_time() - began_cpu
+    low, median, high = statistics.quantiles(spent, n=4)
+    return Timing(operation, dist.get_world_size(), tensor.nbytes, median, low, high, cpu / _ROUNDS)
+
+
+def _of_a_pair() -> list[dict[str, Any]]:
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        found, answers = Path(folder) / "store", context.Queue()
+        pair = [context.Process(target=_one_of_a_pair, args=(rank, str(found), answers)) for rank in range(_PAIR)]
+        for process in pair:
+            process.start()
+        result: list[dict[str, Any]] = answers.get(timeout=300)
+        for process in pair:
+            process.join()
+    return result
+
+
+def _one_of_a_pair(rank: int, store: str, answers: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=_PAIR)
+    timings = [asdict(one) for one in _timed(torch.device("cpu"))]
+    if rank == 0:
+        answers.put(timings)
+    dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """latency_s: of a hop of a ring; rate: bytes/s of one rank to the next; each (low, value, high); cpu_share: of a
+    core, that a rank is busy with while it communicates; ranks: of the sweep."""
+
+    latency_s: tuple[float, float, float]
+    rate: tuple[float, float, float]
+    cpu_share: float
+    ranks: int
+
+
+def fit(timings: list[Timing]) -> Fit:
+    """Of a sweep: latency and rate by relative least squares over the sizes, for the median and both quartiles. An
+    all-reduce goes around the ring twice, a gathering once."""
+    ranks = timings[0].ranks
+    reduces = [one for one in timings if one.operation == "all_reduce"]
+
+    def solved(pick: Callable[[Timing], float]) -> tuple[float, float]:
+        times = np.array([pick(one) for one in reduces])
+        design = np.array([[1.0, one.bytes] for one in reduces]) / times[:, None]
+        latency, per_byte = np.linalg.lstsq(design, np.ones(len(times)), rcond=None)[0]
+        hops = 2 * (ranks - 1)
+        return max(latency, times.min() / 2) / hops, hops / ranks / per_byte
+
+    fits = [solved(lambda one: one.low), solved(lambda one: one.seconds), solved(lambda one: one.high)]
+    rates = sorted(rate for _, rate in fits)
+    small = [one for one in timings if one.operation == "all_gather" and one.bytes <= _SIZES[1]]
+    gathered = [max(1e-9, one.seconds / (ranks - 1) - one.bytes / fits[1][1]) for one in small]
+    hops = sorted([*gathered, *(latency for latency, _ in fits)])
+    latency = statistics.median([fits[1][0], *gathered])
+    busy = sum(one.cpu_s for one in timings) / sum(one.seconds for one in timings)
+    return Fit((hops[0], latency, hops[-1]), (rates[0], fits[1][1], rates[2]), min(1.0, busy), ranks)
