@@ -7,7 +7,7 @@ import os
 import harness
 import torch
 import torch.distributed as dist
-from step_arms import batches_of, fed, plain_pytorch
+from step_arms import batches_of, communicated, fed, plain_pytorch
 
 from fastrot import distributed
 from fastrot.config import GRAPHING_MODES
@@ -18,6 +18,7 @@ from fastrot.engine.optimizers import build_optimizer
 from fastrot.engine.plain import PlainEngine
 from fastrot.errors import UserError
 from fastrot.models.fused_conv import FUSED
+from fastrot.models.over_ranks import neighbours
 from fastrot.models.recompute import recompute_blocks
 from fastrot.models.resnet import pad_stem
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
@@ -29,9 +30,10 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 BASE = {
     "channels_last": True, "precision": "bf16", "compile": False, "sync_batchnorm": True, "optimizer": "fused",
     "norm": "torch", "stem_channels": 3, "cuda_graphs": False, "recompute": False, "bucket_mb": 25.0,
-    "batch": 1.0, "crop": 1.0,
+    "norm_ranks": None, "batch": 1.0, "crop": 1.0,
 }  # fmt: skip
-# One switch turned at a time, from BASE; batch and crop are shares of --images and --side.
+# One switch turned at a time, from BASE; batch and crop are shares of --images and --side; norm_ranks: of the groups
+# of ranks whose norms are synchronised (None: all).
 SWITCHES = {
     "base": {},
     "channels_last=false": {"channels_last": False},
@@ -41,10 +43,12 @@ SWITCHES = {
     "compile=reduce-overhead": {"compile": "reduce-overhead"},
     "compile=max-autotune": {"compile": "max-autotune"},
     "sync_batchnorm=false": {"sync_batchnorm": False},
+    "norm_ranks=2": {"norm_ranks": 2},
     "norm=fused": {"norm": "fused"},
     "norm=fused compile=true": {"norm": "fused", "compile": True},
     "norm=fused_conv": {"norm": "fused_conv"},
     "norm=fused_conv compile=true": {"norm": "fused_conv", "compile": True},
+    "norm=fused_chain": {"norm": "fused_chain"},
     "stem_channels=4": {"stem_channels": 4},
     "recompute=true": {"recompute": True},
     "norm=fused recompute=true": {"norm": "fused", "recompute": True},
@@ -54,6 +58,16 @@ SWITCHES = {
         "norm": "fused_conv",
         "stem_channels": 4,
         "cuda_graphs": True,
+    },
+    "norm=fused_chain stem_channels=4 cuda_graphs=true": {
+        "norm": "fused_chain",
+        "stem_channels": 4,
+        "cuda_graphs": True,
+    },
+    "norm=fused_conv stem_channels=4 cuda_graphs=collectives": {
+        "norm": "fused_conv",
+        "stem_channels": 4,
+        "cuda_graphs": "collectives",
     },
     "SGD unfused": {"optimizer": "unfused"},
     "LARS": {"optimizer": "lars"},
@@ -66,6 +80,7 @@ SWITCHES = {
 }
 # a graph's backward is part of its forward; what the backward pass hides of the communication is part of that
 STAGES = ("rotate", "forward", "backward", "communicate", "update")
+TIMEOUT_S = 600.0  # that ranks wait for one another
 GATED_STEPS = WARM_UPS + 2  # the last of them are replayed
 NORM_SHARE = 0.05  # of a gradient's norm, that bf16 and its order of additions may move
 
@@ -80,21 +95,22 @@ class Step:
         dtype = AUTOCAST.get(precision, torch.float32)
         self._task = RotationTask(MEAN, STD, dtype, device, channels=switches["stem_channels"])
         model = self._task.build_model(arch, 0)
+        over_ranks = neighbours(norm_groups(switches, ranks.world), TIMEOUT_S)
         if switches["norm"] in FUSED:
-            FUSED[switches["norm"]](model, switches["sync_batchnorm"])
+            FUSED[switches["norm"]](model, over_ranks)
         if switches["stem_channels"] > 3:
             pad_stem(model)
         if switches["recompute"]:
             recompute_blocks(model)
-        if switches["sync_batchnorm"]:
-            synchronise_batchnorm(model)
+        if over_ranks:
+            synchronise_batchnorm(model, over_ranks)
         model.to(device)
         kind = switches["optimizer"]
         optimizer = build_optimizer(
             "lars" if kind == "lars" else "sgd", model, lr=0.01, momentum=0.9, nesterov=False, weight_decay=1e-4,
             decay_norms=True, trust=0.001, fused=kind == "fused",
         )  # fmt: skip
-        graphs = switches["cuda_graphs"]
+        graphs = bool(switches["cuda_graphs"])
         settings = StepSettings(precision, 0, None, 0.9, switches["channels_last"], graphs, switches["bucket_mb"])
         self._engine = PlainEngine(model, optimizer, settings, ranks)
         self._replay = Graphed(self._learn, device) if graphs else None
@@ -188,11 +204,20 @@ def with_memory(work, device: torch.device):
     return work(), (torch.cuda.max_memory_allocated(device) - before) / 2**30
 
 
+def norm_groups(switches: dict, world: int) -> int:
+    """Of ranks whose norms are synchronised."""
+    return world // (switches["norm_ranks"] or world) if switches["sync_batchnorm"] else world
+
+
 def able(switches: dict, world: int, cuda: bool) -> bool:
-    """Whether it can be measured here: graphs hold no norms that talk to other ranks, and one rank has no buckets."""
+    """Whether it can be measured here: graphs hold norms that talk to other ranks only where that is asked for, and one
+    rank has no buckets and no groups."""
     graphs = switches["cuda_graphs"] or switches["compile"] in GRAPHING_MODES
-    holds = cuda and not (world > 1 and switches["sync_batchnorm"])
-    return (holds or not graphs) and (world > 1 or switches["bucket_mb"] == BASE["bucket_mb"])
+    talk = norm_groups(switches, world) < world
+    holds = cuda and talk == (switches["cuda_graphs"] == "collectives")
+    of_ranks = switches["bucket_mb"] != BASE["bucket_mb"] or switches["norm_ranks"]
+    fits = not switches["norm_ranks"] or world % switches["norm_ranks"] == 0
+    return (holds or not graphs) and (world > 1 or not of_ranks) and fits
 
 
 def same_views(switches: dict) -> bool:
@@ -202,13 +227,13 @@ def same_views(switches: dict) -> bool:
 def trains_alike(name: str) -> bool:
     """Whether by base's recipe: what is fast by another is no faster step."""
     switches = BASE | SWITCHES[name]
-    same = all(switches[key] == BASE[key] for key in ("precision", "sync_batchnorm"))
+    same = all(switches[key] == BASE[key] for key in ("precision", "sync_batchnorm", "norm_ranks"))
     return same and same_views(switches) and switches["optimizer"] != "lars"
 
 
 def same_norms(switches: dict, ranks: distributed.Ranks) -> bool:
     """As plain PyTorch's, which synchronises them on GPUs alone."""
-    return ranks.world == 1 or switches["sync_batchnorm"] == (ranks.device.type == "cuda")
+    return norm_groups(switches, ranks.world) == (1 if ranks.device.type == "cuda" else ranks.world)
 
 
 def gate(name: str, learnt: tuple, base: tuple, switches: dict, ranks: distributed.Ranks) -> None:
@@ -220,7 +245,7 @@ def gate(name: str, learnt: tuple, base: tuple, switches: dict, ranks: distribut
     many, share = (GATED_STEPS, 0.05) if switches["cuda_graphs"] else (1, 0.02)
     near = all(abs(a - b) < share * b for a, b in zip(losses[:many], base_losses[:many], strict=True))
     harness.gate(near, f"{name}: the losses {losses[:many]} are base's {base_losses[:many]} within {share:.0%}")
-    if ranks.world == 1 or switches["sync_batchnorm"]:
+    if norm_groups(switches, ranks.world) == 1:
         near = abs(norm - base_norm) < NORM_SHARE * base_norm
         harness.gate(
             near, f"{name}: the first gradient's norm {norm:.4g} is base's {base_norm:.4g} within {NORM_SHARE:.0%}"
@@ -293,6 +318,7 @@ def race(arguments, ranks: distributed.Ranks, clock, keep) -> dict:
     times = time({"base": base})["base"]
     step_s = times["step"]["median_s"]
     line = times | {"views_per_s": base.views / step_s, "times_base": 1.0, "memory_gib": memory}
+    line["collectives"] = communicated(base.whole, ranks)
     result = {
         "machine": machine,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
@@ -320,7 +346,8 @@ def race(arguments, ranks: distributed.Ranks, clock, keep) -> dict:
         step = make(**switches)
         its, memory = with_memory(functools.partial(step.learnt, steps_gated(device)), device)
         gate(name, its, learnt, switches, ranks)
-        result["switches"][name] = timed(step, step.views) | {"memory_gib": memory}
+        told = communicated(step.whole, ranks)
+        result["switches"][name] = timed(step, step.views) | {"memory_gib": memory, "collectives": told}
 
     arms = {"plain PyTorch": plain, "plain PyTorch, compiled": plain} | dict.fromkeys(arguments.only, switched)
     arms.pop("base", None)

@@ -10,6 +10,7 @@ from harness import spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 from torchvision.transforms.v2.functional import normalize
 
 from fastrot import config as configs
@@ -55,6 +56,18 @@ def plain_pytorch(
         return loss
 
     return step, model
+
+
+def communicated(step: Callable[[], object], ranks: Ranks) -> dict[str, float]:
+    """Of a step: what ranks say to one another, in messages, and the seconds of NCCL's kernels (of gloo's work), which
+    begin before the last rank is there."""
+    on_gpu = [ProfilerActivity.CUDA] if ranks.device.type == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *on_gpu], acc_events=True) as seen:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    own = [event for event in seen.events() if event.name.startswith(("ncclDev", "ncclKernel", "gloo:"))]
+    return {"messages": len(own), "seconds": sum(event.time_range.elapsed_us() for event in own) / 1e6}
 
 
 def batches_of(folder: str, images: int, side: int, ranks: Ranks) -> tuple[Iterator[MicroBatch], str]:

@@ -24,6 +24,10 @@ def _in_the_recipe(config: Config) -> tuple[tuple[bool, str], ...]:
             "data.window random cuts data.crop out of data.resize; data.crop_by_epoch cannot change it",
         ),
         (
+            config.model.norm_views is not None and not config.model.sync_batchnorm,
+            "model.norm_views groups ranks whose norms are synchronised; model.sync_batchnorm is false",
+        ),
+        (
             config.finetune.names is not None and config.finetune.fraction < 1,
             "finetune.names and finetune.fraction both choose images; set one",
         ),
@@ -81,8 +85,8 @@ def _in_how_it_runs(config: Config) -> tuple[tuple[bool, str], ...]:
             "to false, or engine.compile=max-autotune-no-cudagraphs",
         ),
         (
-            graphs and engine.precision == "fp16",
-            "engine.cuda_graphs with engine.precision fp16: the loss scale changes from step to step; use bf16",
+            engine.loss_scale is not None and engine.precision != "fp16",
+            f"engine.loss_scale is fp16's; engine.precision is {engine.precision}",
         ),
         (
             graphs and config.rotation.shuffle_labels,

@@ -52,7 +52,9 @@ class Engine:
             return self.model(*views)
 
     def _backward(self, loss: Tensor) -> None:
-        raise NotImplementedError
+        """A captured one reads the loss scale where the scaler keeps it on the device, whatever it is by then."""
+        scaler = self._scaler()
+        (scaler.scale(loss) if scaler else loss).backward()
 
     def step(self, measure: bool = True) -> None:
         """Average the gradients over ranks, clip, update, forget them.
@@ -62,6 +64,8 @@ class Engine:
         self._measure = measure
         self.grad_norm = math.inf  # stays so where fp16 skips the update
         communicating(self._average)
+        if self._settings.average_statistics:
+            communicating(self._mean_over_ranks, _running_statistics(self.model))
         self._step()
 
     def _average(self) -> None:
@@ -69,20 +73,19 @@ class Engine:
         if self._buckets:
             self._buckets.finish()
         elif self._averages and self._ranks.world > 1:
-            self._average_in_one_piece()
+            self._mean_over_ranks([p.grad for p in self.model.parameters() if p.grad is not None])
 
     @property
     def _averages(self) -> bool:
         """Whether gradients that no bucket takes are averaged here."""
         return True
 
-    def _average_in_one_piece(self) -> None:
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        flat = torch._utils._flatten_dense_tensors(grads)
+    def _mean_over_ranks(self, tensors: list[Tensor]) -> None:
+        """In place, in one piece."""
+        flat = torch._utils._flatten_dense_tensors(tensors)
         dist.all_reduce(flat)
         flat /= self._ranks.world
-        for grad, mean in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
-            grad.copy_(mean)
+        torch._foreach_copy_(tensors, list(torch._utils._unflatten_dense_tensors(flat, tensors)))
 
     def _step(self) -> None:
         """Clip, update, forget; DeepSpeed averages here what has no buckets."""
@@ -130,6 +133,13 @@ class Engine:
             self._set(parameter, momenta.get(_PREFIX + name))
         if (scaler := self._scaler()) and scalars["loss_scale"]:
             scaler.load_state_dict(scalars["loss_scale"])
+        self.hold_scale()
+
+    def hold_scale(self) -> None:
+        """From here on fp16's loss scale is the fixed one, if there is one."""
+        if (scaler := self._scaler()) and self._settings.loss_scale:
+            fixed = {"scale": self._settings.loss_scale, "growth_factor": 1.0, "backoff_factor": 1.0}
+            scaler.load_state_dict(scaler.state_dict() | fixed)
 
     @property
     def cuda_graphs(self) -> bool:
@@ -159,3 +169,9 @@ class Engine:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.grad_norm = clip_and_measure(parameters, self._settings.clip)
+
+
+def _running_statistics(model: nn.Module) -> list[Tensor]:
+    """Of the norms that learn them."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
+    return [t for module in norms for t in (module.running_mean, module.running_var) if t is not None]

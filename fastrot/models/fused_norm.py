@@ -4,12 +4,11 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from fastrot.profiling.clock import communicating
+from fastrot.models.over_ranks import Group, merging, summing
 from fastrot_kernels import norm, pool
 
 
@@ -29,10 +28,10 @@ class _NormAddRelu(torch.autograd.Function):
         bias: Tensor,
         eps: float,
         relu: bool,
-        over_ranks: bool,
+        over_ranks: Group | None,
     ) -> tuple[Tensor, Tensor]:
         rows = rows_of(x)
-        moments = merged(norm.moments(rows), over_ranks)
+        [moments] = merging(over_ranks, norm.moments(rows))()
         added = None if residual is None else rows_of(residual)
         out = maps_of(norm.apply(rows, added, moments, weight, bias, eps, relu), x)
         ctx.save_for_backward(x, None if residual is None else out, weight, bias, moments)
@@ -47,7 +46,7 @@ class _NormAddRelu(torch.autograd.Function):
         dy, rows = rows_of(grad), rows_of(x)
         kept = None if out is None else rows_of(out)
         mine = norm.gradient_sums(dy, rows, kept, moments, weight, bias, ctx.eps, ctx.relu)
-        sums = summed(mine, ctx.over_ranks)
+        [sums] = summing(ctx.over_ranks, mine)()
         dx, added = norm.gradients(dy, rows, kept, moments, weight, bias, sums, ctx.eps, ctx.relu)
         grad_residual = None if out is None else maps_of(added, x)
         return maps_of(dx, x), grad_residual, mine[0].to(weight.dtype), mine[1].to(bias.dtype), None, None, None
@@ -62,10 +61,10 @@ class _NormReluPool(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, over_ranks: bool
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, over_ranks: Group | None
     ) -> tuple[Tensor, Tensor]:
         pixels = x.permute(0, 2, 3, 1).contiguous()
-        moments = merged(norm.moments(pixels.flatten(0, 2)), over_ranks)
+        [moments] = merging(over_ranks, norm.moments(pixels.flatten(0, 2)))()
         y, peaks, winners = pool.forward(pixels, moments, weight, bias, eps)
         ctx.save_for_backward(pixels, peaks, winners, weight, bias, moments)
         ctx.eps, ctx.over_ranks = eps, over_ranks
@@ -78,7 +77,7 @@ class _NormReluPool(torch.autograd.Function):
         pixels, peaks, winners, weight, bias, moments = ctx.saved_tensors
         dy, rows = grad.permute(0, 2, 3, 1).contiguous(), peaks.flatten(0, 2)
         mine = norm.gradient_sums(dy.flatten(0, 2), rows, None, moments, weight, bias, ctx.eps, True)
-        sums = summed(mine, ctx.over_ranks)
+        [sums] = summing(ctx.over_ranks, mine)()
         dx = pool.gradient(dy, winners, pixels, moments, weight, bias, sums, ctx.eps).permute(0, 3, 1, 2)
         return dx, mine[0].to(weight.dtype), mine[1].to(bias.dtype), None, None
 
@@ -94,34 +93,16 @@ def maps_of(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(n, height, width, rows.shape[1]).permute(0, 3, 1, 2)
 
 
-def merged(moments: Tensor, over_ranks: bool) -> Tensor:
-    """The moments of this rank's views, or of all ranks', whose counts may differ."""
-    if not over_ranks:
-        return moments
-    gathered = moments.new_empty(dist.get_world_size() * moments.numel())
-    communicating(dist.all_gather_into_tensor, gathered, moments.flatten())
-    return norm.merge(gathered.view(-1, *moments.shape))
-
-
-def summed(mine: Tensor, over_ranks: bool) -> Tensor:
-    """What this rank summed up, or what all ranks did."""
-    if not over_ranks:
-        return mine
-    sums = mine.clone()
-    communicating(dist.all_reduce, sums)
-    return sums
-
-
 class FusedNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d, with the addition and the ReLU that follow it in the network.
 
     relu        whether a ReLU follows.
-    over_ranks  batch norm over all ranks' views, whose counts may differ. The gradients of weight and bias are this
-    rank's own, to be summed over the ranks like any other gradient.
+    over_ranks  batch norm over these ranks' views, whose counts may differ; None: over this rank's. The gradients of
+    weight and bias are this rank's own, to be summed over the ranks like any other gradient.
     """
 
     relu: bool
-    over_ranks: bool
+    over_ranks: Group | None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self.training:
@@ -129,16 +110,11 @@ class FusedNorm2d(nn.BatchNorm2d):
             out = out if residual is None else out + residual
             return F.relu(out) if self.relu else out
         parts: tuple[Tensor, Tensor] = _NormAddRelu.apply(  # type: ignore[no-untyped-call]  # torch's apply
-            x, residual, self.weight, self.bias, self.eps, self.relu, self.synced
+            x, residual, self.weight, self.bias, self.eps, self.relu, self.over_ranks
         )
         out, moments = parts
         self.track(moments)
         return out
-
-    @property
-    def synced(self) -> bool:
-        """Whether a training step talks to other ranks."""
-        return self.over_ranks and dist.get_world_size() > 1
 
     def track(self, moments: Tensor) -> None:
         """Count a batch, and move the running statistics towards its moments."""
@@ -156,7 +132,7 @@ class _StemNorm2d(FusedNorm2d):
         if maxpool is None or not self.training:
             out = super().forward(x, residual)
             return out if maxpool is None else maxpool(out)
-        parts: tuple[Tensor, Tensor] = _NormReluPool.apply(x, self.weight, self.bias, self.eps, self.synced)  # type: ignore[no-untyped-call]  # torch's apply
+        parts: tuple[Tensor, Tensor] = _NormReluPool.apply(x, self.weight, self.bias, self.eps, self.over_ranks)  # type: ignore[no-untyped-call]  # torch's apply
         out, moments = parts
         self.track(moments)
         return out
@@ -189,14 +165,14 @@ class FusedBottleneck(Bottleneck):  # type: ignore[misc]  # torchvision has no t
 _BLOCKS = {BasicBlock: _FusedBasicBlock, Bottleneck: FusedBottleneck}
 
 
-def fuse_norm(module: nn.BatchNorm2d, relu: bool, over_ranks: bool) -> None:
+def fuse_norm(module: nn.BatchNorm2d, relu: bool, over_ranks: Group | None) -> None:
     """Make a norm a FusedNorm2d, in place."""
     module.__class__ = FusedNorm2d
     assert isinstance(module, FusedNorm2d)
     module.relu, module.over_ranks = relu, over_ranks
 
 
-def fuse_norms(model: ResNet, over_ranks: bool) -> ResNet:
+def fuse_norms(model: ResNet, over_ranks: Group | None) -> ResNet:
     """Make every norm of a torchvision ResNet a FusedNorm2d, in place; parameters stay the same objects, names too.
 
     Where a ResNet's own max-pool follows the stem's, the network calls both as one.

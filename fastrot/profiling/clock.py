@@ -114,15 +114,16 @@ class Clock:
         self._reset()
 
 
-def communicating(collective: Callable[..., object], *arguments: Any) -> None:
-    """collective(*arguments), counted as communication within the stage that this process is in, if it is in one."""
+def communicating(collective: Callable[..., T], *arguments: Any) -> T:
+    """collective(*arguments), or waiting for one, counted as communication within the stage that this process is in, if
+    it is in one."""
     if torch.compiler.is_compiling() or (now := Clock._now) is None or not now[0]._times(now[1]):
-        collective(*arguments)
-        return
+        return collective(*arguments)
     clock, stage = now
     begin = clock._mark()
-    collective(*arguments)
+    result = collective(*arguments)
     clock._spans.append(_Span("communicate", begin, clock._mark(), stage))
+    return result
 
 
 def _event() -> torch.cuda.Event:

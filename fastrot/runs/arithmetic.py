@@ -16,7 +16,8 @@ RECIPE_VIEWS = 512  # that batch norm sees in the published run
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a step is shared out. images: of a step over all ranks; largest: of one rank at once."""
+    """How a step is shared out. images: of a step over all ranks; largest: of one rank at once; norm_groups: of ranks
+    whose views batch norm sees together; norm_views, norm_most: the fewest and the most that a group sees at once."""
 
     images: int
     ranks: int
@@ -24,13 +25,15 @@ class Arithmetic:
     views_per_image: int
     steps: int
     largest: int
+    norm_groups: int
     norm_views: int
+    norm_most: int
 
 
 def arithmetic(config: Config, ranks: int, rows: int) -> Arithmetic:
     """The step's shares. Raises UserError where a rank would get no image."""
     images, engine = config.optim.images_per_step, config.engine
-    views = 4 if config.rotation.views == "all" else 1
+    views = _views_per_image(config)
     if rows < ranks:
         raise UserError(f"data.train: {rows} images for {ranks} ranks; start at most one rank an image")
     if images < ranks:
@@ -39,15 +42,56 @@ def arithmetic(config: Config, ranks: int, rows: int) -> Arithmetic:
             f"raise it to {ranks} or more, or start fewer ranks"
         )
     micro_steps = micro_steps_of(images, ranks, engine.images_per_micro_step)
-    shares = [slice_of(images, ranks, micro_steps, a, r) for a in range(micro_steps) for r in range(ranks)]
-    sizes = [last - first for first, last in shares]
-    norm = (images // micro_steps if config.model.sync_batchnorm else min(sizes)) * views
+    groups = norm_groups(config, ranks)
+
+    def sizes(parts: int) -> list[int]:
+        """Images at once of each of so many equal groups of ranks, in every micro-step."""
+        slices = (slice_of(images, parts, micro_steps, a, r) for a in range(micro_steps) for r in range(parts))
+        return [last - first for first, last in slices]
+
+    norm, most = (bound(sizes(groups)) * views for bound in (min, max))
     if norm < 2:
         raise UserError(
             f"optim.images_per_step {images} leaves batch norm {norm} view at a time; raise it, or rotation.views=all"
         )
     steps = steps_left(config, rows, 0, 0)
-    return Arithmetic(images, ranks, micro_steps, views, steps, max(sizes), norm)
+    return Arithmetic(images, ranks, micro_steps, views, steps, max(sizes(ranks)), groups, norm, most)
+
+
+def _views_per_image(config: Config) -> int:
+    return 4 if config.rotation.views == "all" else 1
+
+
+def norm_groups(config: Config, ranks: int) -> int:
+    """Into how many groups of neighbouring ranks, all of one size, batch norm parts them: of two that come as near to
+    model.norm_views the more, whose ranks say less to one another."""
+    if not config.model.sync_batchnorm:
+        return ranks
+    if config.model.norm_views is None:
+        return 1
+    images, wanted = config.optim.images_per_step, config.model.norm_views
+    views = images * _views_per_image(config) / micro_steps_of(images, ranks, config.engine.images_per_micro_step)
+    return min(
+        (groups for groups in range(ranks, 0, -1) if ranks % groups == 0),
+        key=lambda groups: abs(math.log(views / groups / wanted)),
+    )
+
+
+def refuse_norm_views(config: Config, n: Arithmetic) -> None:
+    """Raise UserError where model.norm_views is more than all ranks see at once, or less than one of them does."""
+    wanted, most = config.model.norm_views, n.images * n.views_per_image // n.micro_steps
+    if wanted is None:
+        return
+    if wanted > most:
+        raise UserError(
+            f"model.norm_views {wanted}: all {n.ranks} ranks together see {most} views at once; lower it, or raise "
+            "optim.images_per_step or engine.images_per_micro_step"
+        )
+    if wanted < most // n.ranks:
+        raise UserError(
+            f"model.norm_views {wanted}: each of {n.ranks} ranks sees {most // n.ranks} views at once; raise it, or set "
+            f"engine.images_per_micro_step={max(2, wanted // n.views_per_image)}"
+        )
 
 
 def steps_left(config: Config, rows: int, step: int, position: int) -> int:
@@ -94,6 +138,10 @@ def deviations(config: Config, ranks: Ranks) -> list[str]:
             not alone and not config.model.sync_batchnorm,
             f"model.sync_batchnorm is off: batch norm over each rank's views alone, not the recipe's {RECIPE_VIEWS}",
         ),
+        (
+            not alone and norm_groups(config, ranks.world) > 1,
+            "running statistics are the mean over ranks, of each step's, since not all ranks' norms see the same views",
+        ),
         (e.zero and e.precision in AUTOCAST, f"engine.zero 1 communicates gradients in {e.precision}"),
         (
             uses_graphs(config, ranks) and not alone,
@@ -129,7 +177,7 @@ def uses_graphs(config: Config, ranks: Ranks) -> bool:
 
 
 def _norms_talk(config: Config, ranks: Ranks) -> bool:
-    return ranks.world > 1 and config.model.sync_batchnorm
+    return norm_groups(config, ranks.world) < ranks.world
 
 
 def refuse_graphs(config: Config, ranks: Ranks, micro_steps: int) -> None:

@@ -18,12 +18,21 @@ from fastrot.engine import AUTOCAST, StepSettings, make_engine
 from fastrot.engine.base import Engine
 from fastrot.engine.optimizers import build_optimizer
 from fastrot.models.fused_conv import FUSED
+from fastrot.models.over_ranks import Group, neighbours
 from fastrot.models.recompute import recompute_blocks
 from fastrot.models.resnet import pad_stem
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from fastrot.profiling import roofline
 from fastrot.profiling.clock import Clock
-from fastrot.runs.arithmetic import arithmetic, deviations, rate_at, refuse_graphs, refuse_tiny_maps, uses_graphs
+from fastrot.runs.arithmetic import (
+    arithmetic,
+    deviations,
+    rate_at,
+    refuse_graphs,
+    refuse_norm_views,
+    refuse_tiny_maps,
+    uses_graphs,
+)
 from fastrot.runs.loop import Course
 from fastrot.runs.memory import Memory, estimate
 from fastrot.tasks import Task
@@ -49,13 +58,13 @@ def set_torch_flags(config: Config) -> None:
         torch._dynamo.config.recompile_limit = 64
 
 
-def fitted(model: torch.nn.Module, config: Config, over_ranks: bool) -> torch.nn.Module:
-    """A network computed as the config wants it, in place; over_ranks: batch norm over all ranks' views."""
+def fitted(model: torch.nn.Module, config: Config, over_ranks: Group | None) -> torch.nn.Module:
+    """A network computed as the config wants it, in place; over_ranks: batch norm over their views."""
     if config.engine.norm in FUSED:
         FUSED[config.engine.norm](model, over_ranks)
     if config.engine.stem_channels > 3:
         pad_stem(model)
-    return synchronise_batchnorm(model) if over_ranks else model
+    return synchronise_batchnorm(model, over_ranks) if over_ranks else model
 
 
 @contextmanager
@@ -110,6 +119,7 @@ class Job:
         self.train, self.val = train, val
         self.numbers = arithmetic(config, ranks.world, len(train))
         refuse_tiny_maps(config, ranks)
+        refuse_norm_views(config, self.numbers)
         refuse_graphs(config, ranks, self.numbers.micro_steps)
         self._bad = folder / "bad_images.jsonl" if folder else None
         self._deepspeed_config = deepspeed_config
@@ -133,10 +143,18 @@ class Job:
         config, n, e = self.config, self.numbers, self.config.engine
         for line in deviations(config, self.ranks):
             self.say(line)
-        model = self._model().to(self.ranks.device)
+        model = self._model(neighbours(n.norm_groups, config.run.timeout)).to(self.ranks.device)
         graphs = uses_graphs(config, self.ranks)
         settings = StepSettings(
-            e.precision, e.zero, config.optim.clip, config.optim.momentum, e.channels_last, graphs, e.bucket_mb
+            e.precision,
+            e.zero,
+            config.optim.clip,
+            config.optim.momentum,
+            e.channels_last,
+            graphs,
+            e.bucket_mb,
+            n.norm_groups > 1,
+            e.loss_scale,
         )
         batch = {
             "train_batch_size": n.images,
@@ -151,7 +169,7 @@ class Job:
 
     @cached_property
     def memory(self) -> Memory:
-        return estimate(self.config, self.numbers, self.ranks, self._model(over_ranks=False), self._dtype)
+        return estimate(self.config, self.numbers, self.ranks, self._model(None), self._dtype)
 
     @cached_property
     def rates(self) -> roofline.Rates:
@@ -177,14 +195,14 @@ class Job:
             self.config.engine.stem_channels,
         )
 
-    def network(self, over_ranks: bool) -> torch.nn.Module:
-        """What the config trains, on the CPU; over_ranks: batch norm over all ranks' views."""
+    def network(self, over_ranks: Group | None) -> torch.nn.Module:
+        """What the config trains, on the CPU; over_ranks: batch norm over their views."""
         model = self.task.build_model(self.config.model.arch, self.config.run.seed)
         return fitted(model, self.config, over_ranks)
 
-    def _model(self, over_ranks: bool | None = None) -> torch.nn.Module:
-        """The network as it is trained, on the CPU; over_ranks: default, as the config says."""
-        model = self.network(self.config.model.sync_batchnorm if over_ranks is None else over_ranks)
+    def _model(self, over_ranks: Group | None) -> torch.nn.Module:
+        """The network as it is trained, on the CPU."""
+        model = self.network(over_ranks)
         return recompute_blocks(model) if self.config.engine.recompute else model
 
     def _optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -211,7 +229,7 @@ class Job:
         """The operations of this rank's share of a step on crops of `side`; another job counts none."""
         n = self.numbers
         images = math.ceil(n.images / n.ranks)
-        build = partial(self.network, over_ranks=False)  # nothing is communicated where nothing is computed
+        build = partial(self.network, over_ranks=None)  # nothing is communicated where nothing is computed
         return roofline.step_rows(build, images * n.views_per_image, images, side, self._dtype)
 
     def work_of(self, epoch: float) -> roofline.Work:

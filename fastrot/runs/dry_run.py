@@ -77,6 +77,8 @@ def _plan(job: Job) -> dict[str, Any]:
         "micro_steps": n.micro_steps,
         "largest_share_images": n.largest,
         "batch_norm_views": n.norm_views,
+        "batch_norm_most_views": n.norm_most,
+        "batch_norm_groups": n.norm_groups,
         "rows": len(job.train),
         "steps": n.steps,
         "lr_per_256_views": job.config.optim.lr * 256 / (n.images * n.views_per_image),
@@ -152,7 +154,7 @@ def _show_plan(config: Config, r: dict[str, Any], memory: Memory) -> None:
                 f"{r['images_per_step']} images = {r['views_per_step']} views over {r['ranks']} ranks, "
                 f"{r['micro_steps']} micro-steps, at most {r['largest_share_images']} images a rank at once",
             ),
-            ("batch norm", f"over {r['batch_norm_views']} views (recipe {RECIPE_VIEWS})"),
+            ("batch norm", _norm_says(r)),
             ("rate", f"{config.optim.lr:g} at its peak, {r['lr_per_256_views']:g} per 256 views"),
             ("steps", f"{r['steps']:,} = {epochs:g} epochs of {r['rows']:,} images"),
             (
@@ -165,6 +167,14 @@ def _show_plan(config: Config, r: dict[str, Any], memory: Memory) -> None:
             ("memory here", left if memory.enough else f"{left}: too little; {memory.proposes()}"),
         ],
     )
+
+
+def _norm_says(r: dict[str, Any]) -> str:
+    least, most, groups = r["batch_norm_views"], r["batch_norm_most_views"], r["batch_norm_groups"]
+    views = f"{least} views" if least == most else f"{least} to {most} views"
+    size = r["ranks"] // groups
+    where = f" in each of {groups} groups of {size} rank{'s' * (size > 1)}" if groups > 1 else ""
+    return f"over {views}{where} (recipe {RECIPE_VIEWS})"
 
 
 def _show_measured(r: dict[str, Any]) -> None:

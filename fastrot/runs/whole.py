@@ -97,7 +97,7 @@ class WholeJob(TransferJob, Generic[T, K]):
 
     @cached_property
     def memory(self) -> Memory:
-        network = self._model(over_ranks=False)
+        network = self._model(None)
         maps, side = self.maps_of(network)
         data = self.config.data.model_copy(update={"crop": side, "crop_by_epoch": {}})
         config = self.config.model_copy(update={"data": data})

@@ -14,7 +14,10 @@ import torch
 from fastrot import config as configs
 from fastrot import distributed
 from fastrot.data.build import make_loader, open_manifest
+from fastrot.data.loader import StepBatch
 from fastrot.probes import knn, voc_svm
+from fastrot.profiling.stages import ceiling
+from fastrot.runs.arithmetic import RECIPE_VIEWS
 from fastrot.selfcheck import verdict
 from fastrot.selfcheck.correctness import SAME, small
 from fastrot.selfcheck.images import drawn
@@ -29,9 +32,12 @@ _IMAGES_A_GIB = 1.8  # ResNet-50 at 224 in bf16 by torch's modules holds 100 MB 
 ARMS = (
     "base", "cuda_graphs=true", "norm=fused", "norm=fused_conv", "norm=fused_conv stem_channels=4 cuda_graphs=true",
     "norm=fused stem_channels=4 cuda_graphs=true", "stem_channels=4", "channels_last=false", "compile=true",
-    "norm=fused_conv compile=true", "norm=fused compile=true", "compile=reduce-overhead",
+    "norm=fused_chain", "norm=fused_chain stem_channels=4 cuda_graphs=true", "norm=fused_conv compile=true", "norm=fused compile=true", "compile=reduce-overhead",
 )  # fmt: skip
-_RANKS_ARMS = ("base", "sync_batchnorm=false", "bucket_mb=0", "bucket_mb=5")
+_IN_GRAPHS = "norm=fused_conv stem_channels=4 cuda_graphs=collectives"
+_RANKS_ARMS = (
+    "base", "sync_batchnorm=false", "norm_ranks=2", "norm=fused_conv", _IN_GRAPHS, "bucket_mb=0", "bucket_mb=5",
+)  # fmt: skip
 
 
 def at_once(place: Place) -> int:
@@ -118,18 +124,17 @@ def _fed(place: Place, folder: Path) -> Iterator[tuple[str, float]]:
         config, _ = configs.load(None, words)
         loader, says = make_loader(config, open_manifest(str(folder), config, ranks, "data.train"), ranks, images, None)
         batches = loader.train(range(10**9), 0, images, 1, 0, 1, lambda epoch: side)
+        work = partial(_taken, batches, ranks.device)
         for _ in range(8):
-            next(batches)
-        clock, count = time.perf_counter(), 0
-        while time.perf_counter() - clock < (4 if place.gpu else 0.5):
-            for micro in next(batches).micro_steps:
-                micro.to(ranks.device)
-            count += images
-        if place.gpu:
-            torch.cuda.synchronize()
-        yield says + (f", hardware share {share}" if place.gpu else ""), count / (time.perf_counter() - clock)
+            work()
+        yield says + (f", hardware share {share}" if place.gpu else ""), ceiling(work, 4 if place.gpu else 0.5).pace
         batches.close()
     distributed.end()
+
+
+def _taken(batches: Iterator[StepBatch], device: torch.device) -> int:
+    """Images of the next step, on the device."""
+    return sum(len(micro.to(device).sample) for micro in next(batches).micro_steps)
 
 
 def end_to_end(place: Place, found: Found) -> None:
@@ -210,41 +215,58 @@ def _features(place: Place, found: Found) -> None:
 
 
 def ranks(place: Place, found: Found) -> None:
-    """bench/step.py over all GPUs, and over two: scaling, synchronised norms, buckets; and whether graphs that capture
-    the norms' collectives learn as steps without."""
+    """bench/step.py over all GPUs, and over two: scaling, synchronised norms, buckets, NCCL's time, with all the images
+    that a card holds and with its share of the recipe's; and whether graphs that capture the norms' collectives learn
+    as steps without."""
     gpus = torch.cuda.device_count() if place.gpu else 2
     if gpus < 2:
         found.skipped.append("scaling, synchronised norms, buckets: need two GPUs, and there is one")
         return
-    size = ["--rounds", 3, "--images", at_once(place)] if place.gpu else ["--quick"]
-    only = _RANKS_ARMS if place.gpu else ("base", "bucket_mb=5")
-    for world in sorted({2, gpus}):
-        result = place.bench(found, "step", *size, "--only", *only, before=launcher(world))
-        found.failures += [f"{world} ranks, {arm}: {why}" for arm, why in result.get("missing", {}).items()]
-        found.raw[f"{world} ranks"] = result
-        arms = result.get("switches", {})
-        found.figures += [
-            (f"{world} ranks, {arm}", f"{line['views_per_s']:,.0f} views/s") for arm, line in arms.items()
-        ]
-        alone = place.earlier("step").get("switches", {}).get("base")
-        if "base" in arms and alone:
-            share = arms["base"]["views_per_s"] / (world * alone["views_per_s"])
-            found.figures.append((f"{world} ranks, of {world} times one's speed", f"{share:.0%}"))
-            communicate = arms["base"]["communicate"]["median_s"]
-            found.figures.append((f"{world} ranks, averaging after the backward pass", f"{1000 * communicate:.2f} ms"))
-    _captured_collectives(place, found)
+    for world in sorted({2, gpus}, reverse=True):
+        for images in sorted({at_once(place), RECIPE_VIEWS // 4 // world}) if place.gpu else (2,):  # as --quick takes
+            _scaling(place, found, world, images)
+        _captured_collectives(place, found, world)
+    if place.gpu:  # sums by NVLink's shared memory, where this torch and these cards have it
+        _scaling(place, found, gpus, RECIPE_VIEWS // 4 // gpus, "ENABLE_INTRA_NODE_COMM=1")
 
 
-def _captured_collectives(place: Place, found: Found) -> None:
+def _scaling(place: Place, found: Found, world: int, images: int, *variables: str) -> None:
+    """Every arm over `world` ranks of so many images each; under these variables of torch's, two of them."""
+    size = ["--rounds", 3, "--images", images] if place.gpu else ["--quick"]
+    arms = [arm for arm in _RANKS_ARMS if world > 2 or arm != "norm_ranks=2"]  # of two ranks that is both
+    if variables or not place.gpu:
+        arms = ["base", "norm=fused_conv"] if variables else ["base", "bucket_mb=5", _IN_GRAPHS]
+    stand_in = () if place.gpu else ("-m", "fastrot.selfcheck.stand_in")
+    result = place.bench(found, "step", *size, "--only", *arms, before=("env", *variables, *launcher(world), *stand_in))
+    says = ", ".join([f"{world} ranks of {images} images", *variables])
+    found.failures += [f"{says}, {arm}: {why}" for arm, why in result.get("missing", {}).items()]
+    found.raw[says] = result
+    for arm, line in result.get("switches", {}).items():
+        talk = line["collectives"]
+        told = f"{talk['messages']} messages a step, {1000 * talk['seconds']:.2f} ms in them"
+        found.figures.append((f"{says}, {arm}", f"{line['views_per_s']:,.0f} views/s, {told}"))
+    alone, base = place.earlier("step"), result.get("switches", {}).get("base")
+    if not base:
+        return
+    found.figures.append(
+        (f"{says}, averaging after the backward pass", f"{1000 * base['communicate']['median_s']:.2f} ms")
+    )
+    if "switches" in alone and alone.get("images") == images:
+        share = base["views_per_s"] / (world * alone["switches"]["base"]["views_per_s"])
+        found.figures.append((f"{says}, of {world} times one's speed", f"{share:.0%}"))
+
+
+def _captured_collectives(place: Place, found: Found, world: int) -> None:
     words, runs = [*small(place), "run.max_steps=5", "engine.kind=deepspeed"], []
+    words += ["engine.norm=fused_conv"] if place.gpu else []
     for graphs in ("false", "collectives"):
-        lines, failure = place.train(f"ranks-{graphs}", *words, f"engine.cuda_graphs={graphs}", ranks=2)
+        lines, failure = place.train(f"{world}-ranks-{graphs}", *words, f"engine.cuda_graphs={graphs}", ranks=world)
         if failure:
-            found.failures.append(f"2 ranks, engine.cuda_graphs={graphs}: {failure}")
+            found.failures.append(f"{world} ranks, engine.cuda_graphs={graphs}: {failure}")
             return
         runs.append([line["loss"] for line in lines])
     apart = max(abs(got - want) / want for want, got in zip(*runs, strict=True))
-    line = f"2 ranks, engine.cuda_graphs=collectives: losses {apart:.2%} from those without graphs"
+    line = f"{world} ranks, engine.cuda_graphs=collectives: losses {apart:.2%} from those without graphs"
     found.figures.append((line.partition(": ")[0], line.partition(": ")[2]))
     if not apart < SAME:
         found.failures.append(f"{line}, more than {SAME:.1%}")

@@ -1,5 +1,6 @@
 """Engines on two uneven ranks against plain single-process torch on the whole batch."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +33,14 @@ EXACT = [
     "plain-fp32-0-sgd-graphed",
     "deepspeed-fp32-0-sgd-graphed",
     "plain-fp32-0-sgd-bottlenecks-graphed",
+    "plain-fp32-0-sgd-bottlenecks-chained",
+    "deepspeed-fp32-0-sgd-bottlenecks-chained-graphed",
     "deepspeed-fp32-0-sgd-micro-graphed",
+]
+GROUPED = [
+    "plain-fp32-0-sgd-grouped",
+    "plain-fp32-0-sgd-bottlenecks-grouped",
+    "deepspeed-fp32-0-sgd-bottlenecks-graphed-grouped",
 ]
 BUCKETS = [
     "plain-fp32-0-sgd-small",
@@ -53,7 +61,15 @@ BUCKETS = [
     "plain-fp16-0-sgd-whole",
 ]
 LARS = ["plain-fp32-0-lars", "deepspeed-fp32-0-lars"]
-LOW = ["plain-bf16-0-sgd", "deepspeed-bf16-0-sgd", "deepspeed-bf16-1-sgd", "plain-fp16-0-sgd", "deepspeed-fp16-0-sgd"]
+LOW = [
+    "plain-bf16-0-sgd",
+    "deepspeed-bf16-0-sgd",
+    "deepspeed-bf16-1-sgd",
+    "plain-fp16-0-sgd",
+    "deepspeed-fp16-0-sgd",
+    "plain-fp16-0-sgd-graphed",
+    "deepspeed-fp16-0-sgd-graphed",
+]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +107,47 @@ def test_two_uneven_ranks_are_one_process_on_the_whole_batch(results, mode):
         torch.testing.assert_close(got["weights"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
     for name, value in momenta.items():
         torch.testing.assert_close(got["momenta"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory):
+    """Of four ranks in two groups."""
+    out = tmp_path_factory.mktemp("steps") / "grouped.pt"
+    as_ranks(4, work, out, GROUPED)
+    return torch.load(out, weights_only=True)
+
+
+def oracle_of_groups(model: nn.Module):
+    """One process: each group's images through torch's own batch norm, with running statistics of its own, and the
+    gradient of the whole batch's mean loss; then the mean of the statistics."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3, foreach=False)
+    losses = []
+    for step in range(STEPS):
+        images, target = batch(step)
+        optimizer.zero_grad()
+        before, after, total = copy.deepcopy(dict(model.named_buffers())), [], 0.0
+        for mine in (slice(0, 3), slice(3, 7)):
+            model.load_state_dict(before, strict=False)
+            loss = nn.functional.cross_entropy(model(images[mine]), target[mine], reduction="sum") / IMAGES
+            loss.backward()
+            total += loss.item() * IMAGES
+            after.append(copy.deepcopy(dict(model.named_buffers())))
+        model.load_state_dict({name: (after[0][name] + after[1][name]) / 2 for name in before}, strict=False)
+        optimizer.step()
+        losses.append(total)
+    return losses, model.state_dict()
+
+
+@pytest.mark.parametrize("mode", GROUPED)
+def test_four_ranks_in_two_groups_are_two_large_norms_and_every_rank_has_their_mean(grouped, mode):
+    losses, weights = oracle_of_groups(bottlenecks() if "bottlenecks" in mode else network())
+    whole, resumed = grouped[mode]["whole"], grouped[mode]["resumed"]
+    torch.testing.assert_close(whole["losses"], losses, rtol=1e-4, atol=1e-5)
+    for name, value in weights.items():
+        got = whole["weights"][name]
+        torch.testing.assert_close(got, value.to(got.dtype), rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert torch.equal(got, resumed["weights"][name]), name
+    assert whole["alike"] and resumed["alike"] and resumed["losses"] == whole["losses"][2:]
 
 
 @pytest.mark.parametrize("mode", [mode.removesuffix("-whole") for mode in BUCKETS if mode.endswith("-whole")])

@@ -8,19 +8,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from fastrot import distributed
 from fastrot.models.fused_conv import fuse_convs
 from fastrot.models.fused_norm import fuse_norms
+from fastrot.models.over_ranks import neighbours
+from fastrot.models.resnet import build_model
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from workers.ranks import as_ranks
 from workers.steps import bottlenecks
 
 KINDS = {
-    "torch": synchronise_batchnorm,
-    "fused": lambda model: fuse_norms(model, over_ranks=True),
-    "fused_conv": lambda model: fuse_convs(model, over_ranks=True),
+    "torch": lambda model: synchronise_batchnorm(model, neighbours(1, 60)),
+    "fused": lambda model: fuse_norms(model, neighbours(1, 60)),
+    "fused_conv": lambda model: fuse_convs(model, neighbours(1, 60)),
 }
 
 
@@ -50,8 +53,41 @@ def test_a_network_that_synchronises_its_norms_is_one_graph(two_ranks, kind):
     assert len(graphs) == 1 and model.conv1.weight.grad is not None
     parts = [part for part in graphs[0].modules() if isinstance(part, torch.fx.GraphModule)]
     calls = [str(node.target) for part in parts for node in part.graph.nodes]
-    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    assert sum("all_gather" in call for call in calls) == sum("all_reduce" in call for call in calls) == norms == 5
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == 5
+    messages = 4 if kind == "fused_conv" else 5  # the shortcut's norm shares another's
+    assert sum("all_gather" in call for call in calls) == sum("all_reduce" in call for call in calls) == messages
+
+
+class Said(TorchDispatchMode):
+    """What runs, in order, by the names of torch's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.append(function.name())
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize(
+    "kind, messages, waited_for", [("torch", 106, 106), ("fused", 106, 106), ("fused_conv", 98, 62)]
+)
+def test_a_step_waits_at_once_for_so_many_messages_of_norms(two_ranks, kind, messages, waited_for):
+    """Of ResNet-50's 53 norms, forward and backward. The other messages are on their way during a product."""
+    model = KINDS[kind](build_model("resnet50", 4, 0))
+    with Said() as said:
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+    products = ("aten::convolution", "fastrot::pointwise_forward", "fastrot::pointwise_weight_gradient")
+    sent = exposed = 0
+    for name in said.names:
+        if name in ("_c10d_functional::all_reduce", "_c10d_functional::all_gather_into_tensor"):
+            sent, idle = sent + 1, True
+        elif name.startswith(products):
+            idle = False
+        elif name == "_c10d_functional::wait_tensor":
+            exposed += idle
+    assert (sent, exposed) == (messages, waited_for)
 
 
 def compiled_beside_plain(out):

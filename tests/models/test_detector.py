@@ -11,6 +11,7 @@ from torchvision.ops import box_iou
 from torchvision.ops.poolers import MultiScaleRoIAlign
 
 from fastrot.models.detector import AlignedPool, Anchors, FloorMatcher, faster_rcnn_c4, mask_rcnn_fpn
+from fastrot.models.over_ranks import Group
 from fastrot.models.sync_batchnorm import SyncBatchNorm2d, synchronise_batchnorm
 
 CONV4 = 8_543_296  # ResNet-50's stem and stages 1 to 3
@@ -66,7 +67,7 @@ def test_fpn_has_the_layers_of_the_protocol(fpn):
         (256, 32, 40), (256, 16, 20), (256, 8, 10), (256, 4, 5), (256, 2, 3),
     ]  # fmt: skip
     assert fpn.rpn.anchor_generator.num_anchors_per_location() == [3] * 5
-    synchronise_batchnorm(fpn)
+    synchronise_batchnorm(fpn, Group("all", 2))
     norms = [type(m) for m in fpn.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert set(norms) == {SyncBatchNorm2d} and len(norms) == 53 + 8 + 4 + 4
     assert all(p.requires_grad for p in fpn.parameters())

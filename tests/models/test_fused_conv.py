@@ -53,7 +53,7 @@ def fused_block(block: Bottleneck, fuse=fuse_convs) -> Bottleneck:
     """A copy, as it would be in a fused network."""
     model = ResNet(BasicBlock, [1, 1, 1, 1])
     model.layer1 = nn.Sequential(copy.deepcopy(block))
-    return fuse(model, over_ranks=False).layer1[0]
+    return fuse(model, over_ranks=None).layer1[0]
 
 
 def step(module, x, dy, dtype=None):
@@ -134,7 +134,7 @@ def test_a_network_is_as_exact_as_the_plain_one_and_shares_its_checkpoint(device
     plain = bottlenecks().to(device)
     fused, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
     parameters = dict(fused.named_parameters())
-    fuse_convs(fused, over_ranks=False)
+    fuse_convs(fused, over_ranks=None)
     assert all(p is parameters[name] for name, p in fused.named_parameters())
     assert fused.state_dict().keys() == plain.state_dict().keys()
     x, target = torch.randn(8, 3, 48, 48, device=device), torch.arange(8, device=device) % 4
@@ -146,7 +146,7 @@ def test_a_network_is_as_exact_as_the_plain_one_and_shares_its_checkpoint(device
 
 
 def test_blocks_without_1x1_convolutions_are_those_of_fused_norms():
-    ours, theirs = (fuse(ResNet(BasicBlock, [1, 1, 1, 1]), over_ranks=True) for fuse in (fuse_convs, fuse_norms))
+    ours, theirs = (fuse(ResNet(BasicBlock, [1, 1, 1, 1]), over_ranks=None) for fuse in (fuse_convs, fuse_norms))
     assert [type(module) for module in ours.modules()] == [type(module) for module in theirs.modules()]
 
 
@@ -167,7 +167,7 @@ def test_a_block_keeps_one_map_less_than_with_fused_norms():
 
 def test_a_network_compiles_whole():
     """No break of the graph, under autocast, and through autograd the same gradients."""
-    plain = fuse_convs(bottlenecks(), over_ranks=False)
+    plain = fuse_convs(bottlenecks(), over_ranks=None)
     compiled = copy.deepcopy(plain)
     compiled.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     x = torch.randn(4, 3, 48, 48)

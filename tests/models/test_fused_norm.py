@@ -21,7 +21,7 @@ def norms(relu: bool):
     nn.init.uniform_(plain.weight, -1.0, 1.5)
     nn.init.normal_(plain.bias)
     ours = copy.deepcopy(plain)
-    fuse_norm(ours, relu, over_ranks=False)
+    fuse_norm(ours, relu, over_ranks=None)
     return plain, ours
 
 
@@ -83,7 +83,7 @@ def assert_step_as_exact(exact, plain, fused, x, target):
 def test_a_fused_network_is_as_exact_as_the_plain_one_and_shares_its_checkpoint(device, block):
     torch.manual_seed(0)
     plain = ResNet(block, [1, 1, 1, 1], num_classes=4).to(device)
-    fused, exact = fuse_norms(copy.deepcopy(plain), over_ranks=False), copy.deepcopy(plain).double()
+    fused, exact = fuse_norms(copy.deepcopy(plain), over_ranks=None), copy.deepcopy(plain).double()
     assert fused.state_dict().keys() == plain.state_dict().keys()
     assert nn.BatchNorm2d not in {type(module) for module in fused.modules()}
     x, target = torch.randn(8, 3, 48, 48, device=device), torch.arange(8, device=device) % 4
@@ -102,7 +102,7 @@ def test_a_fused_network_is_as_exact_as_the_plain_one_and_shares_its_checkpoint(
 def test_a_fused_network_compiles_whole():
     """No break of the graph, and through autograd the same gradients."""
     torch.manual_seed(0)
-    plain = fuse_norms(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4), over_ranks=False)
+    plain = fuse_norms(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4), over_ranks=None)
     compiled = copy.deepcopy(plain)
     compiled.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     x = torch.randn(4, 3, 48, 48)

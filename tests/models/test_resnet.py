@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import torchvision
 
 from fastrot import distributed
 from fastrot.data.loader import MicroBatch
+from fastrot.models.over_ranks import Group
 from fastrot.models.resnet import backbone_state, build_model, pad_stem, tap_maps
 from fastrot.models.sync_batchnorm import _local_statistics, _SyncedNorm
 from fastrot.tasks.rotation import RotationTask
@@ -86,7 +88,7 @@ def test_synchronised_norm_is_as_exact_as_torchs_own(alone, dtype, rms, mean):
     dy = (torch.randn_like(x.float()) * 0.1 + 0.02).to(dtype)
     weight, bias = torch.rand(16) + 0.5, torch.randn(16)
     ours = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    out, *_ = _SyncedNorm.apply(*ours, 1e-5)
+    out, *_ = _SyncedNorm.apply(*ours, 1e-5, Group(dist.group.WORLD.group_name, 1))
     out.backward(dy)
     exact = [t.double().requires_grad_() for t in (x, weight, bias)]
     want = torch.nn.functional.batch_norm(exact[0], None, None, exact[1], exact[2], True, 0.1, 1e-5)

@@ -48,7 +48,7 @@ def test_fused_norms_move_fewer_bytes_and_compute_the_same():
         step_rows(build, 8, 2, 64, torch.bfloat16)
         for build in (
             lambda: build_model("resnet50", 4, 0),
-            lambda: fuse_norms(build_model("resnet50", 4, 0), over_ranks=False),
+            lambda: fuse_norms(build_model("resnet50", 4, 0), over_ranks=None),
         )
     )
     assert sum(row.flops for row in fused) == sum(row.flops for row in plain)
@@ -75,7 +75,7 @@ def test_norms_in_convolutions_move_fewer_bytes_still_and_compute_the_same():
     """Beside fused norms: no pass for the moments but the stem's and bn2's, bn2's result neither written nor read, its
     gradients' sums without a pass, and none to add the gradients of a block's input."""
     fused, ours = (
-        step_rows(lambda f=fuse: f(build_model("resnet50", 4, 0), over_ranks=False), 32, 8, 224, torch.bfloat16)
+        step_rows(lambda f=fuse: f(build_model("resnet50", 4, 0), over_ranks=None), 32, 8, 224, torch.bfloat16)
         for fuse in (fuse_norms, fuse_convs)
     )
     assert sum(row.flops for row in ours) == sum(row.flops for row in fused)

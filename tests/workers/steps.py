@@ -4,7 +4,9 @@ A mode is kind-precision-zero-optimizer, and any of -clip and
 micro: two micro-steps a step, on a network without batch norm (which sees a micro-step's views).
 fused: batch norm and ReLU as one function.
 bottlenecks: another network, whose 1x1 convolutions take in batch norm.
+chained: and the backward pass of the norm before them.
 compiled: by torch.compile, but for the kernels.
+grouped: batch norm over two groups of ranks.
 graphed: replayed, with the norms' communication, as from CUDA graphs.
 small: gradients averaged in several buckets; whole: in one piece after the backward pass.
 """
@@ -25,8 +27,9 @@ from fastrot.data.plan import slice_of
 from fastrot.engine import StepSettings, make_engine
 from fastrot.engine.graphs import Graphed
 from fastrot.engine.optimizers import build_optimizer
-from fastrot.models.fused_conv import fuse_convs
+from fastrot.models.fused_conv import chain_blocks, fuse_convs
 from fastrot.models.fused_norm import fuse_norm
+from fastrot.models.over_ranks import neighbours
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from workers.graphs import OnTheHost
 
@@ -84,13 +87,16 @@ def train(mode: str, ranks, first: int = 0, state=None):
     kind, precision, zero, optimizer_name, *more = mode.split("-")
     micro_steps = 2 if "micro" in more else 1
     model = bottlenecks() if "bottlenecks" in more else network(micro_steps > 1)
+    groups = 2 if "grouped" in more else 1
+    over_ranks = neighbours(groups, 60)
     if "fused" in more:
-        fuse_norm(model[1], relu=True, over_ranks=True)
+        fuse_norm(model[1], True, over_ranks)
         model[2] = nn.Identity()
-        fuse_norm(model[4], relu=False, over_ranks=True)
+        fuse_norm(model[4], False, over_ranks)
     if "bottlenecks" in more:
-        fuse_convs(model, over_ranks=True)
-    synchronise_batchnorm(model)
+        (chain_blocks if "chained" in more else fuse_convs)(model, over_ranks)
+    if over_ranks:
+        synchronise_batchnorm(model, over_ranks)
     fused = optimizer_name == "sgd" and precision != "fp16"
     optimizer = build_optimizer(
         optimizer_name,
@@ -105,7 +111,9 @@ def train(mode: str, ranks, first: int = 0, state=None):
     )
     bucket_mb = SMALL_MB if "small" in more else 0.0 if "whole" in more else StepSettings.bucket_mb
     clip, graphed = 0.3 if "clip" in more else None, "graphed" in more
-    settings = StepSettings(precision, int(zero), clip, 0.9, cuda_graphs=graphed, bucket_mb=bucket_mb)
+    settings = StepSettings(
+        precision, int(zero), clip, 0.9, cuda_graphs=graphed, bucket_mb=bucket_mb, average_statistics=groups > 1
+    )
     engine = make_engine(kind, model, optimizer, settings, ranks, {})
     if "compiled" in more:
         model.compile(backend="aot_eager", dynamic=False)
@@ -138,7 +146,9 @@ def train(mode: str, ranks, first: int = 0, state=None):
         if step == 1:
             middle = copy.deepcopy(engine.state())
     weights, momenta, _ = engine.state()
+    flat = torch.cat([value.flatten().double() for value in weights.values()])
     return {
+        "alike": torch.equal(engine.reduce(flat.clone(), greatest=True), -engine.reduce(-flat, greatest=True)),
         "losses": losses,
         "norms": norms,
         "reduced": reduced,
