@@ -32,7 +32,7 @@ def test_it_is_what_torch_counts_in_the_network(traffic, arm):
 
     def network():
         model = resnet50(num_classes=traffic.CLASSES)
-        return model if arm == "torch" else FUSED[arm](model, False)
+        return model if arm == "torch" else FUSED[arm](model, None)
 
     moved, flops = Counter(), 0.0
     for views, sign in ((4, -1), (8, 1)):
