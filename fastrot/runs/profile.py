@@ -241,7 +241,7 @@ def _of_the_step(bench: _Bench) -> list[str]:
     if not engine.channels_last:
         out.append("engine.channels_last=true")
     if on_gpu and bench.what.make is Job:
-        out += [f"engine.norm={norm}" for norm in ("fused", "fused_conv") if norm != engine.norm]
+        out += [f"engine.norm={norm}" for norm in ("fused", "fused_conv", "fused_chain") if norm != engine.norm]
         out += ["engine.cuda_graphs=auto"] if not engine.cuda_graphs else []
     return out
 
