@@ -134,6 +134,8 @@ class Engine(Section):
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "fp32"
     """fp32 (the recipe), fp32 with TF32 products on a GPU, or autocast over fp32 weights; fp16 scales its loss. auto:
     bf16 where this device is faster with it, else fp32, said in a line; the run's config keeps what was taken."""
+    loss_scale: PositiveFloat | None = None
+    """fp16: a fixed loss scale (the published fp16 variant: 512); default: it moves."""
     zero: Literal[0, 1] = 0
     """DeepSpeed's ZeRO stage; 1 splits the momentum over the ranks and saves under 100 MB here."""
     images_per_micro_step: Annotated[int, Field(ge=2)] | None = None

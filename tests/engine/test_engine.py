@@ -61,7 +61,15 @@ BUCKETS = [
     "plain-fp16-0-sgd-whole",
 ]
 LARS = ["plain-fp32-0-lars", "deepspeed-fp32-0-lars"]
-LOW = ["plain-bf16-0-sgd", "deepspeed-bf16-0-sgd", "deepspeed-bf16-1-sgd", "plain-fp16-0-sgd", "deepspeed-fp16-0-sgd"]
+LOW = [
+    "plain-bf16-0-sgd",
+    "deepspeed-bf16-0-sgd",
+    "deepspeed-bf16-1-sgd",
+    "plain-fp16-0-sgd",
+    "deepspeed-fp16-0-sgd",
+    "plain-fp16-0-sgd-graphed",
+    "deepspeed-fp16-0-sgd-graphed",
+]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ QUICK = {
     "kernels/test_rotate_views.py": 66,
     "kernels/test_norm.py": 29,
     "kernels/test_pointwise.py": 14,
-    "kernels/test_pool.py": 15,
+    "kernels/test_pool.py": 9,
 }
 ALL = {
     "kernels/test_rotate_views.py": 132,
