@@ -218,7 +218,8 @@ def rank(data: Path, seconds: float) -> dict:
 
 def of_a_rank(data: Path, seconds: float, folder: Path) -> None:
     number = int(os.environ["LOCAL_RANK"])
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[number % len(cores)]})
     config = config_of(str(data), rotation__views="all", optim__images_per_step=8)
     ranks = alone()
 
