@@ -84,7 +84,9 @@ def estimate(
 
     def demand(ranks: int) -> Demand:
         one = demand_of(config, ranks, rows, image_kib * 1024)
-        return replace(one, measured=found.step) if found else one
+        if found is None:
+            return one
+        return replace(one, measured=found.step_over_ranks if one.norms else found.step)
 
     alone, plans, refused = demand(1), [], {}
     for count in nodes:
