@@ -65,8 +65,7 @@ def for_elsewhere(config: Config, ranks: Ranks, manifest: Manifest, seconds: flo
     images = config.optim.images_per_step
     sizes = sorted({images, max(ranks.world, images // _FEWER)}, reverse=True)
     found["steps"] = [asdict(_step(config, ranks, manifest, size, seconds / 20)) for size in sizes]
-    found["collectives"] = sweep(ranks.device)
-    return found
+    return found | sweep(ranks.device)
 
 
 def network_of(config: Config) -> dict[str, Any]:
@@ -153,6 +152,7 @@ def profiled(path: Path, config: Config) -> Profiled:
         network, device, cores = made["network"], made["machine"]["device"], int(made["machine"]["cores"])
         steps = [_Size(**one) for one in made.get("steps", [])]
         timings = [Timing(**one) for one in made.get("collectives", [])]
+        crowding = float(made.get("crowding", 1.0))
         data_s, decode = float(data["cpu_s"]), float(data["pace"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--from {path}: not what fastrot profile --json prints ({error})") from None
@@ -177,5 +177,6 @@ def profiled(path: Path, config: Config) -> Profiled:
         data_s,
         decode,
         sweep_of.cpu_share if sweep_of else 0.0,
+        crowding,
     )
     return Profiled(path, device, cores, step, sweep_of)

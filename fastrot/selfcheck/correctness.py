@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -25,7 +26,8 @@ from fastrot.selfcheck.place import CHECKOUT, Found, Place
 _PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu")
 _SIDE = 224
 IN1K = ["precision=bf16", "norm=fused_conv", "stem_channels=4", "cuda_graphs=true", "kind=deepspeed"]
-SAME = 0.005  # of a loss, in fp32 over some steps
+SAME, SAME_NORM = 0.005, 0.01  # of a loss, in fp32 over some steps; of the first gradient's norm, before weights part
+_SURE = 3 * 2**0.5  # standard errors between the means of two runs that round each in its own way
 
 
 def tests(place: Place, found: Found) -> None:
@@ -178,15 +180,22 @@ def small(place: Place) -> list[str]:
 
 def losses(place: Place, found: Found) -> None:
     """The same steps on the same pixels, in fp32 by torch's modules on the CPU, and by each way of the engine here.
-    A low rate: at the recipe's, rounding grows from step to step."""
+    A low rate: at the recipe's, rounding grows from step to step. What bf16 may move the means over the steps is
+    measured: the shift that it makes on the CPU and, since each step is rounded anew, that shift's error."""
     steps = 12 if place.gpu else 5
     words = [*small(place), f"run.max_steps={steps}"]
     want, failure = place.train("losses-cpu", *words, "engine.channels_last=false", hide_gpu=True)
+    if not failure:
+        rounded, failure = place.train("losses-cpu-bf16", *words, "engine.precision=bf16", hide_gpu=True)
     if failure:
         found.failures.append(f"the reference on the CPU: {failure}")
         return
-    found.raw["cpu"] = want
-    near, bf16 = (SAME, 0.01), (0.02, 0.2)  # of the losses; of the first gradient's norm, before weights part
+    found.raw |= {"cpu": want, "cpu, bf16": rounded}
+    shifts = [_shifts(rounded, want, key) for key in ("loss", "grad_norm")]
+    allowed = [abs(one.mean()) + _SURE * one.std() / len(one) ** 0.5 for one in shifts]
+    near, bf16 = (SAME, SAME_NORM), (max(SAME, allowed[0]), max(SAME_NORM, allowed[1]))
+    words_of = "bf16 may move the mean loss {:.2%}, the mean of the gradients' norms {:.2%}"
+    found.figures.append(("by its roundings on the CPU", words_of.format(*bf16)))
     ways = {"fp32, fused, CUDA graphs": (near, ["norm=fused", "cuda_graphs=true"]), "bf16": (bf16, ["precision=bf16"])}
     if place.gpu:
         ways |= {
@@ -203,14 +212,20 @@ def losses(place: Place, found: Found) -> None:
         if failure or len(got) != len(want):
             found.failures.append(f"{says}: {failure or f'{len(got)} losses for {len(want)}'}")
             continue
-        losses_apart = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(got, want, strict=True))
-        norm_apart = abs(got[0]["grad_norm"] - want[0]["grad_norm"]) / want[0]["grad_norm"]
-        line = (
-            f"losses {losses_apart:.2%} from the CPU's over {steps} steps, the first gradient's norm {norm_apart:.2%}"
-        )
+        loss, norm = (_shifts(got, want, key) for key in ("loss", "grad_norm"))
+        if most is bf16:
+            apart, what = (abs(loss.mean()), abs(norm.mean())), ("the mean loss", "the mean of the gradients' norms")
+        else:
+            apart, what = (abs(loss).max(), abs(norm[0])), ("losses", "the first gradient's norm")
+        line = f"{what[0]} {apart[0]:.2%} from the CPU's over {steps} steps, {what[1]} {apart[1]:.2%}"
         found.figures.append((says, line))
-        if not (losses_apart < most[0] and norm_apart < most[1]):
-            found.failures.append(f"{says}: {line}; more than {most[0]:.1%} and {most[1]:.0%}")
+        if not (apart[0] < most[0] and apart[1] < most[1]):
+            found.failures.append(f"{says}: {line}; more than {most[0]:.1%} and {most[1]:.1%}")
+
+
+def _shifts(got: list[dict[str, Any]], want: list[dict[str, Any]], key: str) -> NDArray[np.float64]:
+    """By what share of it a figure differs, line by line."""
+    return np.array([got_line[key] / line[key] - 1 for got_line, line in zip(got, want, strict=True)])
 
 
 def resume(place: Place, found: Found) -> None:

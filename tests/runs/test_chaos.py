@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from conftest import metrics
 from fastrot.runs.checkpoint import verify
+from workers import narrow
 
 STEPS = 40
 WORDS = [
@@ -34,6 +35,7 @@ def train(words: list[str], output: Path) -> None:
     os.dup2(file, 2)
     from fastrot.cli import main
 
+    narrow.turn_on()
     os._exit(main(words))
 
 
