@@ -94,7 +94,7 @@ def _step(config: Config, ranks: Ranks, manifest: Manifest, images: int, seconds
             micro = [batch.to(ranks.device) for batch in first.micro_steps]
         for module in job.engine.model.modules() if synced else ():
             if type(module) is SyncBatchNorm2d:
-                module.forward = module._synced  # type: ignore[method-assign]
+                module.forward = module._synced  # type: ignore[assignment,method-assign]
         resident = (replace(first, step=at, micro_steps=iter(micro)) for at in count())
         warm = _lines(job, resident, WARM_UPS + 2, 1)
         wanted = torch.tensor(round(seconds / _LAPS / min(line["step_s"] for line in warm.values)), device=ranks.device)
