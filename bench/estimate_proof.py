@@ -71,12 +71,13 @@ def hardware(folder: Path, profile: dict, kib: float) -> Path:
     return path
 
 
-def achieved(words: list[str], world: int, out: Path, steps: int) -> float:
-    """Views/s of one run's lines, without the first."""
+def achieved(words: list[str], world: int, out: Path, steps: int) -> dict[str, float]:
+    """Medians of one run's lines, without the first: views/s, and rank 0's step by shares."""
     run = [*words, f"run.out={out}", "run.tensorboard=false", f"run.max_steps={steps}", f"run.log_every={steps // 4}"]
     started(["train", *run, "--resume", "never", "optim.epochs=1000", "run.checkpoint_every=1000000"], world)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(line["views_per_s"] for line in lines[1:])
+    names = [name for name in lines[0] if name.endswith("_share") or name in ("views_per_s", "step_s")]
+    return {name: statistics.median(line[name] for line in lines[1:]) for name in names}
 
 
 def main() -> None:
@@ -104,7 +105,8 @@ def main() -> None:
                 achieved(words, arguments.processes, Path(folder) / str(number), arguments.steps)
                 for number in range(RUNS)
             ]
-            part |= {"achieved": sorted(runs), "off": part["predicted"][1] / statistics.median(runs) - 1}
+            paces = sorted(run["views_per_s"] for run in runs)
+            part |= {"achieved": paces, "off": part["predicted"][1] / statistics.median(paces) - 1, "runs": runs}
             print(json.dumps(part))
     arguments.out.write_text(json.dumps(known, indent=1) + "\n")
 

@@ -30,10 +30,9 @@ from PIL import Image
 import fastrot
 from fastrot import config as configs
 from fastrot import distributed
-from fastrot.data.loader_settings import interval
 from fastrot.data.storage import FileStorage
 from fastrot.distributed import Ranks
-from fastrot.profiling.verdict import held
+from fastrot.profiling.verdict import held, ratio
 from fastrot.runs import profile as profiles
 
 QUESTION = "Does the profile name a planted bound, and does its predicted gain come true?"
@@ -113,8 +112,8 @@ def calm(most: float = 0.15, patience_s: float = 60) -> float:
     return busy
 
 
-def profiled(config: configs.Config, seconds: float, attempt: bool) -> dict:
-    return profiles.profile(config, alone(), seconds, attempt, None, profiles.Profiled())
+def profiled(config: configs.Config, seconds: float) -> dict:
+    return profiles.profile(config, alone(), seconds, False, None, profiles.Profiled())
 
 
 def both_paces(config: configs.Config, seconds: float) -> list[float]:
@@ -126,8 +125,8 @@ def both_paces(config: configs.Config, seconds: float) -> list[float]:
 
 def in_turns(now: Callable[[], list[float]], cured: Callable[[], list[float]]) -> tuple[float, float, float]:
     """Cured over uncured, lap by lap."""
-    ratios = [b / a for _ in range(ROUNDS) for a, b in zip(now(), cured(), strict=True)]
-    return interval(ratios)
+    rounds = [(now(), cured()) for _ in range(ROUNDS)]
+    return ratio([pace for _, laps in rounds for pace in laps], [pace for laps, _ in rounds for pace in laps])
 
 
 def told(expected: str, stage: str, says: str, cure: str, predicted, achieved) -> dict:
@@ -138,26 +137,30 @@ def told(expected: str, stage: str, says: str, cure: str, predicted, achieved) -
     }  # fmt: skip
 
 
-def by_setting(found: dict, expected: str, key: str) -> dict:
-    """The profile's own proposal of a key, which --try has tried."""
-    cures = [cure for cure in found["cures"] if cure["setting"].startswith(key)]
+def by_setting(config: configs.Config, expected: str, key: str, seconds: float) -> dict:
+    """The profile's best proposal of a key, tried as --try does."""
+    found = profiled(config, seconds)
     stage, says = found["verdict"]["stage"], found["says"]
+    cures = [cure for cure in found["cures"] if cure["setting"].startswith(key)]
     if not cures:
         nothing = (float("nan"),) * 3
         return told(expected, stage, says, f"{key} was not proposed", nothing, nothing)
-    return told(expected, stage, says, cures[0]["setting"], cures[0]["predicted"], cures[0]["achieved"])
+    setting, _, value = cures[0]["setting"].partition("=")
+    cured = configs.from_values(None, configs.flat(config) | {setting: value})
+    achieved = in_turns(lambda: both_paces(config, seconds / 6), lambda: both_paces(cured, seconds / 6))
+    return told(expected, stage, says, cures[0]["setting"], cures[0]["predicted"], achieved)
 
 
 def storage(data: Path, seconds: float) -> dict:
     config = config_of(str(data), data__crop=32)
     with slow_reads():
-        found = profiled(config, seconds, False)
+        found = profiled(config, seconds)
 
     def throttled() -> list[float]:
         with slow_reads():
-            return both_paces(config, seconds / 12)
+            return both_paces(config, seconds / 6)
 
-    achieved = in_turns(throttled, lambda: both_paces(config, seconds / 12))
+    achieved = in_turns(throttled, lambda: both_paces(config, seconds / 6))
     verdict = found["verdict"]
     return told(
         "cold|reads", verdict["stage"], found["says"], "reads that are not throttled", verdict["gain"], achieved
@@ -175,8 +178,7 @@ def threads(data: Path, seconds: float) -> dict:
             data__decode="turbo",
             optim__images_per_step=32,
         )
-        found = profiled(config, seconds, True)
-        return by_setting(found, "decode", "data.threads")
+        return by_setting(config, "decode", "data.threads", seconds)
 
 
 def large(data: Path, folder: Path, images: int = 64, side: int = 2400) -> None:
@@ -189,7 +191,7 @@ def large(data: Path, folder: Path, images: int = 64, side: int = 2400) -> None:
 
 def step(data: Path, seconds: float) -> dict:
     config = config_of(str(data), rotation__views="all", data__crop=96, optim__images_per_step=8)
-    return by_setting(profiled(config, seconds, True), "step", "engine.precision")
+    return by_setting(config, "step", "engine.precision", seconds)
 
 
 def prefetch(data: Path, seconds: float) -> dict:
@@ -198,7 +200,7 @@ def prefetch(data: Path, seconds: float) -> dict:
     manifest = profiles.open_manifest(config.data.train, config, alone(), "data.train")
     step_s = profiles.Training(profiles.Job, config, alone(), manifest).step(1.0)[1]["step_s"]
     with stalling_reads(14, 7 * step_s):
-        return by_setting(profiled(config, seconds, True), "ahead", "data.prefetch")
+        return by_setting(config, "ahead", "data.prefetch", 3 * seconds)
 
 
 def rank(data: Path, seconds: float) -> dict:
@@ -216,7 +218,8 @@ def rank(data: Path, seconds: float) -> dict:
 
 def of_a_rank(data: Path, seconds: float, folder: Path) -> None:
     number = int(os.environ["LOCAL_RANK"])
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[number % len(cores)]})
     config = config_of(str(data), rotation__views="all", optim__images_per_step=8)
     ranks = alone()
 
@@ -233,7 +236,7 @@ def of_a_rank(data: Path, seconds: float, folder: Path) -> None:
     manifest = profiles.open_manifest(config.data.train, config, ranks, "data.train")
 
     def paces() -> list[float]:
-        return profiles.Training(profiles.Job, config, ranks, manifest).both(seconds / 12)[0].paces
+        return profiles.Training(profiles.Job, config, ranks, manifest).both(seconds / 6)[0].paces
 
     def slowed() -> list[float]:
         with busy():
@@ -302,7 +305,7 @@ def said(found) -> str:
 
 
 def consumer(data: Path, seconds: float) -> dict:
-    """Every step is followed by work of the loop's: singular values of the first layer and a sorted batch."""
+    """Every step is followed by work of the loop's: arrays are sorted for 0.2 s."""
     alone()
     manifest, (model, optimizer) = fastrot.open(data), network(32)
     rng = np.random.default_rng(0)
@@ -310,13 +313,14 @@ def consumer(data: Path, seconds: float) -> dict:
     def body(batch, besides: bool = True) -> None:
         learn(model, optimizer, batch.normalised(), batch.labels % 100)
         if besides:
-            for _ in range(4):
-                np.sort(rng.random(300_000))
+            until = time.perf_counter() + 0.2
+            while time.perf_counter() < until:
+                np.sort(rng.random(100_000))
 
-    with fastrot.Loader(manifest, images=16, crop=32) as loader:
-        found = watched(Some(loader, 170), body)
+    with fastrot.Loader(manifest, images=8, crop=32) as loader:
+        found = watched(Some(loader, 130), body)
         achieved = in_turns(
-            lambda: looped(Some(loader, 40), body), lambda: looped(Some(loader, 40), lambda batch: body(batch, False))
+            lambda: looped(Some(loader, 25), body), lambda: looped(Some(loader, 25), lambda batch: body(batch, False))
         )
     return told("between", found.verdict.stage, said(found), "no work between steps", found.verdict.gain, achieved)
 

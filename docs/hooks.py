@@ -65,7 +65,7 @@ def _linked(text: str, path: str, copies: set[str]) -> str:
             target += "/__init__.py"
         if not (ROOT / target).is_file():
             return match[0]
-        inside = target in PAGES or target.startswith("docs/")
+        inside = target in PAGES or (target.startswith("docs/") and not target.endswith(".py"))
         if not inside:
             copies.add(target)
         to = _page(target) if inside else _copy(target)
@@ -137,7 +137,7 @@ def commands_page() -> str:
     lines = [
         "# Commands", "",
         "`fastrot COMMAND --help`, for every command, in the order of a user's day. Exit codes: 0 done, 2 your error, 3 stopped",
-        "by a fault, 130 Ctrl-C.", "",
+        "by a fault, 75 stopped as asked, 130 Ctrl-C.", "",
     ]  # fmt: skip
     for group, names in GROUPS.items():
         lines += [f"## {group[0].upper()}{group[1:]}", ""]

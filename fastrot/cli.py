@@ -11,7 +11,6 @@ from fastrot import __version__
 from fastrot.commands import GROUPS, find
 from fastrot.commands.base import Command
 from fastrot.errors import Fault, Stopped, UserError, of_an_extra, why_not_there
-from fastrot.files import finite
 
 _OTHERS_WAIT_S = 5  # launchers end the other ranks within two
 
@@ -49,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(command: Command, args: argparse.Namespace) -> None:
     result = command.run(args)
     if result is not None and args.json and os.environ.get("RANK", "0") == "0":
+        from fastrot.files import finite  # with pydantic, which no --help waits for
+
         print(json.dumps(finite(result)), flush=True)
 
 

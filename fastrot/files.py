@@ -80,6 +80,11 @@ def write_text(path: Path, text: str) -> None:
         scratch.write_text(text, encoding="utf-8")
 
 
+def as_words(path: str | bytes) -> str:
+    """A path as text that can be printed, whatever its bytes."""
+    return os.fsdecode(path).encode("utf-8", "backslashreplace").decode()
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -26,7 +26,9 @@ def ranks():
     distributed.end()
 
 
-def test_an_arm_that_fails_is_missing_with_its_reason_and_the_others_are_kept(bench, ranks, tmp_path, monkeypatch):
+def test_an_arm_that_fails_is_missing_with_its_reason_and_the_others_are_kept(
+    bench, ranks, tmp_path, monkeypatch, narrow
+):
     """One runs out of memory, one learns another thing; after each arm base alone is in memory."""
     step, made, alive, kept = bench("step"), [], [], []
     make, learn, let_go = step.Step.__init__, step.Step.learnt, step.let_go

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,18 @@ from fastrot.runs.arithmetic import arithmetic
 IMAGENET = 1_281_167
 PADDED = 10_010  # steps of an epoch in the published run
 LEARNING = GROUPS["training"]
-SLOW = ("quickstart", "data", "pretraining", "resume", "probes", "transfer", "export", "performance", "formats")
+SLOW = (
+    "quickstart",
+    "tutorial",
+    "data",
+    "pretraining",
+    "resume",
+    "probes",
+    "transfer",
+    "export",
+    "performance",
+    "formats",
+)
 PAGES = ["loader", "api", "stream", *(pytest.param(page, marks=pytest.mark.slow) for page in SLOW)]
 
 
@@ -209,14 +221,35 @@ def test_every_command_is_on_its_page(hooks):
     assert "--resume-anyway KEY" in page and "argparse" not in page
 
 
+def build_site(root, out):
+    """`make docs` of a tree: (exit code, all that was said). --quiet would hide the warnings from --strict."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=200)
+    return done.returncode, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_the_site_is_whole_without_a_network(tmp_path):
-    """Built strictly; whatever a browser would load for a page lies in the site."""
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    subprocess.run(build, cwd=ROOT, check=True, timeout=200)
+    """Whatever a browser would load for a page lies in the site."""
+    code, said = build_site(ROOT, tmp_path / "site")
+    assert code == 0, said
     pages = [page for page in (tmp_path / "site").glob("*.html") if page.name != "404.html"]  # a server's own
     assert len(pages) > 20
     for page in pages:
         loads = re.findall(r'<(?:script|img|iframe|link)[^>]* (?:src|href)="([^"]+)"', page.read_text())
         missing = [one for one in loads if not (page.parent / one.partition("?")[0]).exists()]
         assert loads and missing == [], page.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("link", ["../fastrot/no_such_file.py", "no_such_page.md", "data.md#no-such-part"])
+def test_a_dead_link_fails(tmp_path, link):
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    for path in ROOT.iterdir():
+        if path.name != "docs":
+            (tmp_path / path.name).symlink_to(path)
+    with (tmp_path / "docs" / "gpu.md").open("a") as page:
+        page.write(f"[dead]({link})")
+    code, said = build_site(tmp_path, tmp_path / "site")
+    assert code == 1 and link in said

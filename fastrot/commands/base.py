@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastrot.config import Config, flat, from_values, load
-
-if TYPE_CHECKING:  # what imports torch is imported where it is used
+if TYPE_CHECKING:  # what imports torch or pydantic is imported where it is used
+    from fastrot.config import Config
     from fastrot.distributed import Ranks
 
 Result = dict[str, Any]
@@ -114,18 +113,21 @@ def numbers(text: str) -> list[int]:
     return values
 
 
-def settings(args: argparse.Namespace, command: str | None = None) -> tuple[Config, dict[str, str]]:
+def settings(args: argparse.Namespace, command: str | None = None) -> "tuple[Config, dict[str, str]]":
     """The resolved config of --config and overrides, and where each value is from. command: as for config.load."""
+    from fastrot.config import load
+
     warnings.filterwarnings("ignore", module=r"torch\..*|deepspeed\..*")
     config, sources = load(args.config, args.overrides, command)
     return with_precision(config), sources
 
 
-def with_precision(config: Config) -> Config:
+def with_precision(config: "Config") -> "Config":
     """`engine.precision: auto` as this machine's, said in a line."""
     if config.engine.precision != "auto":
         return config
     from fastrot import machine, terminal
+    from fastrot.config import flat, from_values
 
     precision, why = machine.precision(max([config.data.crop, *config.data.crop_by_epoch.values()]))
     if os.environ.get("RANK", "0") == "0":
@@ -151,7 +153,7 @@ def among_ranks() -> Iterator["Ranks"]:
 
 
 def plan(
-    config: Config,
+    config: "Config",
     sources: dict[str, str],
     ranks: "Ranks | None",
     data: list[tuple[str, str | None]],

@@ -4,10 +4,11 @@ import argparse
 import json
 
 from fastrot.commands.base import Command, Result, add_config, settings
-from fastrot.config import Config, flat
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
+    from fastrot.config import Config
+
     parser.add_argument(
         "--schema", action="store_true", help="print the JSON schema of config files instead, for editors to complete"
     )
@@ -15,6 +16,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Result | None:
+    from fastrot.config import Config, flat
+
     if args.schema:
         print(json.dumps(Config.model_json_schema(), indent=1))
         return None

@@ -4,10 +4,10 @@ import argparse
 from typing import TYPE_CHECKING
 
 from fastrot.commands.base import STORE, Command, Result, add_config, add_dry_run, among_ranks, plan, settings
-from fastrot.config import Config
 from fastrot.errors import UserError
 
 if TYPE_CHECKING:
+    from fastrot.config import Config
     from fastrot.distributed import Ranks
 
 
@@ -29,7 +29,7 @@ def _run(args: argparse.Namespace) -> Result:
         return build(args.checkpoint, args.suite, args.out, config, ranks)
 
 
-def _dry(args: argparse.Namespace, config: Config, sources: dict[str, str], ranks: "Ranks") -> Result:
+def _dry(args: argparse.Namespace, config: "Config", sources: dict[str, str], ranks: "Ranks") -> Result:
     from fastrot.report import suite
 
     chosen = suite.load(args.suite)
@@ -41,7 +41,7 @@ def _dry(args: argparse.Namespace, config: Config, sources: dict[str, str], rank
     return plan(config, sources, ranks, [], [*does, ("would write", args.out)])
 
 
-def _gap(name: str, data: list[str], config: Config, ranks: "Ranks") -> str:
+def _gap(name: str, data: list[str], config: "Config", ranks: "Ranks") -> str:
     """How many images there are, or why there are none."""
     from fastrot.data.build import open_manifest
 

@@ -134,6 +134,8 @@ class Engine(Section):
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "fp32"
     """fp32 (the recipe), fp32 with TF32 products on a GPU, or autocast over fp32 weights; fp16 scales its loss. auto:
     bf16 where this device is faster with it, else fp32, said in a line; the run's config keeps what was taken."""
+    loss_scale: PositiveFloat | None = None
+    """fp16: a fixed loss scale (the published fp16 variant: 512); default: it moves."""
     zero: Literal[0, 1] = 0
     """DeepSpeed's ZeRO stage; 1 splits the momentum over the ranks and saves under 100 MB here."""
     images_per_micro_step: Annotated[int, Field(ge=2)] | None = None
@@ -149,9 +151,10 @@ class Engine(Section):
     """Replay forward and backward from a CUDA graph for each shape: the host launches nothing. auto: where there is a
     GPU and no norm to synchronise; collectives: over ranks with synchronised norms too, whose communication NCCL then
     captures (not yet seen on GPUs)."""
-    norm: Literal["torch", "fused", "fused_conv"] = "torch"
+    norm: Literal["torch", "fused", "fused_conv", "fused_chain"] = "torch"
     """Batch norm, addition and ReLU as torch's modules; or as one function of fewer passes (Triton on a GPU); or, in
-    a Bottleneck, as parts of its 1x1 convolutions besides."""
+    a Bottleneck, as parts of its 1x1 convolutions besides; or these too where blocks meet, so that a block's last ReLU
+    and norm have their gradients from the block after it (compiled or recomputed, it is fused_conv)."""
     stem_channels: Literal[3, 4] = 3
     """Channels of the views; the fourth is zero, and so is its filter: memory and tensor cores like fours."""
     recompute: bool = False

@@ -85,8 +85,8 @@ def _in_how_it_runs(config: Config) -> tuple[tuple[bool, str], ...]:
             "to false, or engine.compile=max-autotune-no-cudagraphs",
         ),
         (
-            graphs and engine.precision == "fp16",
-            "engine.cuda_graphs with engine.precision fp16: the loss scale changes from step to step; use bf16",
+            engine.loss_scale is not None and engine.precision != "fp16",
+            f"engine.loss_scale is fp16's; engine.precision is {engine.precision}",
         ),
         (
             graphs and config.rotation.shuffle_labels,

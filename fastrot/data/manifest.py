@@ -7,7 +7,6 @@ what was left out). Nothing is pickled.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from fastrot.data.images import UNKNOWN
 from fastrot.data.reading import GONE, states
 from fastrot.errors import UserError
-from fastrot.files import read_json, replacing
+from fastrot.files import as_words, read_json, replacing
 
 FORMAT = 5  # 4 held no coding, 3 no orientation
 HEAD = 4096  # bytes of an image that enter the content hash
@@ -146,7 +145,7 @@ def _when(time_ns: int) -> str:
 
 def place(path: bytes, offset: int) -> str:
     """A file's name as text, whatever its bytes, and the offset where the image does not begin it."""
-    name = os.fsdecode(path).encode("utf-8", "backslashreplace").decode()
+    name = as_words(path)
     return f"{name} at byte {offset}" if offset else name
 
 

@@ -24,6 +24,7 @@ class StepSettings:
     after it); 0, and under cuda_graphs: in one piece after it.
     average_statistics  a step makes norms' running statistics the mean over ranks: where they do not all see the same
     views, so that every rank evaluates, saves and resumes the same network.
+    loss_scale  of fp16, fixed; None: it moves.
     """
 
     precision: str = "fp32"
@@ -34,6 +35,7 @@ class StepSettings:
     cuda_graphs: bool = False
     bucket_mb: float = 25.0
     average_statistics: bool = False
+    loss_scale: float | None = None
 
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,11 +60,15 @@ def make_engine(
             raise UserError("--deepspeed_config is for engine.kind deepspeed; engine.kind is plain")
         from fastrot.engine.plain import PlainEngine
 
-        return PlainEngine(model, optimizer, settings, ranks)
+        engine: Engine = PlainEngine(model, optimizer, settings, ranks)
+        engine.hold_scale()
+        return engine
     from fastrot.engine.deepspeed import DeepSpeedEngine
 
     try:
         import deepspeed  # noqa: F401
     except ImportError as error:
         raise UserError(f"engine.kind deepspeed: {why_not_there(error)}, or set engine.kind=plain") from None
-    return DeepSpeedEngine(model, optimizer, settings, ranks, batch, deepspeed_config)
+    engine = DeepSpeedEngine(model, optimizer, settings, ranks, batch, deepspeed_config)
+    engine.hold_scale()
+    return engine

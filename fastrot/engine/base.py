@@ -52,7 +52,9 @@ class Engine:
             return self.model(*views)
 
     def _backward(self, loss: Tensor) -> None:
-        raise NotImplementedError
+        """A captured one reads the loss scale where the scaler keeps it on the device, whatever it is by then."""
+        scaler = self._scaler()
+        (scaler.scale(loss) if scaler else loss).backward()
 
     def step(self, measure: bool = True) -> None:
         """Average the gradients over ranks, clip, update, forget them.
@@ -131,6 +133,13 @@ class Engine:
             self._set(parameter, momenta.get(_PREFIX + name))
         if (scaler := self._scaler()) and scalars["loss_scale"]:
             scaler.load_state_dict(scalars["loss_scale"])
+        self.hold_scale()
+
+    def hold_scale(self) -> None:
+        """From here on fp16's loss scale is the fixed one, if there is one."""
+        if (scaler := self._scaler()) and self._settings.loss_scale:
+            fixed = {"scale": self._settings.loss_scale, "growth_factor": 1.0, "backoff_factor": 1.0}
+            scaler.load_state_dict(scaler.state_dict() | fixed)
 
     @property
     def cuda_graphs(self) -> bool:

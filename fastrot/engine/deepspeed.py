@@ -136,7 +136,7 @@ class DeepSpeedEngine(Engine):
 
     def _backward(self, loss: Tensor) -> None:
         if self.cuda_graphs:
-            loss.backward()
+            super()._backward(loss)
         else:
             self._deepspeed.backward(loss)
 

@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from fastrot.distributed import Ranks
@@ -22,9 +22,6 @@ class PlainEngine(Engine):
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not among torch's overloads
         if not settings.cuda_graphs:  # they add gradients where those lay at capture
             self._make_buckets()
-
-    def _backward(self, loss: Tensor) -> None:
-        (self._grad_scaler.scale(loss) if self._grad_scaler else loss).backward()
 
     def _step(self) -> None:
         if self._grad_scaler:

@@ -1,4 +1,5 @@
-"""A sweep of collectives over sizes, and what it says: a latency and a rate (alpha and beta)."""
+"""A sweep of collectives over sizes, and what it says: a latency and a rate (alpha and beta); and how much slower
+cores are when all ranks work at once."""
 
 import multiprocessing
 import statistics
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 _SIZES = (256, 1024, 4096, 2**16, 2**20, 2**23)  # bytes
+_SMALL = 1024  # bytes: what latency rules
 _ROUNDS = 25
 _PAIR = 2  # processes, where there is but one to ask
+_CROWDED_S = 0.4
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,35 @@ class Timing:
     cpu_s: float
 
 
-def sweep(device: torch.device) -> list[dict[str, Any]]:
-    """Sums over this process's ranks and gatherings, small and large. Alone on a CPU: two processes do it on this
-    machine; alone on a GPU nobody does. Collective."""
+def sweep(device: torch.device) -> dict[str, Any]:
+    """`collectives`: sums over this process's ranks and gatherings, small and large; `crowding`: how many times as long
+    work takes that all ranks of a CPU do at once. Alone on a CPU two processes do it on this machine; alone on a GPU
+    nobody does. Collective."""
     if dist.get_world_size() > 1:
-        return [asdict(one) for one in _timed(device)]
-    return _of_a_pair() if device.type == "cpu" else []
+        return _swept(device)
+    return _of_a_pair() if device.type == "cpu" else {"collectives": [], "crowding": 1.0}
+
+
+def _swept(device: torch.device) -> dict[str, Any]:
+    timings = [asdict(one) for one in _timed(device)]
+    return {"collectives": timings, "crowding": _crowding() if device.type == "cpu" else 1.0}
+
+
+def _crowding() -> float:
+    """Rank 0's pace alone, over its pace while all work."""
+    maps, filters = torch.randn(16, 16, 64, 64), torch.randn(16, 16, 3, 3)
+
+    def pace(works: bool) -> float:
+        done, began = 0, time.perf_counter()
+        while works and time.perf_counter() - began < _CROWDED_S:
+            F.relu(F.conv2d(maps, filters, padding=1))
+            done += 1
+        spent = time.perf_counter() - began
+        dist.barrier()
+        return done / spent
+
+    paces = [(pace(dist.get_rank() == 0), pace(True)) for _ in range(5)]
+    return max(1.0, statistics.median(alone / together for alone, together in paces)) if dist.get_rank() == 0 else 1.0
 
 
 def _timed(device: torch.device) -> list[Timing]:
@@ -71,14 +99,14 @@ def _timing(operation: str, tensor: Tensor, work: Callable[[], object]) -> Timin
     return Timing(operation, dist.get_world_size(), tensor.nbytes, median, low, high, cpu / _ROUNDS)
 
 
-def _of_a_pair() -> list[dict[str, Any]]:
+def _of_a_pair() -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         found, answers = Path(folder) / "store", context.Queue()
         pair = [context.Process(target=_one_of_a_pair, args=(rank, str(found), answers)) for rank in range(_PAIR)]
         for process in pair:
             process.start()
-        result: list[dict[str, Any]] = answers.get(timeout=300)
+        result: dict[str, Any] = answers.get(timeout=300)
         for process in pair:
             process.join()
     return result
@@ -87,9 +115,9 @@ def _of_a_pair() -> list[dict[str, Any]]:
 def _one_of_a_pair(rank: int, store: str, answers: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=_PAIR)
-    timings = [asdict(one) for one in _timed(torch.device("cpu"))]
+    found = _swept(torch.device("cpu"))
     if rank == 0:
-        answers.put(timings)
+        answers.put(found)
     dist.destroy_process_group()
 
 
@@ -105,23 +133,26 @@ class Fit:
 
 
 def fit(timings: list[Timing]) -> Fit:
-    """Of a sweep: latency and rate by relative least squares over the sizes, for the median and both quartiles. An
-    all-reduce goes around the ring twice, a gathering once."""
+    """Of a sweep, for the median and both quartiles: the rate by relative least squares over the sizes of sums, the
+    latency by what small sums and gatherings take besides. A sum goes around the ring twice, a gathering once."""
     ranks = timings[0].ranks
-    reduces = [one for one in timings if one.operation == "all_reduce"]
+    sums = [one for one in timings if one.operation == "all_reduce"]
 
-    def solved(pick: Callable[[Timing], float]) -> tuple[float, float]:
-        times = np.array([pick(one) for one in reduces])
-        design = np.array([[1.0, one.bytes] for one in reduces]) / times[:, None]
-        latency, per_byte = np.linalg.lstsq(design, np.ones(len(times)), rcond=None)[0]
-        hops = 2 * (ranks - 1)
-        return max(latency, times.min() / 2) / hops, hops / ranks / per_byte
+    def rate(pick: Callable[[Timing], float]) -> float:
+        times = np.array([pick(one) for one in sums])
+        design = np.array([[1.0, one.bytes] for one in sums]) / times[:, None]
+        per_byte = float(np.linalg.lstsq(design, np.ones(len(times)), rcond=None)[0][1])
+        return 2 * (ranks - 1) / ranks / per_byte
 
-    fits = [solved(lambda one: one.low), solved(lambda one: one.seconds), solved(lambda one: one.high)]
-    rates = sorted(rate for _, rate in fits)
-    small = [one for one in timings if one.operation == "all_gather" and one.bytes <= _SIZES[1]]
-    gathered = [max(1e-9, one.seconds / (ranks - 1) - one.bytes / fits[1][1]) for one in small]
-    hops = sorted([*gathered, *(latency for latency, _ in fits)])
-    latency = statistics.median([fits[1][0], *gathered])
+    def latency(pick: Callable[[Timing], float], rate: float) -> float:
+        small = [one for one in timings if one.bytes <= _SMALL]
+        passed = sum(one.bytes * (2 / ranks if one.operation == "all_reduce" else 1) / rate for one in small)
+        hops = sum(2 if one.operation == "all_reduce" else 1 for one in small)
+        return max(1e-9, (sum(map(pick, small)) / (ranks - 1) - passed) / hops)
+
+    picks: tuple[Callable[[Timing], float], ...] = (attrgetter("low"), attrgetter("seconds"), attrgetter("high"))
+    rates = [rate(pick) for pick in picks]
+    latencies = sorted(latency(pick, rates[1]) for pick in picks)
     busy = sum(one.cpu_s for one in timings) / sum(one.seconds for one in timings)
-    return Fit((hops[0], latency, hops[-1]), (rates[0], fits[1][1], rates[2]), min(1.0, busy), ranks)
+    low, middle, high = latencies
+    return Fit((low, middle, high), (min(rates), rates[1], max(rates)), min(1.0, busy), ranks)

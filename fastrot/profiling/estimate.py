@@ -45,7 +45,8 @@ class Demand:
 class Measured:
     """One rank's step, profiled at two sizes, without communication: `fixed_s` and `image_s` more for each image; spread:
     its least and most over it. On the host's cores the step takes host_fixed_s and host_image_s, an image's data path
-    data_s besides; a rank that communicates keeps comm_cores busy. decode: images/s of a rank's data path alone."""
+    data_s besides; a rank that communicates keeps comm_cores busy. decode: images/s of a rank's data path alone; crowding:
+    how many times as long the cores take when all are busy."""
 
     fixed_s: float
     image_s: float
@@ -55,6 +56,7 @@ class Measured:
     data_s: float
     decode: float
     comm_cores: float
+    crowding: float = 1.0
 
     def seconds(self, images: float, corner: Corner) -> float:
         factor = {"worst": self.spread[1], "value": 1.0, "best": self.spread[0]}[corner]
@@ -134,7 +136,9 @@ def step_of(demand: Demand, hardware: Hardware, nodes: int, gpus: int, corner: C
     images, m, what = math.ceil(demand.images / ranks), demand.measured, "compute"
     if m:
         alone = m.seconds(images, corner)
-        crowded = max(1.0, gpus * m.host_s(images) / alone / hardware.cores)  # ranks that take turns on the cores
+        crowded = max(
+            1.0, m.crowding * gpus * m.host_s(images) / alone / hardware.cores
+        )  # they take turns on the cores
         compute = alone * crowded
     else:
         compute = sum(max(row.flops / n["matmul_flops"], row.bytes / n["memory_bytes"]) for row in demand.rows)
@@ -165,7 +169,11 @@ def _data_s(
             "decoding": share / max(gpus * n["gpu_decode"], hardware.cores * n["core_decode"]),
         }
     busy = gpus * (m.host_s(share / gpus) + m.comm_cores * communicating) + m.data_s * share
-    return {"storage": storage, "decoding": share / gpus / m.decode, "the node's cores": busy / hardware.cores}
+    return {
+        "storage": storage,
+        "decoding": share / gpus / m.decode,
+        "the node's cores": m.crowding * busy / hardware.cores,
+    }
 
 
 def _exposed_s(demand: Demand, n: Numbers, nodes: int, gpus: int, compute: float) -> float:

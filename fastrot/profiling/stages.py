@@ -26,7 +26,7 @@ from fastrot.profiling.verdict import Ceiling
 
 _TIMEOUT_S = 60.0
 LAPS = 5
-_HELD = 512  # images whose bytes are held to decode them alone
+_HELD = 128  # images whose bytes are held to decode them alone
 _PIXELS = 64  # and whose pixels, to resample them alone
 
 
@@ -99,12 +99,10 @@ def decoding(batches: list[Batch], decoder: Decoder, seconds: float) -> Ceiling:
         decoder.result()
         return flying.pop(0)
 
-    try:
-        return ceiling(work, seconds)
-    finally:
-        while flying:
-            decoder.result()
-            flying.pop()
+    found = ceiling(work, seconds)
+    for _ in flying:
+        decoder.result()
+    return found
 
 
 class _Still:

@@ -10,7 +10,7 @@ from fastrot.data.loader_settings import interval
 NEAR = 0.9  # of a ceiling: who reaches so much of it is bound by it
 
 Interval = tuple[float, float, float]
-"""Lower end, median, upper end."""
+"""Lower end, the figure, upper end."""
 
 NAMES = {
     "cold": "reading from the disk",
@@ -39,19 +39,19 @@ class Ceiling:
 
     @property
     def pace(self) -> float:
-        return statistics.median(self.paces)
+        """All images over all the time: of stages that come in bursts too."""
+        spent = sum(1 / pace for pace in self.paces)
+        return len(self.paces) / spent if spent else math.inf
 
     @property
     def cpu_s(self) -> float:
-        return statistics.median(self.cpus)
+        return statistics.fmean(self.cpus)
 
     @property
     def ends(self) -> tuple["Ceiling", "Ceiling", "Ceiling"]:
-        """At the least, the median and the most that it may be."""
-        low, middle, high = (
-            Ceiling([pace], [cpu]) for pace, cpu in zip(interval(self.paces), interval(self.cpus)[::-1], strict=True)
-        )
-        return low, middle, high
+        """At the least that it may be, as it is, and at the most."""
+        (slow, _, fast), (cheap, _, dear) = interval(self.paces), interval(self.cpus)
+        return Ceiling([slow], [dear]), Ceiling([self.pace], [self.cpu_s]), Ceiling([fast], [cheap])
 
     def times(self, factor: float) -> "Ceiling":
         """At a multiple of its pace, for the same work."""
@@ -176,6 +176,12 @@ def _slowest_of_the_data_path(stages: Stages) -> str:
         del alone["cold"]
     least = min(alone, key=lambda name: alone[name], default="data")
     return "reads" if least in ("cold", "warm") and alone["warm"] <= alone.get("cold", 0) / NEAR else least
+
+
+def ratio(new: list[float], now: list[float]) -> Interval:
+    """A pace over another, by laps that ran in turns."""
+    low, _, high = interval([b / a for a, b in zip(now, new, strict=True)])
+    return low, min(max(low, Ceiling(new, [0.0]).pace / Ceiling(now, [0.0]).pace), high), high
 
 
 def held(predicted: Interval, achieved: Interval) -> bool:

@@ -1,11 +1,10 @@
 """The contact sheet of `fastrot predict`: some dozens of images with what was found, one HTML file."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
-from fastrot.files import write_text
+from fastrot.files import as_words, write_text
 from fastrot.report.drawn import drawn, legend
 from fastrot.report.templates import template
 from fastrot.runs.predict import Mask, Shown
@@ -26,7 +25,7 @@ class ContactSheet:
     def add(self, row: int, shown: Shown, found: Found | Mask) -> None:
         """Draw one prediction, where it is of the sheet."""
         if row in self._rows:
-            name = os.fsencode(self._names[row]).decode("utf-8", "backslashreplace")
+            name = as_words(self._names[row])
             self._pictures.append((name, drawn(shown, found, self._classes)))
             self._there |= set(np.unique(found).tolist()) if isinstance(found, np.ndarray) else set()
 

@@ -13,6 +13,7 @@ from fastrot.data.manifest import Manifest
 from fastrot.data.masks import read_masks
 from fastrot.data.objects import read_objects
 from fastrot.distributed import Ranks
+from fastrot.files import as_words
 from fastrot.report.drawn import drawn, legend
 from fastrot.report.pictures import Picture
 from fastrot.runs.predict import Mask, open_trained, predictions, sure
@@ -46,7 +47,7 @@ def beside_truth(title: str, source: str, runs: dict[str, Path], ranks: Ranks) -
         some = every.some(np.unique(np.linspace(0, len(every) - 1, min(len(every), _SHOWN)).round().astype(np.int64)))
         true = _truth(some, len(classes), trained.detects)
         for row, shown, found in predictions(trained, some, BadImages(None, source, len(some)), ranks):
-            image = os.fsencode(os.path.basename(some.path(row))).decode("utf-8", "backslashreplace")
+            image = as_words(os.path.basename(some.path(row)))
             seen = sure(found, _LEAST) if isinstance(found, Found) else found
             there |= {
                 int(label) for one in (true(row), seen) if isinstance(one, np.ndarray) for label in np.unique(one)

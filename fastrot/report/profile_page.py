@@ -17,7 +17,7 @@ from fastrot.profiling.verdict import NAMES, held
 from fastrot.report.templates import template
 
 _W = 400  # as wide as a telephone shows it, so that labels keep their size there
-_LEFT, _RIGHT, _ROW = 92, 12, 20
+_LEFT, _RIGHT, _ROW = 100, 12, 20
 _HIGH, _BOTTOM, _TOP = 260, 40, 14  # of the roofline
 _GAP = 12  # between labels
 _LEAST = 0.0005  # share of a step that is shown

@@ -154,6 +154,7 @@ class Job:
             graphs,
             e.bucket_mb,
             n.norm_groups > 1,
+            e.loss_scale,
         )
         batch = {
             "train_batch_size": n.images,

@@ -23,6 +23,7 @@ from fastrot.runs.elsewhere import profiled
 from fastrot.runs.memory import state_bytes
 
 _STOPS = 0.5  # of one GPU's pace: where a training has stopped scaling
+_FULL = 0.95  # of a GPU's memory, which a training cannot have
 _WHOLE = 3  # plans that are printed whole: of more, a line each
 
 
@@ -83,7 +84,9 @@ def estimate(
 
     def demand(ranks: int) -> Demand:
         one = demand_of(config, ranks, rows, image_kib * 1024)
-        return replace(one, measured=found.step) if found else one
+        if found is None:
+            return one
+        return replace(one, measured=found.step_over_ranks if one.norms else found.step)
 
     alone, plans, refused = demand(1), [], {}
     for count in nodes:
@@ -134,9 +137,11 @@ def _marks(machine: Hardware, profiled: bool) -> dict[str, str]:
         "compute": compute,
         "norms": least("link_latency_s", "net_latency_s"),
         "gradients": least("link_bytes", "net_bytes"),
-        "data": "storage assumed, decoding measured"
-        if profiled
-        else least("storage_bytes", "core_decode", "gpu_decode"),
+        "data": (
+            f"storage {machine.storage_bytes.source}, decoding measured"
+            if profiled
+            else least("storage_bytes", "core_decode", "gpu_decode")
+        ),
         "memory": "counted by a trace of the network",
         "checkpoints": least("storage_bytes", "gpu_hours_to_failure", "restart_s"),
     }
@@ -158,11 +163,16 @@ def _show(machine: Hardware, plans: list[Plan], result: dict[str, Any]) -> None:
         terminal.table("scaling", said)
 
 
+def _hours(hours: float) -> str:
+    return terminal.duration(3600 * hours)
+
+
 def _in_short(one: Plan) -> str:
     low, middle, high = one.views_per_s
+    full = "" if one.memory_share < _FULL else "; more than a GPU's memory"
     return (
-        f"{middle:,.0f} views/s ({low:,.0f} to {high:,.0f}), {one.hours[1]:,.1f} hours, {one.gpu_hours:,.0f} GPU-hours, "
-        f"{one.efficiency:.0%} of one GPU's pace a GPU; bound by {one.step.bound}"
+        f"{middle:,.0f} views/s ({low:,.0f} to {high:,.0f}), {_hours(one.hours[1])}, {one.gpu_hours:,.0f} GPU-hours, "
+        f"{one.efficiency:.0%} of one GPU's pace a GPU; bound by {one.step.bound}{full}"
     )
 
 
@@ -171,7 +181,9 @@ def told(one: Plan, machine: Hardware, marks: dict[str, str]) -> list[tuple[str,
     low, middle, high = one.views_per_s
     step = one.step
     parts = {"compute": step.compute_s, "norms": step.norms_s, "gradients": step.gradients_s, "data": step.data_s}
-    least = "assumed" if "assumed" in " ".join(marks.values()) else "measured"
+    of_a_step = " ".join(marks[name] for name in parts)
+    least = next(source for source in ("assumed", "data sheet", "measured") if source in of_a_step)
+    fits = "" if one.memory_share < _FULL else ": more than there is, set engine.images_per_micro_step"
     enough = "can" if one.cores_to_decode <= machine.cores else "cannot alone"
     return [
         (
@@ -184,15 +196,16 @@ def told(one: Plan, machine: Hardware, marks: dict[str, str]) -> list[tuple[str,
         ),
         ("bound by", step.bound),
         (
-            "hours",
-            f"{one.hours[1]:.1f} ({one.hours[2]:.1f} to {one.hours[0]:.1f}), {one.gpu_hours:,.0f} GPU-hours [{least}]",
+            "time",
+            f"{_hours(one.hours[1])} ({_hours(one.hours[2])} to {_hours(one.hours[0])}) once it runs, "
+            f"{one.gpu_hours:,.0f} GPU-hours [{least}]",
         ),
         (
             "a node reads",
             f"{one.images_per_s_a_node:,.0f} images/s, {one.bytes_per_s_a_node / 2**20:,.0f} MiB/s; its {machine.cores} "
             f"cores {enough} decode them, which takes {one.cores_to_decode:.0f} [{machine.core_decode.source}]",
         ),
-        ("GPU memory", f"{one.memory_share:.0%} of {machine.gpu_memory_gib:g} GiB [{marks['memory']}]"),
+        ("GPU memory", f"{one.memory_share:.0%} of {machine.gpu_memory_gib:g} GiB{fits} [{marks['memory']}]"),
         (
             "checkpoints",
             f"{one.checkpoint_s:.2f} s each, best every {terminal.duration(one.checkpoint_every_s)}; "

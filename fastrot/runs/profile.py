@@ -19,9 +19,10 @@ from fastrot.data.manifest import Manifest
 from fastrot.data.remarks import describe
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
+from fastrot.profiling.kernels import IDLE
 from fastrot.profiling.pace import SLOW_RANK
 from fastrot.profiling.stages import decoding, handing_over, held_bytes, held_pixels, reading
-from fastrot.profiling.verdict import NAMES, Ceiling, Interval, Stages, Verdict, held, in_words, judge
+from fastrot.profiling.verdict import NAMES, Ceiling, Interval, Stages, Verdict, held, in_words, judge, ratio
 from fastrot.runs.arithmetic import arithmetic
 from fastrot.runs.build import Job, set_torch_flags
 from fastrot.runs.elsewhere import for_elsewhere
@@ -38,6 +39,7 @@ _SHARES = {
     "both": 4,
     "cures": 8,
 }  # of the seconds
+_NO_SETTING = ("cold", "warm", "reads", "between", "ahead")  # stages that no setting makes faster
 _SEEN = 1.03  # a gain below it nobody could see
 _DRAWS = 20  # orders of the batches in which a depth is simulated
 
@@ -192,11 +194,11 @@ class _Path:
 
 def _cures(bench: _Bench, stages: Stages, verdict: Verdict, took: list[float]) -> list[Cure]:
     """Settings that change what bounds the training, each measured alone; the best three that gain at all."""
-    step = verdict.bound == "step" or verdict.stage == "step"
-    candidates = _of_the_step(bench) if step else _of_the_data_path(bench)
+    step = verdict.stage == "step"
+    candidates = [] if verdict.stage in _NO_SETTING else _of_the_step(bench) if step else _of_the_data_path(bench)
     shorter = replace(bench, unit=bench.unit * _SHARES["cures"] / max(1, len(candidates)))
     shown = terminal.track(candidates, len(candidates), "settings") if bench.ranks.first else candidates
-    cures = [] if step else _deeper(bench, stages, took)
+    cures = _deeper(bench, stages, took) if verdict.bound == "ahead" else []
     for setting in shown:
         try:
             other = shorter.with_setting(setting)
@@ -239,7 +241,7 @@ def _of_the_step(bench: _Bench) -> list[str]:
     if not engine.channels_last:
         out.append("engine.channels_last=true")
     if on_gpu and bench.what.make is Job:
-        out += [f"engine.norm={norm}" for norm in ("fused", "fused_conv") if norm != engine.norm]
+        out += [f"engine.norm={norm}" for norm in ("fused", "fused_conv", "fused_chain") if norm != engine.norm]
         out += ["engine.cuda_graphs=auto"] if not engine.cuda_graphs else []
     return out
 
@@ -247,11 +249,12 @@ def _of_the_step(bench: _Bench) -> list[str]:
 def _tried(bench: _Bench, cure: Cure) -> Cure:
     """Trained with it and without, in turns."""
     other, seconds = bench.with_setting(cure.setting), _SHARES["both"] * bench.unit
-    ratios: list[float] = []
+    now: list[float] = []
+    new: list[float] = []
     for _ in range(2):
-        now, new = bench.subject.both(seconds)[0], other.subject.both(seconds)[0]
-        ratios += [b / a for a, b in zip(now.paces, new.paces, strict=True)]
-    return replace(cure, achieved=interval(ratios))
+        now += bench.subject.both(seconds)[0].paces
+        new += other.subject.both(seconds)[0].paces
+    return replace(cure, achieved=ratio(new, now))
 
 
 def _slow_rank(ranks: Ranks, both: Parts) -> dict[str, Any] | None:
@@ -300,6 +303,9 @@ def _show(result: dict[str, Any], cures: list[Cure]) -> None:
             del shares["compute"]
         told = ", ".join(f"{key} {share:.0%}" for key, share in shares.items() if share >= 0.005)
         rows.append((title, f"{part['step_s']:.3f} s: {told}; {part['memory_gib']:.1f} GiB"))
+    if gpu := result["parts_of_a_step"]["both"].get("gpu"):
+        kinds = ", ".join(f"{name} {share:.0%}" for name, share in gpu.items() if name != IDLE)
+        rows.append(("the GPU in training", f"{1 - gpu[IDLE]:.0%} busy: {kinds}"))
     terminal.table("alone, each, of a rank" if result["ranks"] > 1 else "alone, each", rows)
     if roof := result["roofline"]:
         title = f"the roof: {roof['flops'] / 1e9:,.0f} GFLOP/s, {roof['bytes'] / 2**30:,.1f} GiB/s"

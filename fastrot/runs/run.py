@@ -38,6 +38,7 @@ _DEFINING = (
     "optim.",
     "run.seed",
     "engine.precision",
+    "engine.loss_scale",
     "data.crop",
     "data.crop_by_epoch",
     "data.window",

@@ -25,6 +25,7 @@ from fastrot.errors import UserError
 from fastrot.features.extract import BLOCK, Extractor
 from fastrot.models.backbone import random_backbone
 from fastrot.profiling.clock import Clock, Spans
+from fastrot.profiling.kernels import of_profiler
 from fastrot.profiling.layers import Stopwatch, groups
 from fastrot.profiling.marks import Mark, between, mark, memory_gib
 from fastrot.profiling.roofline import Work
@@ -177,8 +178,9 @@ def _timed(
         agreed = torch.tensor([lap], device=job.ranks.device)
         dist.all_reduce(agreed, dist.ReduceOp.MIN)
         lap = int(agreed)
-    if trace is not None:
-        with _profiler(job.ranks, trace):
+    gpu: dict[str, float] = {}
+    if trace is not None or job.ranks.device.type == "cuda":
+        with _profiler(job.ranks, trace, gpu):
             _run(job, steps, _TRACED, _TRACED, forward, _Ranges(job.ranks.device))
     timeline = _Timeline(job.ranks.device)
     _run(job, steps, _SHOWN, _SHOWN, forward, timeline)
@@ -187,7 +189,7 @@ def _timed(
     cpus = [(end - begin) / images for begin, end in itertools.pairwise(laps.cpu)]
     lines = laps.lines[1:]
     paces = [line["images_per_s"] / job.ranks.world for line in lines]
-    return Ceiling(paces, cpus), _parts(lines, lap) | {"timeline": timeline.spans}
+    return Ceiling(paces, cpus), _parts(lines, lap) | {"timeline": timeline.spans, "gpu": gpu}
 
 
 def _parts(lines: list[dict[str, Any]], lap: int) -> Parts:
@@ -222,12 +224,13 @@ def _run(
 
 
 @contextmanager
-def _profiler(ranks: Ranks, trace: Path) -> Iterator[None]:
-    """What runs inside as Chrome and Perfetto read it."""
+def _profiler(ranks: Ranks, trace: Path | None, gpu: dict[str, float]) -> Iterator[None]:
+    """What runs inside as Chrome and Perfetto read it; and what a GPU does of it."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
     with torch.profiler.profile(activities=activities) as profiler:
         yield
-    if ranks.first:
+    gpu |= of_profiler(profiler)
+    if trace is not None and ranks.first:
         try:
             profiler.export_chrome_trace(str(trace))
         except (OSError, RuntimeError) as error:
@@ -297,7 +300,7 @@ class Extracting:
                 return _taken(extract, batch)
 
             if trace is not None:
-                with _profiler(self.ranks, trace):
+                with _profiler(self.ranks, trace, {}):
                     for _ in range(_TRACED):
                         work()
             took: list[float] = []

@@ -206,9 +206,11 @@ HEAVY = {"torchvision", "deepspeed", "nvidia.dali", "torch._dynamo", "torch._ind
 
 def test_a_command_imports_what_it_uses(images, tmp_path):
     """One process for all: what one of them imports it has imported, so those that may import more come last."""
-    light = [["--help"], ["knn", "--help"], ["config"], ["index", images, "--verify"], ["index", images, "--dry-run"],
+    helps = [["--help"], ["knn", "--help"], ["train", "--help"]]
+    light = [["config"], ["index", images, "--verify"], ["index", images, "--dry-run"],
              ["pack", images, tmp_path / "x.beton"], ["pack", images, tmp_path / "y.beton", "--dry-run"]]  # fmt: skip
     commands = [
+        *((words, HEAVY | {"torch", "pydantic"}) for words in helps),
         *((words, HEAVY | {"torch"}) for words in light),
         (["stream", "--steps=1", f"data.train={images}"], HEAVY),
     ]

@@ -33,6 +33,8 @@ EXACT = [
     "plain-fp32-0-sgd-graphed",
     "deepspeed-fp32-0-sgd-graphed",
     "plain-fp32-0-sgd-bottlenecks-graphed",
+    "plain-fp32-0-sgd-bottlenecks-chained",
+    "deepspeed-fp32-0-sgd-bottlenecks-chained-graphed",
     "deepspeed-fp32-0-sgd-micro-graphed",
 ]
 GROUPED = [
@@ -59,7 +61,15 @@ BUCKETS = [
     "plain-fp16-0-sgd-whole",
 ]
 LARS = ["plain-fp32-0-lars", "deepspeed-fp32-0-lars"]
-LOW = ["plain-bf16-0-sgd", "deepspeed-bf16-0-sgd", "deepspeed-bf16-1-sgd", "plain-fp16-0-sgd", "deepspeed-fp16-0-sgd"]
+LOW = [
+    "plain-bf16-0-sgd",
+    "deepspeed-bf16-0-sgd",
+    "deepspeed-bf16-1-sgd",
+    "plain-fp16-0-sgd",
+    "deepspeed-fp16-0-sgd",
+    "plain-fp16-0-sgd-graphed",
+    "deepspeed-fp16-0-sgd-graphed",
+]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from fastrot import config as configs
 from fastrot import distributed
 from fastrot.data.loader import MicroBatch
 from fastrot.distributed import Ranks
-from fastrot.engine import StepSettings
+from fastrot.engine import StepSettings, make_engine
 from fastrot.engine.graphs import WARM_UPS, Graphed
 from fastrot.engine.optimizers import build_optimizer
 from fastrot.engine.plain import PlainEngine
@@ -117,6 +117,22 @@ def test_later_shapes_take_no_memory_but_the_graphs(monkeypatch):
         (8, captured, captured),
     ]
     assert said == ["expandable_segments:True", *["emptied"] * WARM_UPS]
+
+
+@pytest.mark.parametrize("fixed, then", [(512.0, 512.0), (None, 2.0**15)])
+def test_a_graph_finds_the_loss_scale_where_it_was_captured(ranks, fixed, then):
+    """An overflow skips the update, and halves the scale but where it is fixed."""
+    model, places = nn.Linear(2, 1), set()
+    settings = StepSettings("fp16", cuda_graphs=True, loss_scale=fixed)
+    engine = make_engine("plain", model, torch.optim.SGD(model.parameters(), 0.1), settings, ranks, {})
+    moved = []
+    for factor in (1.0, 1e38, 1.0):
+        before = model.weight.detach().clone()
+        engine.backward(factor * model(torch.ones(1, 2)).sum(), 1)
+        engine.step()
+        places.add(engine._scaler()._scale.data_ptr())
+        moved.append(torch.allclose(before - model.weight, torch.tensor(0.1)))
+    assert moved == [True, False, True] and len(places) == 1 and engine._scaler().get_scale() == then
 
 
 @pytest.mark.parametrize(
@@ -233,7 +249,10 @@ def test_a_second_shape_takes_hardly_more_of_the_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("norm, arch", [("torch", "resnet18"), ("fused", "resnet18"), ("fused_conv", "resnet50")])
+@pytest.mark.parametrize(
+    "norm, arch",
+    [("torch", "resnet18"), ("fused", "resnet18"), ("fused_conv", "resnet50"), ("fused_chain", "resnet50")],
+)
 @pytest.mark.parametrize("more", [[], ["engine.images_per_micro_step=4"], ["data.crop_by_epoch={0: 32, 8: 48}"]])
 def test_a_run_on_graphs_is_the_run(fastrot, images, tmp_path, more, norm, arch):
     """Losses, evaluated accuracies and gradient norms of ten epochs; micro-steps and crops of several sizes."""

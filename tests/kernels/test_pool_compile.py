@@ -29,7 +29,7 @@ def compiled(name, capability):
 
 @pytest.mark.skipif(triton_pool.INTERPRETED, reason="TRITON_INTERPRET is set: nothing to compile")
 @pytest.mark.parametrize("name", ACCESSES)
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100))])
 def test_it_compiles_without_spills(tmp_path, monkeypatch, capability, name):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # compile, do not find
     kernel = compiled(name, capability)

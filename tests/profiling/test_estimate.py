@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from markupsafe import escape
 
 from fastrot.errors import UserError
+from fastrot.profiling import collectives
 from fastrot.profiling.collectives import Timing, fit
 from fastrot.profiling.estimate import (
     Demand,
@@ -24,6 +26,7 @@ from fastrot.profiling.estimate import (
 )
 from fastrot.profiling.hardware import FOLDER, read
 from fastrot.profiling.roofline import Row
+from fastrot.runs import elsewhere
 
 H100 = read("h100")
 N = Numbers.of(H100, "value")
@@ -172,7 +175,7 @@ def profile_of(path, **changes):
     steps = [
         {"images": n, "seconds": s, "low": s, "high": s, "cpu_s": 0.8 * s} for n, s in ((64.0, 0.42), (16.0, 0.18))
     ]
-    made = {"machine": {"device": "NVIDIA A100", "cores": 4}, "network": NETWORK, "steps": steps,
+    made = {"machine": {"device": "NVIDIA A100", "cores": 4}, "network": NETWORK, "steps": steps, "steps_over_ranks": steps,
             "collectives": timings(2, 1e-4, 1e9)}  # fmt: skip
     both = {"step_s": 0.42, "wait_share": 0.0, "communicate_share": 0.0}
     stages = {"data": {"pace": 500.0, "cpu_s": 0.002}, "both": {"paces": [60 / 0.42, 64 / 0.42, 68 / 0.42]}}
@@ -204,6 +207,8 @@ def test_more_processes_than_cores_take_turns():
     assert (alone.compute_s, two.compute_s, four.compute_s) == pytest.approx((0.64, 0.32, 0.32))
     assert alone.bound == "compute" and four.bound == "the node's cores"
     assert four.seconds == pytest.approx((0.64 + 0.064) / 2, rel=1e-3)
+    crowded = replace(one, measured=replace(step, crowding=1.5))
+    assert step_of(crowded, here, 1, 4).seconds == pytest.approx(1.5 * four.seconds)
 
 
 def test_a_step_is_no_faster_than_its_launches():
@@ -273,3 +278,33 @@ def test_a_hardware_file_out_of_order_is_refused(tmp_path):
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match="must rise"):
         read(str(path))
+
+
+@pytest.mark.usefixtures("narrow")
+def test_estimate_reads_what_profile_prints(fastrot, images, tmp_path, monkeypatch):
+    """A step of the same images on one process takes what it took in training there."""
+    monkeypatch.setattr(elsewhere, "LEAST_S", 0.0)
+    monkeypatch.setattr(elsewhere, "sweep", lambda _: {"collectives": timings(2, 1e-4, 1e9), "crowding": 1.0})
+    words = [
+        "model.arch=resnet18",
+        "engine.kind=plain",
+        "data.crop=16",
+        "optim.images_per_step=8",
+        f"data.train={images}",
+    ]
+    found = fastrot("profile", *words, "--seconds", "1", "--json").json
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(found))
+    (one,) = fastrot("estimate", *words, "--gpus-per-node", "1", "--from", path, "--json").json["plans"]
+    both = found["parts_of_a_step"]["both"]
+    assert one["step"]["compute_s"] == pytest.approx(
+        both["step_s"] * (1 - both["wait_share"] - both["communicate_share"])
+    )
+
+
+@pytest.mark.slow
+def test_a_pair_of_processes_sweeps_and_fits():
+    swept = collectives._of_a_pair()
+    found = fit([Timing(**one) for one in swept["collectives"]])
+    assert found.ranks == 2 and 0 < found.latency_s[0] <= found.latency_s[1] <= found.latency_s[2]
+    assert 0 < found.rate[0] <= found.rate[2] and swept["crowding"] >= 1

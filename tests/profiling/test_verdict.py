@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastrot.profiling.verdict import Ceiling, Stages, held, judge
+from fastrot.profiling.verdict import Ceiling, Stages, held, judge, ratio
 
 CORES = 4.0
 
 
 def steady(pace: float, cpu_s: float = 1e-4) -> Ceiling:
-    return Ceiling([0.98 * pace, pace, 1.02 * pace], [cpu_s])
+    return Ceiling([pace / 1.02, pace, pace / 0.98], [cpu_s])
 
 
 def trained(data: Ceiling, step: Ceiling, cores: float = CORES) -> float:
@@ -71,6 +71,13 @@ def test_a_predicted_gain_is_what_the_changed_training_gives(data, step, new, of
     pair = (data, new) if of_the_step else (new, step)
     assert predicted[1] == pytest.approx(trained(*pair) / trained(data, step))
     assert predicted[0] <= predicted[1] <= predicted[2]
+
+
+def test_bursts_count_by_the_time_they_take():
+    """Ten images in 1 s, ten in 9 s: 2 images/s, whatever the median of the laps."""
+    bursts = Ceiling([10.0, 10 / 9], [1.0, 1.0])
+    assert bursts.pace == pytest.approx(2)
+    assert ratio([20.0, 20 / 9], bursts.paces) == pytest.approx((2, 2, 2))
 
 
 @pytest.mark.parametrize(
