@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 _SIZES = (256, 1024, 4096, 2**16, 2**20, 2**23)  # bytes
 _SMALL = 1024  # bytes: what latency rules
@@ -54,20 +53,21 @@ def _swept(device: torch.device) -> dict[str, Any]:
 
 
 def _crowding() -> float:
-    """Rank 0's pace alone, over its pace while all work."""
-    maps, filters = torch.randn(16, 16, 64, 64), torch.randn(16, 16, 3, 3)
+    """Core-seconds that rank 0 takes for a block's forward and backward pass while all work, over what it takes alone."""
+    block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    maps = torch.randn(256, 8, 32, 32)
 
-    def pace(works: bool) -> float:
-        done, began = 0, time.perf_counter()
+    def core_s(works: bool) -> float:
+        began, began_cpu, done = time.perf_counter(), time.process_time(), 0
         while works and time.perf_counter() - began < _CROWDED_S:
-            F.relu(F.conv2d(maps, filters, padding=1))
+            block(maps).sum().backward()
             done += 1
-        spent = time.perf_counter() - began
+        spent = time.process_time() - began_cpu
         dist.barrier()
-        return done / spent
+        return spent / max(1, done)
 
-    paces = [(pace(dist.get_rank() == 0), pace(True)) for _ in range(5)]
-    return max(1.0, statistics.median(alone / together for alone, together in paces)) if dist.get_rank() == 0 else 1.0
+    spent = [(core_s(dist.get_rank() == 0), core_s(True)) for _ in range(5)]
+    return max(1.0, statistics.median(together / alone for alone, together in spent)) if dist.get_rank() == 0 else 1.0
 
 
 def _timed(device: torch.device) -> list[Timing]:

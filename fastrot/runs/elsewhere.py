@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fastrot import machine
 from fastrot.config import Config, flat, from_values
@@ -19,7 +20,8 @@ from fastrot.distributed import Ranks
 from fastrot.engine.graphs import WARM_UPS
 from fastrot.errors import UserError
 from fastrot.files import read_json
-from fastrot.models.sync_batchnorm import SyncBatchNorm2d
+from fastrot.models.over_ranks import Group
+from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from fastrot.profiling.collectives import Fit, Timing, fit, sweep
 from fastrot.profiling.estimate import Measured
 from fastrot.profiling.hardware import Hardware, Known
@@ -92,9 +94,8 @@ def _step(config: Config, ranks: Ranks, manifest: Manifest, images: int, seconds
         with closing(job.batches(range(1), 0)) as batches:
             first = next(batches)
             micro = [batch.to(ranks.device) for batch in first.micro_steps]
-        for module in job.engine.model.modules() if synced else ():
-            if type(module) is SyncBatchNorm2d:
-                module.forward = module._synced  # type: ignore[assignment,method-assign]
+        if synced and dist.group.WORLD:
+            synchronise_batchnorm(job.engine.model, Group(dist.group.WORLD.group_name, ranks.world))
         resident = (replace(first, step=at, micro_steps=iter(micro)) for at in count())
         warm = _lines(job, resident, WARM_UPS + 2, 1)
         wanted = torch.tensor(round(seconds / _LAPS / min(line["step_s"] for line in warm.values)), device=ranks.device)

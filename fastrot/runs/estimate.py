@@ -54,6 +54,7 @@ def demand_of(config: Config, ranks: int, rows: int, image_bytes: float) -> Dema
         memory_bytes=maps + state_bytes(config, n, model),
         checkpoint_bytes=3 * 4 * parameters,  # weights, momentum, the backbone
         rows=tuple(rows_of_a_step),
+        norm_ranks=ranks // n.norm_groups,
         launches=0 if graphs else sum(row.bytes > 0 for row in rows_of_a_step),
     )
 
