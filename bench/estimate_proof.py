@@ -80,6 +80,17 @@ def achieved(words: list[str], world: int, out: Path, steps: int) -> dict[str, f
     return {name: statistics.median(line[name] for line in lines[1:]) for name in names}
 
 
+def said(processes: str, one: dict) -> str:
+    """Predicted beside achieved."""
+    (low, middle, high), paces = one["predicted"], one["achieved"]
+    median = statistics.median(paces)
+    held = "within its interval" if low <= median <= high else "outside its interval"
+    return (
+        f"{processes} processes: {middle:,.0f} views/s predicted ({low:,.0f} to {high:,.0f}), {median:,.0f} achieved "
+        f"({paces[0]:,.0f} to {paces[-1]:,.0f}): {middle / median - 1:+.0%}, {held}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="folder of images")
@@ -107,7 +118,8 @@ def main() -> None:
             ]
             paces = sorted(run["views_per_s"] for run in runs)
             part |= {"achieved": paces, "off": part["predicted"][1] / statistics.median(paces) - 1, "runs": runs}
-            print(json.dumps(part))
+        for processes, one in known["processes"].items():
+            print(said(processes, one))
     arguments.out.write_text(json.dumps(known, indent=1) + "\n")
 
 

@@ -8,16 +8,17 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 _SIZES = (256, 1024, 4096, 2**16, 2**20, 2**23)  # bytes
+_SMALL = 1024  # bytes: what latency rules
 _ROUNDS = 25
 _PAIR = 2  # processes, where there is but one to ask
 _CROWDED_S = 0.4
@@ -52,20 +53,21 @@ def _swept(device: torch.device) -> dict[str, Any]:
 
 
 def _crowding() -> float:
-    """Rank 0's pace alone, over its pace while all work."""
-    maps, filters = torch.randn(16, 16, 64, 64), torch.randn(16, 16, 3, 3)
+    """Core-seconds that rank 0 takes for a block's forward and backward pass while all work, over what it takes alone."""
+    block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    maps = torch.randn(256, 8, 32, 32)
 
-    def pace(works: bool) -> float:
-        done, began = 0, time.perf_counter()
+    def core_s(works: bool) -> float:
+        began, began_cpu, done = time.perf_counter(), time.process_time(), 0
         while works and time.perf_counter() - began < _CROWDED_S:
-            F.relu(F.conv2d(maps, filters, padding=1))
+            block(maps).sum().backward()
             done += 1
-        spent = time.perf_counter() - began
+        spent = time.process_time() - began_cpu
         dist.barrier()
-        return done / spent
+        return spent / max(1, done)
 
-    paces = [(pace(dist.get_rank() == 0), pace(True)) for _ in range(5)]
-    return max(1.0, statistics.median(alone / together for alone, together in paces)) if dist.get_rank() == 0 else 1.0
+    spent = [(core_s(dist.get_rank() == 0), core_s(True)) for _ in range(5)]
+    return max(1.0, statistics.median(together / alone for alone, together in spent)) if dist.get_rank() == 0 else 1.0
 
 
 def _timed(device: torch.device) -> list[Timing]:
@@ -131,23 +133,26 @@ class Fit:
 
 
 def fit(timings: list[Timing]) -> Fit:
-    """Of a sweep: latency and rate by relative least squares over the sizes, for the median and both quartiles. An
-    all-reduce goes around the ring twice, a gathering once."""
+    """Of a sweep, for the median and both quartiles: the rate by relative least squares over the sizes of sums, the
+    latency by what small sums and gatherings take besides. A sum goes around the ring twice, a gathering once."""
     ranks = timings[0].ranks
-    reduces = [one for one in timings if one.operation == "all_reduce"]
+    sums = [one for one in timings if one.operation == "all_reduce"]
 
-    def solved(pick: Callable[[Timing], float]) -> tuple[float, float]:
-        times = np.array([pick(one) for one in reduces])
-        design = np.array([[1.0, one.bytes] for one in reduces]) / times[:, None]
-        latency, per_byte = np.linalg.lstsq(design, np.ones(len(times)), rcond=None)[0]
-        hops = 2 * (ranks - 1)
-        return max(latency, times.min() / 2) / hops, hops / ranks / per_byte
+    def rate(pick: Callable[[Timing], float]) -> float:
+        times = np.array([pick(one) for one in sums])
+        design = np.array([[1.0, one.bytes] for one in sums]) / times[:, None]
+        per_byte = float(np.linalg.lstsq(design, np.ones(len(times)), rcond=None)[0][1])
+        return 2 * (ranks - 1) / ranks / per_byte
 
-    fits = [solved(lambda one: one.low), solved(lambda one: one.seconds), solved(lambda one: one.high)]
-    rates = sorted(rate for _, rate in fits)
-    small = [one for one in timings if one.operation == "all_gather" and one.bytes <= _SIZES[1]]
-    gathered = [max(1e-9, one.seconds / (ranks - 1) - one.bytes / fits[1][1]) for one in small]
-    hops = sorted([*gathered, *(latency for latency, _ in fits)])
-    latency = statistics.median([fits[1][0], *gathered])
+    def latency(pick: Callable[[Timing], float], rate: float) -> float:
+        small = [one for one in timings if one.bytes <= _SMALL]
+        passed = sum(one.bytes * (2 / ranks if one.operation == "all_reduce" else 1) / rate for one in small)
+        hops = sum(2 if one.operation == "all_reduce" else 1 for one in small)
+        return max(1e-9, (sum(map(pick, small)) / (ranks - 1) - passed) / hops)
+
+    picks: tuple[Callable[[Timing], float], ...] = (attrgetter("low"), attrgetter("seconds"), attrgetter("high"))
+    rates = [rate(pick) for pick in picks]
+    latencies = sorted(latency(pick, rates[1]) for pick in picks)
     busy = sum(one.cpu_s for one in timings) / sum(one.seconds for one in timings)
-    return Fit((hops[0], latency, hops[-1]), (rates[0], fits[1][1], rates[2]), min(1.0, busy), ranks)
+    low, middle, high = latencies
+    return Fit((low, middle, high), (min(rates), rates[1], max(rates)), min(1.0, busy), ranks)

@@ -23,7 +23,7 @@ class Demand:
     """What a training asks. images, views: a step over all ranks; gradient_bytes: of all weights in fp32; norms: layers
     that synchronise (0: none does); norm_channels: in all of them; bucket_mb: 0 averages in one piece after the
     backward pass; image_bytes: of a file, in the mean; memory_bytes: of one GPU; checkpoint_bytes: written at once; steps: of the schedule.
-    launches: of kernels by the host, 0 where CUDA graphs replay them.
+    launches: of kernels by the host, 0 where CUDA graphs replay them.  norm_ranks: that a norm synchronises; None: all.
     measured: a step where one was profiled; None takes the roofline of `rows`."""
 
     images: int
@@ -38,6 +38,7 @@ class Demand:
     checkpoint_bytes: float
     rows: tuple[Row, ...]
     launches: int = 0
+    norm_ranks: int | None = None
     measured: "Measured | None" = None
 
 
@@ -148,7 +149,10 @@ def step_of(demand: Demand, hardware: Hardware, nodes: int, gpus: int, corner: C
     if ranks > 1:
         if demand.norms:
             channels = demand.norm_channels / demand.norms
-            norms = demand.norms * norm_s(n, channels, nodes, gpus, hardware.fabric == "gloo")
+            among = demand.norm_ranks or ranks
+            norms = demand.norms * norm_s(
+                n, channels, math.ceil(among / gpus), min(gpus, among), hardware.fabric == "gloo"
+            )
         gradients = _exposed_s(demand, n, nodes, gpus, compute)
     data = _data_s(demand, hardware, n, nodes, gpus, norms + gradients)
     slowest = max(data, key=lambda name: data[name])

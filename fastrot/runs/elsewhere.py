@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fastrot import machine
 from fastrot.config import Config, flat, from_values
@@ -19,6 +20,8 @@ from fastrot.distributed import Ranks
 from fastrot.engine.graphs import WARM_UPS
 from fastrot.errors import UserError
 from fastrot.files import read_json
+from fastrot.models.over_ranks import Group
+from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from fastrot.profiling.collectives import Fit, Timing, fit, sweep
 from fastrot.profiling.estimate import Measured
 from fastrot.profiling.hardware import Hardware, Known
@@ -64,7 +67,8 @@ def for_elsewhere(config: Config, ranks: Ranks, manifest: Manifest, seconds: flo
         return found
     images = config.optim.images_per_step
     sizes = sorted({images, max(ranks.world, images // _FEWER)}, reverse=True)
-    found["steps"] = [asdict(_step(config, ranks, manifest, size, seconds / 20)) for size in sizes]
+    for name, synced in (("steps", False), ("steps_over_ranks", True)):
+        found[name] = [asdict(_step(config, ranks, manifest, size, seconds / 20, synced)) for size in sizes]
     return found | sweep(ranks.device)
 
 
@@ -81,14 +85,17 @@ def _machine(ranks: Ranks) -> dict[str, Any]:
     return {"device": name, "cores": machine.cores(), "ranks": ranks.world, "cores_a_rank": ranks.cores}
 
 
-def _step(config: Config, ranks: Ranks, manifest: Manifest, images: int, seconds: float) -> _Size:
-    """Laps of the step on a resident batch."""
+def _step(config: Config, ranks: Ranks, manifest: Manifest, images: int, seconds: float, synced: bool) -> _Size:
+    """Laps of the step on a resident batch. synced: one process computes synchronised norms as several do, which takes
+    more passes over the maps."""
     config = from_values(None, flat(config) | {"optim.images_per_step": images})
     job = Job(config, ranks, manifest, None, None, None, lambda line: None)
     try:
         with closing(job.batches(range(1), 0)) as batches:
             first = next(batches)
             micro = [batch.to(ranks.device) for batch in first.micro_steps]
+        if synced and dist.group.WORLD:
+            synchronise_batchnorm(job.engine.model, Group(dist.group.WORLD.group_name, ranks.world))
         resident = (replace(first, step=at, micro_steps=iter(micro)) for at in count())
         warm = _lines(job, resident, WARM_UPS + 2, 1)
         wanted = torch.tensor(round(seconds / _LAPS / min(line["step_s"] for line in warm.values)), device=ranks.device)
@@ -122,6 +129,7 @@ class Profiled:
     device: str
     cores: int
     step: Measured
+    step_over_ranks: Measured
     collectives: Fit | None
 
     def on(self, hardware: Hardware) -> Hardware:
@@ -150,7 +158,7 @@ def profiled(path: Path, config: Config) -> Profiled:
         paces, training = sorted(map(float, both["paces"])), found["parts_of_a_step"]["both"]
         in_training = training["step_s"] * (1 - training["wait_share"] - training["communicate_share"])
         network, device, cores = made["network"], made["machine"]["device"], int(made["machine"]["cores"])
-        steps = [_Size(**one) for one in made.get("steps", [])]
+        steps, over_ranks = ([_Size(**one) for one in made.get(name, [])] for name in ("steps", "steps_over_ranks"))
         timings = [Timing(**one) for one in made.get("collectives", [])]
         crowding = float(made.get("crowding", 1.0))
         data_s, decode = float(data["cpu_s"]), float(data["pace"])
@@ -159,24 +167,24 @@ def profiled(path: Path, config: Config) -> Profiled:
     other = [f"{key}={value}" for key, value in network.items() if network_of(config).get(key) != value]
     if other:
         raise UserError(f"--from {path}: a profile of {', '.join(other)}; profile this config")
-    if len(steps) < 2:
+    if min(len(steps), len(over_ranks)) < 2:
         raise UserError(f"--from {path}: holds no step at two sizes; profile for {LEAST_S:g} s or more")
     sweep_of = fit(timings) if timings else None
-    many, few = steps[0], steps[-1]
-    image_s, host_image_s = (
-        max(0.0, (a - b) / (many.images - few.images))
-        for a, b in ((many.seconds, few.seconds), (many.cpu_s, few.cpu_s))
-    )
-    beside = in_training / many.seconds  # with the data path at work, which takes of the memory's bandwidth
-    step = Measured(
-        beside * (many.seconds - image_s * many.images),
-        beside * image_s,
-        (statistics.median(paces) / paces[-1], statistics.median(paces) / paces[0]),
-        many.cpu_s - host_image_s * many.images,
-        host_image_s,
-        data_s,
-        decode,
-        sweep_of.cpu_share if sweep_of else 0.0,
-        crowding,
-    )
-    return Profiled(path, device, cores, step, sweep_of)
+    busy = sweep_of.cpu_share if sweep_of else 0.0
+    # with the data path at work, which takes of the memory's bandwidth
+    beside = in_training / steps[0].seconds
+    spread = statistics.median(paces) / paces[-1], statistics.median(paces) / paces[0]
+
+    def step(many: _Size, few: _Size) -> Measured:
+        image_s, host_image_s = (
+            max(0.0, (a - b) / (many.images - few.images))
+            for a, b in ((many.seconds, few.seconds), (many.cpu_s, few.cpu_s))
+        )
+        fixed_s, host_fixed_s = (
+            max(0.0, all_of - part * many.images)
+            for all_of, part in ((many.seconds, image_s), (many.cpu_s, host_image_s))
+        )
+        alone = beside * fixed_s, beside * image_s
+        return Measured(*alone, spread, host_fixed_s, host_image_s, data_s, decode, busy, crowding)
+
+    return Profiled(path, device, cores, step(*steps), step(*over_ranks), sweep_of)

@@ -54,6 +54,7 @@ def demand_of(config: Config, ranks: int, rows: int, image_bytes: float) -> Dema
         memory_bytes=maps + state_bytes(config, n, model),
         checkpoint_bytes=3 * 4 * parameters,  # weights, momentum, the backbone
         rows=tuple(rows_of_a_step),
+        norm_ranks=ranks // n.norm_groups,
         launches=0 if graphs else sum(row.bytes > 0 for row in rows_of_a_step),
     )
 
@@ -84,7 +85,9 @@ def estimate(
 
     def demand(ranks: int) -> Demand:
         one = demand_of(config, ranks, rows, image_kib * 1024)
-        return replace(one, measured=found.step) if found else one
+        if found is None:
+            return one
+        return replace(one, measured=found.step_over_ranks if one.norms else found.step)
 
     alone, plans, refused = demand(1), [], {}
     for count in nodes:

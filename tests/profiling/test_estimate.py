@@ -175,7 +175,7 @@ def profile_of(path, **changes):
     steps = [
         {"images": n, "seconds": s, "low": s, "high": s, "cpu_s": 0.8 * s} for n, s in ((64.0, 0.42), (16.0, 0.18))
     ]
-    made = {"machine": {"device": "NVIDIA A100", "cores": 4}, "network": NETWORK, "steps": steps,
+    made = {"machine": {"device": "NVIDIA A100", "cores": 4}, "network": NETWORK, "steps": steps, "steps_over_ranks": steps,
             "collectives": timings(2, 1e-4, 1e9)}  # fmt: skip
     both = {"step_s": 0.42, "wait_share": 0.0, "communicate_share": 0.0}
     stages = {"data": {"pace": 500.0, "cpu_s": 0.002}, "both": {"paces": [60 / 0.42, 64 / 0.42, 68 / 0.42]}}
