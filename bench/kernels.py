@@ -1,4 +1,4 @@
-"""How fast do the norm's four kernels move bytes and the three products multiply, beside what kernels/traffic.py predicts?"""
+"""How fast do the norm's four kernels move bytes and the four products multiply, beside what kernels/traffic.py predicts?"""
 
 import functools
 import statistics
@@ -36,7 +36,7 @@ class Case:
 
 
 def cases(views: int, stages: list[int], device: torch.device) -> Iterator[Case]:
-    """Of each stage: bn1's kernels on its inner maps, bn3's on its outer ones, conv3's products between."""
+    """Of each stage: bn1's kernels on its inner maps, bn3's on its outer ones, conv3's products between, conv1's into the block before."""
     for stage in stages:
         within, side, _ = traffic.STAGES[stage - 1]
         rows, outer, layer = views * side**2, traffic.WIDER * within, f"layer{stage}"
@@ -85,19 +85,25 @@ def norms(layer: str, says: str, rows: int, channels: int, device: torch.device,
 def products(layer: str, rows: int, within: int, outer: int, device: torch.device) -> Iterator[Case]:
     x, dy, weight = drawn(rows, within, device), drawn(rows, outer, device), drawn(outer, within, device)
     affine = pointwise.affine(norm_reference.moments(x), torch.ones_like(weight[0]), torch.zeros_like(weight[0]), EPS)
-    affine = affine.float()
+    affine, back, added = affine.float(), weight.t().contiguous(), drawn(rows, outer, device)
+    ones, zeros = torch.ones(outer, device=device), torch.zeros(outer, device=device)
 
-    def of(x: Tensor, dy: Tensor, module) -> dict[str, Callable[[], object]]:
+    def of(x: Tensor, dy: Tensor, added: Tensor, module) -> dict[str, Callable[[], object]]:
+        moments = norm_reference.moments(dy)
+        _, mask = norm.apply_and_mask(dy, added, moments, ones, zeros, EPS)
+        joined = (x, back, dy, moments, EPS, mask, added, 1, 1, 1)
         return {
             "forward of a norm, moments": lambda: module.forward(x, weight, affine),
             "data gradient, sums": lambda: module.data_gradient(dy, weight, x, affine),
+            "joined gradient, sums": lambda: module.joined_gradient(*joined),
             "weight gradient": lambda: module.weight_gradient(dy, x, affine),
         }
 
     low, high, flops = x.numel(), dy.numel(), 2.0 * rows * within * outer
-    work, ours = of(x, dy, pointwise), of(x[:_FEW], dy[:_FEW], pointwise)
-    theirs = of(x[:_FEW], dy[:_FEW], pointwise_reference)
-    for name, values in zip(work, (low + high, high + 2 * low, high + low), strict=True):
+    few = tuple(one[:_FEW] for one in (x, dy, added))
+    work, ours, theirs = of(x, dy, added, pointwise), of(*few, pointwise), of(*few, pointwise_reference)
+    moved = (low + high, high + 2 * low, low + 3 * high + high // 16, high + low)
+    for name, values in zip(work, moved, strict=True):
         check = functools.partial(lambda name: (ours[name](), theirs[name]()), name)
         yield Case(layer, f"product: {name}", values, flops, work[name], check)
 

@@ -47,20 +47,20 @@ Plant = Callable[[], contextlib.AbstractContextManager[None]]
 @contextlib.contextmanager
 def slow_reads(mib_per_s: float = 4.0) -> Iterator[None]:
     """All readers together get so many bytes a second: a token bucket."""
-    read, lock, free = FileStorage._read_one, threading.Lock(), [0.0]
+    start, lock, free = FileStorage.start, threading.Lock(), [0.0]
 
-    def throttled(storage, file, row, number, offset, want):
+    def throttled(storage, rows):
+        finish = start(storage, rows)
         with lock:
-            free[0] = max(free[0], time.perf_counter()) + want / (mib_per_s * 2**20)
+            free[0] = max(free[0], time.perf_counter()) + storage._manifest.length[rows].sum() / (mib_per_s * 2**20)
             until = free[0]
-        time.sleep(max(0.0, until - time.perf_counter()))
-        return read(storage, file, row, number, offset, want)
+        return lambda: (time.sleep(max(0.0, until - time.perf_counter())), finish())[1]
 
-    FileStorage._read_one = throttled
+    FileStorage.start = throttled
     try:
         yield
     finally:
-        FileStorage._read_one = read
+        FileStorage.start = start
 
 
 @contextlib.contextmanager
@@ -218,8 +218,9 @@ def rank(data: Path, seconds: float) -> dict:
 
 def of_a_rank(data: Path, seconds: float, folder: Path) -> None:
     number = int(os.environ["LOCAL_RANK"])
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
-    config = config_of(str(data), rotation__views="all", optim__images_per_step=8)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[number % len(cores)]})
+    config = config_of(str(data))
     ranks = alone()
 
     @contextlib.contextmanager

@@ -48,6 +48,7 @@ SWITCHES = {
     "norm=fused compile=true": {"norm": "fused", "compile": True},
     "norm=fused_conv": {"norm": "fused_conv"},
     "norm=fused_conv compile=true": {"norm": "fused_conv", "compile": True},
+    "norm=fused_chain": {"norm": "fused_chain"},
     "stem_channels=4": {"stem_channels": 4},
     "recompute=true": {"recompute": True},
     "norm=fused recompute=true": {"norm": "fused", "recompute": True},
@@ -55,6 +56,11 @@ SWITCHES = {
     "norm=fused stem_channels=4 cuda_graphs=true": {"norm": "fused", "stem_channels": 4, "cuda_graphs": True},
     "norm=fused_conv stem_channels=4 cuda_graphs=true": {
         "norm": "fused_conv",
+        "stem_channels": 4,
+        "cuda_graphs": True,
+    },
+    "norm=fused_chain stem_channels=4 cuda_graphs=true": {
+        "norm": "fused_chain",
         "stem_channels": 4,
         "cuda_graphs": True,
     },

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 README = Path(__file__).parent / "fastrot_kernels" / "README.md"
-ARMS = ("torch", "fused", "fused_conv")
+ARMS = ("torch", "fused", "fused_conv", "fused_chain")
 STAGES = ((64, 56, 3), (128, 28, 4), (256, 14, 6), (512, 7, 3))  # channels within, side, blocks
 SIDE, WIDER, CLASSES = 224, 4, 4
 PARAMETERS, VIEWS = 23_516_228, 512  # views that a step's weights are shared by
@@ -120,8 +120,8 @@ def separate(arm: str, block: Block) -> Iterator[Kernel]:
     yield from passes(layer, "input", gradients_added=3 * x)
 
 
-def together(block: Block) -> Iterator[Kernel]:
-    """As fastrot/models/fused_conv.py runs it."""
+def together(block: Block, after: bool = False, before: bool = False) -> Iterator[Kernel]:
+    """As fastrot/models/fused_conv.py runs it; chained: from the block after it, to the block before it."""
     layer, x, mid, low, out, inputs, within, stride, first = block
 
     def product(what: str, values: int, flops: float, ours: bool = True) -> Kernel:
@@ -135,19 +135,26 @@ def together(block: Block) -> Iterator[Kernel]:
     yield product("conv3: forward of bn2, moments", low + out, three)
     yield product("conv3: weight gradient", out + low, three)
     yield product("conv3: data gradient, bn2's sums", out + 2 * low, three)
-    yield from passes(layer, "bn3", apply=3 * out, sums=3 * out, gradients=5 * out)
+    if after:
+        yield from passes(layer, "bn3", apply_and_mask=3 * out + out // 16, gradient=3 * out)
+    else:
+        yield from passes(layer, "bn3", apply=3 * out, sums=3 * out, gradients=5 * out)
     yield product("conv1: weight gradient", mid + x, one, ours=False)
-    if not first:
-        yield product("conv1: data gradient, added", mid + 2 * x, one, ours=False)
-        return
     thin, short = x // stride**2, 2.0 * out * inputs
-    yield product("conv1: data gradient", mid + x, one, ours=False)
+    if before:
+        yield product("conv1: data gradient, joined", mid + thin + 2 * x + x // 16, one)
+    elif first:
+        yield product("conv1: data gradient", mid + x, one, ours=False)
+    else:
+        yield product("conv1: data gradient, added", mid + 2 * x, one, ours=False)
+    if not first:
+        return
     yield from passes(layer, "shortcut", **({"rows_copied": 2 * thin} if stride > 1 else {}))
     yield product("shortcut: forward, moments", thin + out, short)
     yield from passes(layer, "its norm", apply=2 * out, sums=2 * out, gradients=3 * out)
     yield product("shortcut: weight gradient", out + thin, short, ours=False)
     yield product("shortcut: data gradient", out + thin, short, ours=False)
-    yield from passes(layer, "input", gradients_added=3 * thin)
+    yield from passes(layer, "input", **({} if before else {"gradients_added": 3 * thin}))
 
 
 def blocks() -> Iterator[Block]:
@@ -165,8 +172,12 @@ def kernels(arm: str) -> Iterator[Kernel]:
     pixels, last = 3 * SIDE**2, STAGES[-1][0] * WIDER
     yield Kernel("views", "rotate_views", pixels / 4 + BF16 * pixels)
     yield from stem(arm, pixels, STAGES[0][0] * (SIDE // 2) ** 2)
-    for block in blocks():
-        yield from together(block) if arm == "fused_conv" else separate(arm, block)
+    every = list(blocks())
+    for block in every:
+        if arm == "fused_chain":
+            yield from together(block, after=block != every[-1], before=block != every[0])
+        else:
+            yield from together(block) if arm == "fused_conv" else separate(arm, block)
     yield from passes("head", "avgpool", forward=50 * last, backward=50 * last)
     yield Kernel("head", "fc: forward and backward", 0.0, 3 * 2.0 * last * CLASSES)
     # cast 6, read by two products 4, gradient 4, SGD reads three and writes two of 4
@@ -199,8 +210,9 @@ def table(rates: Rates = Rates()) -> str:  # noqa: B008  a tuple
         cells += [f"{sum(k.bytes for k in of[arm]) / 1e6:.1f}" for arm in ARMS]
         cells += [f"{sum(k.seconds(rates) for k in of[arm]) * 1e6:.1f}" for arm in ARMS]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    empty = " |" * (1 + len(ARMS))
     paces = [1 / sum(k.seconds(rates) for k in every) for every in arms.values()]
-    lines.append("| views/s | | | | | " + " | ".join(f"{pace:,.0f}" for pace in paces) + " |")
+    lines.append(f"| views/s |{empty} " + " | ".join(f"{pace:,.0f}" for pace in paces) + " |")
     return "\n".join(lines)
 
 

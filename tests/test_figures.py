@@ -11,7 +11,7 @@ spec = importlib.util.spec_from_file_location("figures", TOOL)
 figures = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(figures)
 
-WAY = "<!--= a.json / rows / arm=x, y / pace | {:,.0f} -->"
+WAY = "<!--= a.json / rows / arm=x, y / pace ; {:,.0f} -->"
 
 
 @pytest.fixture
@@ -36,6 +36,6 @@ def test_a_figure_that_is_not_is_named_and_set(results):
     "way", ["b.json / rows", "a.json / rows / arm=no / pace", "a.json / no", "a.json / rows / arm=z / pace / more"]
 )
 def test_a_way_that_leads_nowhere_is_named(results, way):
-    text = f"<!--= {way} | {{:,.0f}} -->1<!-- -->"
+    text = f"<!--= {way} ; {{:,.0f}} -->1<!-- -->"
     unchanged, wrong = figures.renewed(text, results)
     assert unchanged == text and "leads nowhere" in wrong[0][1]

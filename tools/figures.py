@@ -1,9 +1,9 @@
 """Figures in the documents, each from a file of bench/results: do text and file still say the same?
 
 A figure stands between two comments, which a page does not show:
-    <!--= loader_cpu.json / rows / arm=ours: turbo, folder / images_per_s / median | {:,.0f} -->1,801<!-- -->
+    <!--= loader_cpu.json / rows / arm=ours: turbo, folder / images_per_s / median ; {:,.0f} -->1,801<!-- -->
 The first names a file of bench/results, then the way to a value: keys, and `key=value` for the element of a list; after
-the bar its format. Exit code 1 where one differs, or leads nowhere; with --write it is set instead.
+the semicolon its format. Exit code 1 where one differs, or leads nowhere; with --write it is set instead.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "kernels").rglob("*.md"))]
-FIGURE = re.compile(r"<!--= (?P<way>[^|>]+) \| (?P<format>[^>]+) -->(?P<text>[^<]*)<!-- -->")
+FIGURE = re.compile(r"<!--= (?P<way>[^;>]+) ; (?P<format>[^>]+) -->(?P<text>[^<]*)<!-- -->")
 
 
 def value(way: str, results: Path = RESULTS) -> Any:

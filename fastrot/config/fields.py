@@ -151,9 +151,10 @@ class Engine(Section):
     """Replay forward and backward from a CUDA graph for each shape: the host launches nothing. auto: where there is a
     GPU and no norm to synchronise; collectives: over ranks with synchronised norms too, whose communication NCCL then
     captures (not yet seen on GPUs)."""
-    norm: Literal["torch", "fused", "fused_conv"] = "torch"
+    norm: Literal["torch", "fused", "fused_conv", "fused_chain"] = "torch"
     """Batch norm, addition and ReLU as torch's modules; or as one function of fewer passes (Triton on a GPU); or, in
-    a Bottleneck, as parts of its 1x1 convolutions besides."""
+    a Bottleneck, as parts of its 1x1 convolutions besides; or these too where blocks meet, so that a block's last ReLU
+    and norm have their gradients from the block after it (compiled or recomputed, it is fused_conv)."""
     stem_channels: Literal[3, 4] = 3
     """Channels of the views; the fourth is zero, and so is its filter: memory and tensor cores like fours."""
     recompute: bool = False

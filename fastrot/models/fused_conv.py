@@ -38,6 +38,26 @@ class _Normed(NamedTuple):
         return norm.gradients(dy, x, y, moments, self.gamma, self.beta, sums, self.eps, relu)
 
 
+class _Ahead:
+    """What the next block's backward pass finds out of a block's: the gradient before its last ReLU, bn3's sums."""
+
+    gradient: Tensor | None = None
+    sums: Tensor | None = None
+
+
+class _Tail(NamedTuple):
+    """A block's last norm and ReLU, for the backward pass of the block after it: an attribute of its result.
+
+    y  the rows that bn3 takes in; moments and eps of it; mask  where the ReLU lets through, norm.apply_and_mask's.
+    """
+
+    y: Tensor
+    moments: Tensor
+    mask: Tensor
+    eps: float
+    ahead: _Ahead
+
+
 class _Step(torch.autograd.Function):
     """(maps, parameters) -> (maps, moments of bn1, bn2, bn3 and, where there is one, the shortcut's norm).
 
@@ -47,6 +67,10 @@ class _Step(torch.autograd.Function):
     What norms say to other ranks is on its way while what does not need it is computed: the shortcut's product, and
     the weights' gradients of conv2 and conv3. The shortcut's norm shares a message of bn3's, and of bn2's.
 
+    tail    of the block before, whose result x is: then the product goes on to the gradient before its ReLU, and to
+            bn3's sums. That gradient serves for x's, as the ReLU lets no more through a second time.
+    ahead   for the block after to fill; then y3 and the mask follow the moments. It counts where the gradient that
+            comes is the very one left there: no one else's was added.
     conv2   stride, padding, dilation and groups of the 3x3 convolution.
     stride  of the shortcut, where there is one.
     eps     of each norm.
@@ -56,6 +80,8 @@ class _Step(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        tail: _Tail | None,
+        ahead: _Ahead | None,
         conv2: _Geometry,
         stride: int,
         eps: tuple[float, ...],
@@ -84,23 +110,36 @@ class _Step(torch.autograd.Function):
         residual, moments = rows, [m1, m2, m3, *md]
         for nd in shortcut:
             residual = nd.applied(yd, None, md[0], False)
-        out = maps_of(n3.applied(y3, residual, m3, True), maps2)
-        ctx.save_for_backward(rows, w1, y1, h1, w2, y2, a2, w3, y3, out, *down, *moments, *parameters)
-        ctx.conv2, ctx.stride, ctx.eps, ctx.over_ranks = conv2, stride, eps, over_ranks
-        ctx.mark_non_differentiable(*moments)
-        ctx.set_materialize_grads(False)  # of the moments there is none: no zeros for them
-        return out, *moments
+        left = list(moments)
+        if ahead is None:
+            applied = n3.applied(y3, residual, m3, True)
+        else:
+            applied, mask = norm.apply_and_mask(y3, residual, m3, n3.gamma, n3.beta, n3.eps)
+            left += [y3, mask]
+        out = maps_of(applied, maps2)
+        before = () if tail is None else (tail.y, tail.moments, tail.mask)
+        ctx.save_for_backward(rows, w1, y1, h1, w2, y2, a2, w3, y3, out, *down, *moments, *parameters, *before)
+        ctx.conv2, ctx.stride, ctx.eps, ctx.over_ranks, ctx.ahead = conv2, stride, eps, over_ranks, ahead
+        ctx.before = None if tail is None else (tail.eps, tail.ahead)
+        ctx.mark_non_differentiable(*left)
+        ctx.set_materialize_grads(False)  # of what is left there is none: no zeros for them
+        return out, *left
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_moments: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_left: Tensor) -> tuple[Tensor | None, ...]:
         rows, w1, y1, h1, w2, y2, a2, w3, y3, out, *rest = ctx.saved_tensors
+        rest, before = (rest, []) if ctx.before is None else (rest[:-3], rest[-3:])
         norms, over_ranks = len(ctx.eps), ctx.over_ranks
         down, (m1, m2, m3, *md), parameters = rest[: -4 * norms], rest[-4 * norms : -3 * norms], rest[-3 * norms :]
         n1, n2, n3, *shortcut = _by_three(parameters, ctx.eps)
-        dy = rows_of(grad)
-        sums3 = n3.sums(dy, y3, rows_of(out), m3, True)
+        dy, done = rows_of(grad), ctx.ahead is not None and grad is ctx.ahead.gradient
+        kept = None if done else rows_of(out)
+        sums3 = ctx.ahead.sums if done else n3.sums(dy, y3, kept, m3, True)
         [all3] = summing(over_ranks, sums3)()
-        dy3, dresidual = n3.gradients(all3, dy, y3, rows_of(out), m3, True)
+        dy3, dresidual = n3.gradients(all3, dy, y3, kept, m3, not done)
+        dresidual = dy if done else dresidual
+        if ctx.ahead is not None:
+            ctx.ahead.gradient = ctx.ahead.sums = None
         sumsd = [nd.sums(dresidual, down[2], None, md[0], False) for nd in shortcut]
         g, sums2 = pointwise.data_gradient(dy3, w3, y2, a2)
         summed = summing(over_ranks, sums2, *sumsd)
@@ -119,12 +158,22 @@ class _Step(torch.autograd.Function):
             thinned, wd, yd = down
             dyd, _ = shortcut[0].gradients(alld[0], dresidual, yd, None, md[0], False)
             gradients += [pointwise.weight_gradient(dyd, thinned, None), *sumsd[0]]
-            dx = maps_of(dy1 @ w1, h1)
-            dx[:, :, :: ctx.stride, :: ctx.stride].add_(maps_of(dyd @ wd, out))  # += would copy it to itself after
+            added = dyd @ wd
         else:
-            dx = maps_of(dresidual.addmm_(dy1, w1), h1)
+            added = dresidual.clone() if done and not before else dresidual  # a gradient that came is not written to
+        stride = ctx.stride if shortcut else 1
+        if before:
+            y, moments, mask = before
+            (eps, ahead), (height, width) = ctx.before, h1.shape[2:]
+            g, ahead.sums = pointwise.joined_gradient(dy1, w1, y, moments, eps, mask, added, height, width, stride)
+            dx = ahead.gradient = maps_of(g, h1)
+        elif shortcut:
+            dx = maps_of(dy1 @ w1, h1)
+            dx[:, :, ::stride, ::stride].add_(maps_of(added, out))  # += would copy it to itself after
+        else:
+            dx = maps_of(added.addmm_(dy1, w1), h1)
         mine = (value.view_as(p).to(p.dtype) for value, p in zip(gradients, parameters, strict=True))
-        return dx, None, None, None, None, *mine
+        return dx, None, None, None, None, None, None, *mine
 
 
 def _by_three(parameters: Sequence[Tensor], eps: tuple[float, ...]) -> list[_Normed]:
@@ -139,6 +188,8 @@ def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _FusedConvBottleneck(FusedBottleneck):
+    chained = False  # whether a block's backward pass begins that of the block before
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
@@ -150,11 +201,23 @@ class _FusedConvBottleneck(FusedBottleneck):
         if not x.is_meta and torch.is_autocast_enabled(kind):  # torch knows none on the meta device
             x = x.to(torch.get_autocast_dtype(kind))
         geometry, eps = (conv2.stride, conv2.padding, conv2.dilation, conv2.groups), tuple(bn.eps for _, bn in pairs)
-        parts: tuple[Tensor, ...] = _Step.apply(x, geometry, self.stride, eps, self.bn1.over_ranks, *parameters)  # type: ignore[no-untyped-call]  # torch's apply
-        out, *moments = parts
+        # a compiler traces one block's backward pass without the other's, and no attributes
+        chained = self.chained and not torch.compiler.is_compiling()
+        tail, ahead = (getattr(x, "tail", None), _Ahead()) if chained else (None, None)
+        parts: tuple[Tensor, ...] = _Step.apply(  # type: ignore[no-untyped-call]  # torch's apply
+            x, tail, ahead, geometry, self.stride, eps, self.bn1.over_ranks, *parameters
+        )
+        out, moments, left = parts[0], parts[1 : 1 + len(pairs)], parts[1 + len(pairs) :]
         for (_, bn), each in zip(pairs, moments, strict=True):
             bn.track(each)
+        if ahead is not None and out.requires_grad:
+            y, mask = left
+            out.tail = _Tail(y, moments[2], mask, self.bn3.eps, ahead)  # type: ignore[attr-defined]
         return out
+
+
+class _ChainedBottleneck(_FusedConvBottleneck):
+    chained = True
 
 
 def fuse_convs(model: ResNet, over_ranks: Group | None) -> ResNet:
@@ -169,5 +232,14 @@ def fuse_convs(model: ResNet, over_ranks: Group | None) -> ResNet:
     return model
 
 
+def chain_blocks(model: ResNet, over_ranks: Group | None) -> ResNet:
+    """fuse_convs, and a Bottleneck's backward pass goes on into the block before: its last ReLU and bn3's sums."""
+    fuse_convs(model, over_ranks)
+    for module in model.modules():
+        if type(module) is _FusedConvBottleneck:
+            module.__class__ = _ChainedBottleneck
+    return model
+
+
 # What engine.norm names beside torch's own modules.
-FUSED = {"fused": fuse_norms, "fused_conv": fuse_convs}
+FUSED = {"fused": fuse_norms, "fused_conv": fuse_convs, "fused_chain": chain_blocks}

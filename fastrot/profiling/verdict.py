@@ -9,6 +9,8 @@ from fastrot.data.loader_settings import interval
 
 NEAR = 0.9  # of a ceiling: who reaches so much of it is bound by it
 
+SEEN = 1.03  # a gain below it nobody could see
+
 Interval = tuple[float, float, float]
 """Lower end, the figure, upper end."""
 
@@ -69,6 +71,7 @@ class Stages:
     waits  share of the time of both that the step waits for data.
     apart  share of the step's time that is other work of the loop's: logs, metrics, whatever is no step.
     handed seconds that the loop's own thread takes to get an image that is ready.
+    deeper what more batches ahead would gain, as simulated with the times of the data path's own; infinite: not known.
     path   parts of the data path by themselves: cold (bytes from the disk itself), warm (from the system's memory),
            decode (of bytes in memory), ...; none where they are not known.
     """
@@ -80,6 +83,7 @@ class Stages:
     waits: float
     apart: float = 0.0
     handed: float = 0.0
+    deeper: float = math.inf
     path: Mapping[str, Ceiling] = field(default_factory=dict)
 
     def limits(self) -> dict[str, float]:
@@ -104,7 +108,7 @@ class Stages:
     @property
     def ahead(self) -> bool:
         """Whether the step waits though the data path alone is fast enough."""
-        return self.reached < NEAR and self.waits > 1 - NEAR
+        return self.reached < NEAR and self.waits > 1 - NEAR and self.deeper > SEEN
 
     def gain(self, then: "Stages") -> Interval:
         """The pace of a training of other stages over this one's, as far as the laps of what bounds it then lie apart.

@@ -22,7 +22,7 @@ from fastrot.errors import UserError
 from fastrot.profiling.kernels import IDLE
 from fastrot.profiling.pace import SLOW_RANK
 from fastrot.profiling.stages import decoding, handing_over, held_bytes, held_pixels, reading
-from fastrot.profiling.verdict import NAMES, Ceiling, Interval, Stages, Verdict, held, in_words, judge, ratio
+from fastrot.profiling.verdict import NAMES, SEEN, Ceiling, Interval, Stages, Verdict, held, in_words, judge, ratio
 from fastrot.runs.arithmetic import arithmetic
 from fastrot.runs.build import Job, set_torch_flags
 from fastrot.runs.elsewhere import for_elsewhere
@@ -40,7 +40,6 @@ _SHARES = {
     "cures": 8,
 }  # of the seconds
 _NO_SETTING = ("cold", "warm", "reads", "between", "ahead")  # stages that no setting makes faster
-_SEEN = 1.03  # a gain below it nobody could see
 _DRAWS = 20  # orders of the batches in which a depth is simulated
 
 
@@ -101,11 +100,13 @@ def profile(
     bench = _Bench(what, config, ranks, manifest, seconds / sum(_SHARES.values()))
     mine, parts, seen = _measured(bench, trace)
     stages, took = distributed.on_first(ranks, lambda: (mine, seen))  # all ranks judge and try the same
+    deeper = _deeper(bench, stages, took)
+    stages = replace(stages, deeper=max((cure.predicted[1] for cure in deeper), default=1.0))
     verdict = judge(stages)
     slow = _slow_rank(ranks, parts["both"])
     if slow:
         verdict = replace(verdict, bound="rank", stage="rank", gain=slow["gain"])
-    found = [] if slow else _cures(bench, stages, verdict, took)
+    found = [] if slow else _cures(bench, stages, verdict, deeper)
     cures = distributed.on_first(ranks, lambda: found)
     if attempt:
         cures = [_tried(bench, cure) for cure in cures]
@@ -192,13 +193,13 @@ class _Path:
             self._decoder.close()
 
 
-def _cures(bench: _Bench, stages: Stages, verdict: Verdict, took: list[float]) -> list[Cure]:
+def _cures(bench: _Bench, stages: Stages, verdict: Verdict, deeper: list[Cure]) -> list[Cure]:
     """Settings that change what bounds the training, each measured alone; the best three that gain at all."""
     step = verdict.stage == "step"
     candidates = [] if verdict.stage in _NO_SETTING else _of_the_step(bench) if step else _of_the_data_path(bench)
     shorter = replace(bench, unit=bench.unit * _SHARES["cures"] / max(1, len(candidates)))
     shown = terminal.track(candidates, len(candidates), "settings") if bench.ranks.first else candidates
-    cures = _deeper(bench, stages, took) if verdict.bound == "ahead" else []
+    cures = list(deeper) if verdict.bound == "ahead" else []
     for setting in shown:
         try:
             other = shorter.with_setting(setting)
@@ -206,7 +207,7 @@ def _cures(bench: _Bench, stages: Stages, verdict: Verdict, took: list[float]) -
         except UserError:  # what cannot run here is no proposal
             continue
         cures.append(Cure(setting, stages.gain(replace(stages, step=new) if step else replace(stages, data=new))))
-    better = [cure for cure in cures if cure.predicted[1] > _SEEN]
+    better = [cure for cure in cures if cure.predicted[1] > SEEN]
     return sorted(better, key=lambda cure: -cure.predicted[1])[:3]
 
 
@@ -241,7 +242,7 @@ def _of_the_step(bench: _Bench) -> list[str]:
     if not engine.channels_last:
         out.append("engine.channels_last=true")
     if on_gpu and bench.what.make is Job:
-        out += [f"engine.norm={norm}" for norm in ("fused", "fused_conv") if norm != engine.norm]
+        out += [f"engine.norm={norm}" for norm in ("fused", "fused_conv", "fused_chain") if norm != engine.norm]
         out += ["engine.cuda_graphs=auto"] if not engine.cuda_graphs else []
     return out
 

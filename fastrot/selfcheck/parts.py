@@ -37,7 +37,7 @@ PARTS = (
     Part("loader", "how many images a second does the loader give?", 240, 180, "speed:loader"),
     Part("end_to_end", "does a training wait for data?", 180, 120, "speed:end_to_end"),
     Part("probes", "how fast are features, SVM and k-NN, and are they the CPU's?", 180, 120, "speed:probes"),
-    Part("ranks", "what do several GPUs give, and what do norms and buckets cost?", 900, 300, "speed:ranks"),
+    Part("ranks", "what do several GPUs give, and what do norms and buckets cost?", 240, 300, "speed:ranks"),
 )
 
 

@@ -32,7 +32,7 @@ _IMAGES_A_GIB = 1.8  # ResNet-50 at 224 in bf16 by torch's modules holds 100 MB 
 ARMS = (
     "base", "cuda_graphs=true", "norm=fused", "norm=fused_conv", "norm=fused_conv stem_channels=4 cuda_graphs=true",
     "norm=fused stem_channels=4 cuda_graphs=true", "stem_channels=4", "channels_last=false", "compile=true",
-    "norm=fused_conv compile=true", "norm=fused compile=true", "compile=reduce-overhead",
+    "norm=fused_chain", "norm=fused_chain stem_channels=4 cuda_graphs=true", "norm=fused_conv compile=true", "norm=fused compile=true", "compile=reduce-overhead",
 )  # fmt: skip
 _IN_GRAPHS = "norm=fused_conv stem_channels=4 cuda_graphs=collectives"
 _RANKS_ARMS = (
@@ -63,7 +63,7 @@ def rotation(place: Place, found: Found) -> None:
 
 
 def kernels(place: Place, found: Found) -> None:
-    """bench/kernels.py: the four norm kernels and the three products, beside kernels/traffic.py's prediction."""
+    """bench/kernels.py: the four norm kernels and the four products, beside kernels/traffic.py's prediction."""
     size = ["--rounds", 5] if place.gpu else ["--rounds", 1, "--stages", 4]
     found.raw |= place.bench(found, "kernels", *size)
     found.failures += [f"{kernel}: {why}" for kernel, why in found.raw.get("missing", {}).items()]
@@ -222,20 +222,23 @@ def ranks(place: Place, found: Found) -> None:
     if gpus < 2:
         found.skipped.append("scaling, synchronised norms, buckets: need two GPUs, and there is one")
         return
-    for world in sorted({2, gpus}):
-        _captured_collectives(place, found, world)
+    for world in sorted({2, gpus}, reverse=True):
         for images in sorted({at_once(place), RECIPE_VIEWS // 4 // world}) if place.gpu else (2,):  # as --quick takes
             _scaling(place, found, world, images)
+        _captured_collectives(place, found, world)
+    if place.gpu:  # sums by NVLink's shared memory, where this torch and these cards have it
+        _scaling(place, found, gpus, RECIPE_VIEWS // 4 // gpus, "ENABLE_INTRA_NODE_COMM=1")
 
 
-def _scaling(place: Place, found: Found, world: int, images: int) -> None:
-    """Every arm over `world` ranks of so many images each."""
+def _scaling(place: Place, found: Found, world: int, images: int, *variables: str) -> None:
+    """Every arm over `world` ranks of so many images each; under these variables of torch's, two of them."""
     size = ["--rounds", 3, "--images", images] if place.gpu else ["--quick"]
-    arms = [arm for arm in _RANKS_ARMS if place.gpu or arm in ("base", "bucket_mb=5", _IN_GRAPHS)]
-    arms = [arm for arm in arms if world > 2 or arm != "norm_ranks=2"]  # of two ranks that is both
+    arms = [arm for arm in _RANKS_ARMS if world > 2 or arm != "norm_ranks=2"]  # of two ranks that is both
+    if variables or not place.gpu:
+        arms = ["base", "norm=fused_conv"] if variables else ["base", "bucket_mb=5", _IN_GRAPHS]
     stand_in = () if place.gpu else ("-m", "fastrot.selfcheck.stand_in")
-    result = place.bench(found, "step", *size, "--only", *arms, before=(*launcher(world), *stand_in))
-    says = f"{world} ranks of {images} images"
+    result = place.bench(found, "step", *size, "--only", *arms, before=("env", *variables, *launcher(world), *stand_in))
+    says = ", ".join([f"{world} ranks of {images} images", *variables])
     found.failures += [f"{says}, {arm}: {why}" for arm, why in result.get("missing", {}).items()]
     found.raw[says] = result
     for arm, line in result.get("switches", {}).items():
@@ -248,7 +251,7 @@ def _scaling(place: Place, found: Found, world: int, images: int) -> None:
     found.figures.append(
         (f"{says}, averaging after the backward pass", f"{1000 * base['communicate']['median_s']:.2f} ms")
     )
-    if "switches" in alone and alone["images"] == images:
+    if "switches" in alone and alone.get("images") == images:
         share = base["views_per_s"] / (world * alone["switches"]["base"]["views_per_s"])
         found.figures.append((f"{says}, of {world} times one's speed", f"{share:.0%}"))
 

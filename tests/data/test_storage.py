@@ -186,13 +186,13 @@ def test_memory_is_used_again_once_no_part_of_it_is_left():
     assert len(arenas._free) == 16
 
 
-def test_a_decoder_keeps_a_batchs_memory_until_it_is_done(manifest, monkeypatch):
+def test_a_decoder_keeps_a_batchs_memory_until_it_is_done(manifest):
     """While it works no other batch is read there, whoever else has let go of it."""
     torch_decoder = importlib.import_module("fastrot.data.decode.torch")
     looked, real = threading.Event(), torch_decoder.window_pixels
-    monkeypatch.setattr(torch_decoder, "window_pixels", lambda *image: looked.wait() and real(*image))
-    for name in ("torch", "dali", "turbo"):
-        decoder, _ = make_decoder(name, "cpu", CPU, 1, 4, 2)
+    waiting = torch_decoder.TorchDecoder(1, lambda *image: looked.wait() and real(*image))  # lets go image by image
+    others = (make_decoder(name, "cpu", CPU, 1, 4, 2)[0] for name in ("dali", "turbo"))
+    for decoder in (waiting, *others):
         storage = FileStorage(manifest)
         loader = Loader(
             manifest, Plan(5, manifest.height, manifest.width, FullOrder(12, 5)), storage, decoder,
@@ -201,11 +201,11 @@ def test_a_decoder_keeps_a_batchs_memory_until_it_is_done(manifest, monkeypatch)
         sample = loader.plan.at(0, 4)
         decoder.submit(loader._to_decode(storage.read(sample.rows), sample.rows, sample.windows, 20))
         gc.collect()
-        assert not storage._arenas._free, name
+        assert not storage._arenas._free, decoder.name
         looked.set()
         decoder.result()
         decoder.submit(loader._to_decode(storage.read(sample.rows), sample.rows, sample.windows, 20))
         decoder.result()
         gc.collect()
-        assert storage._arenas._free, name
+        assert storage._arenas._free, decoder.name
         loader.close()

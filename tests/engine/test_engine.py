@@ -33,6 +33,8 @@ EXACT = [
     "plain-fp32-0-sgd-graphed",
     "deepspeed-fp32-0-sgd-graphed",
     "plain-fp32-0-sgd-bottlenecks-graphed",
+    "plain-fp32-0-sgd-bottlenecks-chained",
+    "deepspeed-fp32-0-sgd-bottlenecks-chained-graphed",
     "deepspeed-fp32-0-sgd-micro-graphed",
 ]
 GROUPED = [

@@ -249,7 +249,10 @@ def test_a_second_shape_takes_hardly_more_of_the_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("norm, arch", [("torch", "resnet18"), ("fused", "resnet18"), ("fused_conv", "resnet50")])
+@pytest.mark.parametrize(
+    "norm, arch",
+    [("torch", "resnet18"), ("fused", "resnet18"), ("fused_conv", "resnet50"), ("fused_chain", "resnet50")],
+)
 @pytest.mark.parametrize("more", [[], ["engine.images_per_micro_step=4"], ["data.crop_by_epoch={0: 32, 8: 48}"]])
 def test_a_run_on_graphs_is_the_run(fastrot, images, tmp_path, more, norm, arch):
     """Losses, evaluated accuracies and gradient norms of ten epochs; micro-steps and crops of several sizes."""

@@ -92,7 +92,7 @@ def test_the_watch_sees_every_way_to_ask(ask):
     ["engine.kind=plain", "optim.name=lars", "rotation.views=one", "rotation.shuffle_labels=true"],
     ["engine.kind=deepspeed", "optim.clip=1.0"],
     ["engine.kind=plain", "engine.norm=fused", "engine.stem_channels=4"],
-    pytest.param(["engine.kind=plain", "engine.norm=fused_conv", "model.arch=resnet50"], marks=pytest.mark.slow),
+    pytest.param(["engine.kind=plain", "engine.norm=fused_chain", "model.arch=resnet50"], marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_no_step_asks_a_tensor_for_its_value_before_a_line_is_due(fastrot, images, tmp_path, monkeypatch, engine):
     asked = Asked()

@@ -20,14 +20,17 @@ KERNELS = [
     ("moments_kernel", SUMS, 64),
     ("merge_kernel", triton_norm.merge_shape(triton_norm.PROGRAMS), 128),
     ("update_running_kernel", {"BC": 256}, 64),
-    ("apply_kernel", {"RELU": False, "RESIDUAL": False, **WHOLE}, 64),
-    ("apply_kernel", {"RELU": True, "RESIDUAL": True, **WHOLE}, 64),
+    ("apply_kernel", {"RELU": False, "RESIDUAL": False, "MASK": False, **WHOLE}, 64),
+    ("apply_kernel", {"RELU": True, "RESIDUAL": True, "MASK": False, **WHOLE}, 64),
+    ("apply_kernel", {"RELU": True, "RESIDUAL": True, "MASK": True, **WHOLE}, 64),
     ("gradient_sums_kernel", {"RELU": True, "KEPT": False, **SUMS}, 84),
     ("gradient_sums_kernel", {"RELU": True, "KEPT": True, **SUMS}, 84),
     ("gradients_kernel", {"RELU": True, "KEPT": False, **WHOLE}, 84),
     ("gradients_kernel", {"RELU": True, "KEPT": True, **WHOLE}, 84),
 ]
-SLOW = [pytest.param(80, "bf16", marks=pytest.mark.slow), pytest.param(90, "fp32", marks=pytest.mark.slow)]
+SLOW = [
+    pytest.param(*each, marks=pytest.mark.slow) for each in [(80, "bf16"), (90, "fp32"), (100, "fp32"), (100, "bf16")]
+]
 GENERATIONS = [(80, "fp32"), (90, "bf16"), *SLOW]
 MAPS = {"x", "dy", "y", "residual", "dx", "dresidual"}
 NUMBERS = {"M": "i32", "C": "i32", "R": "i32", "split": "i32", "eps": "fp32", "momentum": "fp32"}
@@ -40,7 +43,8 @@ def kernel_names(name):
 def compiled(name, dtype, capability, constants):
     kernel = getattr(triton_norm, name)
     maps = MAPS | ({"out"} if name == "apply_kernel" else set())
-    pointers = {n: f"*{dtype if n in maps else 'fp32'}" for n in kernel.arg_names if n not in NUMBERS | constants}
+    kinds = dict.fromkeys(maps, dtype) | {"mask": "u8"}
+    pointers = {n: f"*{kinds.get(n, 'fp32')}" for n in kernel.arg_names if n not in NUMBERS | constants}
     signature = {n: pointers.get(n) or NUMBERS.get(n, "constexpr") for n in kernel.arg_names}
     # what a launch finds out by itself: torch aligns its memory, and the network's channels divide by 16
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in {*pointers, "C"}}
@@ -72,4 +76,5 @@ def test_it_compiles_without_spills(tmp_path, monkeypatch, capability, dtype, na
         programs = 65_536 // 256 // most if dtype == "bf16" else 2
         assert kernel.metadata.shared * programs <= 164 * 1024, "an A100's"
     if name in ("apply_kernel", "gradients_kernel"):
-        assert stores == {"st.global.v4.b32"}
+        # a mask's bytes come of eight values that one thread holds, or two
+        assert stores == {"st.global.v4.b32"} | ({"st.global.b8"} if constants.get("MASK") else set())

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrot_kernels import norm, pointwise
+from fastrot_kernels.norm import reference as norms
+from fastrot_kernels.norm.interface import Norm
 from fastrot_kernels.norm.reference import moments as moments_of
 from fastrot_kernels.pointwise import reference, triton_pointwise
 
@@ -29,6 +31,10 @@ SHAPES = [
     *((*shape, torch.bfloat16) for shape in [(300, 70, 65), (130, 64, 256), (49, 256, 64)]),
     *(pytest.param(*shape, torch.bfloat16, marks=pytest.mark.slow) for shape in [(98, 512, 2048), (49, 2048, 512)]),
 ]
+
+
+# maps, height, width, stride of the shortcut, channels in, channels out: no tile is full, no side divides by the stride
+JOINED = [(2, 9, 8, 1, 20, 130), (3, 7, 9, 2, 70, 65), (2, 10, 11, 3, 16, 20), (1, 1, 1, 1, 3, 1)]
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +108,52 @@ def test_plain_torch_is_norm_relu_and_convolution_in_float64(dtype):
     assert torch.equal(after, moments_of(y))
 
 
+def make_joined(maps, height, width, stride, inputs, outputs, dtype, device="cpu"):
+    """A map of `outputs` channels, made by norm, addition and ReLU, which a product of `inputs` and a shortcut read.
+
+    (dy, weight, x, moments, EPS, mask, added, height, width, stride), then (residual, gamma, beta).
+    """
+    generator = torch.Generator().manual_seed(outputs)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    rows, fewer = maps * height * width, maps * -(-height // stride) * -(-width // stride)
+    x, residual = (draw(rows, outputs) * 2 + draw(outputs)).to(dtype), draw(rows, outputs).to(dtype)
+    gamma, beta, moments = draw(outputs), draw(outputs), moments_of(x)
+    _, mask = norms.apply_and_mask(x, residual, Norm(moments, gamma, beta, EPS, True))
+    dy, weight, added = draw(rows, inputs), draw(inputs, outputs) / inputs**0.5, draw(fewer, outputs)
+    tensors = [dy.to(dtype), weight.to(dtype), x, moments, EPS, mask, added.to(dtype)]
+    case = [t if isinstance(t, float) else t.to(device) for t in tensors]
+    return (*case, height, width, stride), (residual, gamma, beta)
+
+
+@pytest.mark.parametrize("kernels, device", KERNELS)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float32, torch.float16))]
+)
+@pytest.mark.parametrize("shape", JOINED)
+def test_gradients_joined_agree_with_plain_torch(kernels, device, shape, dtype):
+    case, _ = make_joined(*shape, dtype, device)
+    ours, again, plain = (module.joined_gradient(*case) for module in (kernels, kernels, reference))
+    for part, (got, want) in enumerate(zip(ours, plain, strict=True)):
+        assert (got.shape, got.dtype) == (want.shape, want.dtype)
+        assert_near(got, want, 4 * (NEAR[dtype] if part == 0 else max(NEAR[dtype], 1e-3)), f"part {part}")
+    assert all(torch.equal(one, other) for one, other in zip(ours, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("shape", JOINED[:3])
+def test_gradients_joined_are_autograds_in_float64(shape, dtype):
+    (dy, weight, x, _, _, _, added, height, width, stride), norm_of = make_joined(*shape, dtype)
+    case, _ = make_joined(*shape, dtype)
+    residual, gamma, beta = leaves = [t.double().requires_grad_() for t in norm_of]
+    y = F.relu(F.batch_norm(x.double(), None, None, gamma, beta, True, 0.1, EPS) + residual)
+    thin = y.view(-1, height, width, y.shape[1])[:, ::stride, ::stride].reshape(added.shape)
+    ((y @ weight.double().t() * dy.double()).sum() + (thin * added.double()).sum()).backward()
+    g, sums = reference.joined_gradient(*case)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
+    assert_near(g.double(), residual.grad, tolerance, "g")
+    assert_near(sums.double(), torch.stack([leaves[1].grad, leaves[2].grad]), tolerance, "dgamma, dbeta")
+
+
 @pytest.mark.parametrize("kernels, device", KERNELS)
 def test_moments_far_from_zero_do_not_cancel(kernels, device):
     """A mean a thousand deviations away, over more tiles than one merge takes: squares alone would leave no digit."""
@@ -146,6 +198,12 @@ def test_the_operations_are_what_torch_asks_of_operations(normed):
         (pointwise.weight_gradient, (dy, x, affine if normed else None)),
     ):
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("shape", JOINED)
+def test_gradients_joined_are_an_operation(shape):
+    case, _ = make_joined(*shape, torch.bfloat16)
+    torch.library.opcheck(pointwise.joined_gradient, case, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(

@@ -19,24 +19,28 @@ KERNELS = [
     ("forward_kernel", {"NORMED": False}),
     ("forward_kernel", {"NORMED": True}),
     ("data_gradient_kernel", {}),
+    ("joined_gradient_kernel", {"STRIDE": 1}),
+    ("joined_gradient_kernel", {"STRIDE": 2}),
     ("weight_gradient_kernel", {}),
 ]
 # each generation and each width of tiles once; the rest is slow
 QUICK = [(80, "bf16", 64), (90, "bf16", 256)]
 PRODUCTS = [
     pytest.param(capability, *product, marks=[] if (capability, *product) in QUICK else pytest.mark.slow)
-    for capability in (80, 90)
+    for capability in (80, 90, 100)
     for product in [("bf16", 64), ("bf16", 256), ("tf32", 64), ("tf32", 256), ("ieee", 64)]
 ]
-MAPS = {"x", "weight", "dy", "y", "g"}
-NUMBERS = {"M": "i32", "N": "i32", "K": "i32", "split": "i32"}
+MAPS = {"x", "weight", "dy", "y", "g", "added"}
+NUMBERS = dict.fromkeys(("M", "N", "K", "split", "height", "width"), "i32") | {"eps": "fp32"}
 # Of a multiprocessor, and what a launch keeps of it; bytes. Source: CUDA C++ Programming Guide, compute capabilities.
-SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024}
+SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 
 def compiled(name, dtype, capability, constants, how):
     kernel = getattr(triton_pointwise, name)
-    pointers = {n: f"*{dtype if n in MAPS else 'fp32'}" for n in kernel.arg_names if n not in NUMBERS | constants}
+    kinds = dict.fromkeys(MAPS, dtype) | {"mask": "u8"}
+    pointers = {n: f"*{kinds.get(n, 'fp32')}" for n in kernel.arg_names if n not in NUMBERS | constants}
     signature = {n: pointers.get(n) or NUMBERS.get(n, "constexpr") for n in kernel.arg_names}
     # what a launch finds out by itself: torch aligns its memory, and the network's channels divide by 16
     aligned = [n for n in (*pointers, "N", "K", "split") if n in kernel.arg_names]
@@ -72,16 +76,17 @@ def test_it_compiles_without_spills(tmp_path, monkeypatch, capability, precision
     resources, instructions = machine_code(tmp_path, kernel)
     assert resources["LOCAL"] == 0 and not [op for op in instructions if op.startswith(("LDL", "STL"))], resources
     # so many share a multiprocessor
-    resident = 2 if low and (columns == 64 or (kind != "data_gradient" and capability == 90)) else 1
+    small = columns == 64 or kind == "joined_gradient"
+    resident = 2 if low and (small or (kind != "data_gradient" and capability >= 90)) else 1
     assert resident * resources["REG"] * 32 * options["num_warps"] <= 65536
     assert resident * (kernel.metadata.shared + 1024) <= SHARED_MEMORY[capability]
-    products = {op.split(".")[0] for op in instructions} & {"HMMA", "HGMMA"}
-    assert products == ({"HGMMA" if capability == 90 else "HMMA"} if precision != "ieee" else set())
+    products = {op.split(".")[0] for op in instructions} & set(TENSOR_CORES.values())
+    assert products == ({TENSOR_CORES[capability]} if precision != "ieee" else set())
     # Hopper's run one after another where each waits for the one before
     if capability == 90 and precision == "bf16":
         assert sum(op.startswith("WARPGROUP.DEPBAR") for op in instructions) <= 2
     if low:
         maps = [op for op in instructions if op.startswith(("LDGSTS.", "STG."))]
         narrow = [op for op in maps if not op.endswith("128")]
-        assert maps and len(narrow) == {"forward_kernel": 3, "data_gradient_kernel": 2}.get(name, 0)  # of the sums
+        assert maps and len(narrow) == {"forward_kernel": 3, "weight_gradient_kernel": 0}.get(name, 2)  # of the sums
         assert sum(op.startswith("SHFL") for op in instructions) <= 64

@@ -25,14 +25,14 @@ def test_the_readmes_table_is_the_scripts(traffic):
     assert traffic.text() in traffic.README.read_text(), "python kernels/traffic.py --write"
 
 
-@pytest.mark.parametrize("arm", ["torch", "fused", "fused_conv"])
+@pytest.mark.parametrize("arm", ["torch", "fused", "fused_conv", "fused_chain"])
 def test_it_is_what_torch_counts_in_the_network(traffic, arm):
     """FLOPs and bytes that another view adds to a traced step, every argument and result of an operation once; to that
     come the passes that cuDNN and torch's norm make a second time."""
 
     def network():
         model = resnet50(num_classes=traffic.CLASSES)
-        return model if arm == "torch" else FUSED[arm](model, False)
+        return model if arm == "torch" else FUSED[arm](model, None)
 
     moved, flops = Counter(), 0.0
     for views, sign in ((4, -1), (8, 1)):
@@ -43,8 +43,10 @@ def test_it_is_what_torch_counts_in_the_network(traffic, arm):
     if arm == "torch":
         normed = moved["native_batch_norm"] / 2
         again = 3 * normed + normed - stem  # one pass forward, two backward; gradients, read by two products
-    else:
+    elif arm == "fused":
         again = moved["fastrot::norm_moments"] - stem
+    else:  # the 3 x 3s' two gradients are two operations, the first of which is given a map that it does not read
+        again = -traffic.BF16 * sum(block.mid for block in traffic.blocks())
     ours = [kernel for kernel in traffic.kernels(arm) if kernel.layer != "weights"]
     assert sum(kernel.flops for kernel in ours) == pytest.approx(flops, rel=1e-4)
     # a pool's argument that its backward pass does not read, rows that a shortcut of stride 2 passes over
@@ -56,6 +58,18 @@ def test_the_largest_maps_are_read_and_written_eight_times_by_the_last_norms_bac
     passes = [k.bytes for k in traffic.kernels("fused_conv") if k.what in ("bn3: sums", "bn3: gradients")]
     values = 3 * 256 * 56**2 + 4 * 512 * 28**2 + 6 * 1024 * 14**2 + 3 * 2048 * 7**2
     assert sum(passes) == 8 * 2 * values and round(sum(passes) / 1e6) == 88
+
+
+def test_chained_blocks_move_the_last_norms_map_four_times_less(traffic):
+    """Of the eight passes three are left, the product reads one map more and the mask comes and goes; where a shortcut
+    of stride 2 follows, its quarter was added by three passes and is read by one."""
+    of = {arm: sum(k.bytes for k in traffic.kernels(arm)) for arm in ("fused_conv", "fused_chain")}
+    every = 3 * 256 * 56**2 + 4 * 512 * 28**2 + 6 * 1024 * 14**2 + 3 * 2048 * 7**2
+    shortcuts = 256 * 56**2 + 512 * 28**2 + 1024 * 14**2
+    handed = every - 2048 * 7**2
+    saved = 5 * handed - (handed - shortcuts) - (1 - 2 / 4) * shortcuts - 2 / 16 * handed
+    assert of["fused_conv"] - of["fused_chain"] == pytest.approx(2 * saved, rel=1e-3)
+    assert round((of["fused_conv"] - of["fused_chain"]) / 1e6) == 43
 
 
 def test_a_kernel_takes_as_long_as_its_bytes_or_its_products(traffic):

@@ -21,7 +21,7 @@ def stems(device):
     plain = ResNet(BasicBlock, [1, 1, 1, 1])
     nn.init.uniform_(plain.bn1.weight, -1.0, 1.5)
     nn.init.normal_(plain.bn1.bias)
-    return plain.to(device), fuse_norms(copy.deepcopy(plain), over_ranks=False).to(device)
+    return plain.to(device), fuse_norms(copy.deepcopy(plain), over_ranks=None).to(device)
 
 
 def passed(model, x, dy):
@@ -72,7 +72,7 @@ def test_the_normalised_map_is_not_kept():
 @pytest.mark.parametrize("training", [True, False])
 def test_probes_read_the_map_before_the_pool(kind, training):
     plain = kind().train(training)
-    fused = fuse_norms(copy.deepcopy(plain), over_ranks=False)
+    fused = fuse_norms(copy.deepcopy(plain), over_ranks=None)
     assert isinstance(fused, type(plain)) and fused.state_dict().keys() == plain.state_dict().keys()
     x = torch.randn(4, 3, 32, 32)
     for ours, want in zip(tap_maps(fused, x), tap_maps(plain, x), strict=True):
@@ -83,7 +83,7 @@ def test_probes_read_the_map_before_the_pool(kind, training):
 def test_another_pool_stays_what_it_was():
     plain = ResNet(BasicBlock, [1, 1, 1, 1])
     plain.maxpool = nn.MaxPool2d(2)
-    fused = fuse_norms(copy.deepcopy(plain), over_ranks=False)
+    fused = fuse_norms(copy.deepcopy(plain), over_ranks=None)
     x = torch.randn(4, 3, 32, 32)
     assert type(fused) is ResNet
     torch.testing.assert_close(fused(x), plain(x), rtol=1e-3, atol=1e-3)

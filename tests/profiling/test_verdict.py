@@ -73,6 +73,10 @@ def test_a_predicted_gain_is_what_the_changed_training_gives(data, step, new, of
     assert predicted[0] <= predicted[1] <= predicted[2]
 
 
+def test_a_step_that_waits_for_even_batches_is_no_matter_of_loading_ahead():
+    assert judge(stages(both=steady(300), waits=0.4, deeper=1.0)).bound == "step"
+
+
 def test_bursts_count_by_the_time_they_take():
     """Ten images in 1 s, ten in 9 s: 2 images/s, whatever the median of the laps."""
     bursts = Ceiling([10.0, 10 / 9], [1.0, 1.0])

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -38,6 +39,25 @@ TIMES = {
     "communicate_share", "host_share", "bound", "memory_gib", "eta_s", "mfu", "roof_fraction",
 }  # fmt: skip
 SLOW = {"slow_step", "straggler"}  # in a line where there is one
+
+
+FROZEN = r"""
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+/* reads of images do not end; others do */
+static void freeze(int handle) {
+    char link[64], path[4096] = "";
+    snprintf(link, sizeof link, "/proc/self/fd/%d", handle);
+    if (readlink(link, path, sizeof path - 1) > 0 && strstr(path, ".jpg")) for (;;) pause();
+}
+ssize_t pread64(int handle, void *into, size_t bytes, off_t from) {
+    freeze(handle);
+    if (lseek(handle, from, SEEK_SET) < 0) return -1;
+    return read(handle, into, bytes);
+}
+ssize_t pread(int handle, void *into, size_t bytes, off_t from) { return pread64(handle, into, bytes, from); }
+"""
 
 
 def over(images, out) -> list[str]:
@@ -224,20 +244,31 @@ def test_images_added_after_a_failed_start_are_seen(tmp_path, fastrot):
     assert json.loads((tmp_path / "r/environment.json").read_text())["data"]["rows"] == 7
 
 
-def test_a_fault_ends_the_process_and_is_the_status(images, tmp_path, fastrot):
-    """Images that never answer (named pipes), met while a pool of readers is stuck in them."""
+def test_a_fault_ends_the_process_and_is_the_status(tmp_path, fastrot, monkeypatch):
+    """A disk that does not answer any more, met while a pool of readers is stuck in it."""
+    source = write_folder(tmp_path / "d", classes=1, per_class=6)
+    words = [*PLAIN, f"data.train={source}", f"run.out={tmp_path / 'r'}"]
+    assert fastrot("train", *words, "run.max_steps=1").code == 0
+    frozen = tmp_path / "frozen.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", frozen], input=FROZEN, text=True, check=True)
+    monkeypatch.setenv("LD_PRELOAD", str(frozen))
+    code, output = launched("python", 1, *words, "data.timeout=2", script=NARROW)
+    assert code == 3, output
+    assert "fastrot: no batch for data.timeout 2 s: the loader was reading rows" in output
+    status = json.loads((tmp_path / "r/STATUS.json").read_text())
+    assert status["state"] == "failed" and "no batch" in status["reason"]
+
+
+def test_files_that_are_none_any_more_end_the_run(tmp_path, fastrot):
     source = write_folder(tmp_path / "d", classes=1, per_class=6)
     words = [*PLAIN, f"data.train={source}", f"run.out={tmp_path / 'r'}"]
     assert fastrot("train", *words, "run.max_steps=1").code == 0
     for path in source.rglob("*.jpg"):
         path.unlink()
-        os.mkfifo(path)
+        os.mkfifo(path)  # whose opening waits for a writer
     assert fastrot("train", *words).code == 2  # they are not as the run saw them
-    code, output = launched("python", 1, *words, "data.timeout=2", "--resume-anyway", "data.files", script=NARROW)
-    assert code == 3, output
-    assert "fastrot: no batch for data.timeout 2 s: the loader was reading rows" in output
-    status = json.loads((tmp_path / "r/STATUS.json").read_text())
-    assert status["state"] == "failed" and "no batch" in status["reason"]
+    done = fastrot("train", *words, "--resume-anyway", "data.files")
+    assert done.code == 3 and "no row can be read any more" in done.err, done.err
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,31 @@ def test_a_gpus_trainings_are_given_words_that_training_reads_and_are_judged(tmp
         assert (found.failures == []) if name is None else says in found.failures[0]
 
 
+def test_eight_gpus_are_asked_at_both_sizes_and_two_beside_them(tmp_path, monkeypatch):
+    class Eight(Told):
+        def bench(self, found, script, *words, before=()):
+            world = int(before[-1].partition("=")[2])
+            images, arms = words[words.index("--images") + 1], words[words.index("--only") + 1 :]
+            asked.append((world, images, before[1] if "=" in before[1] else ""))
+            assert all(step.able(step.BASE | step.SWITCHES[arm], world, cuda=True) for arm in arms)
+            talk = {"messages": 107, "seconds": 0.002}
+            line = {"views_per_s": 700.0 * world, "communicate": SPREAD, "collectives": talk}
+            return {"switches": dict.fromkeys(arms, line), "missing": {}}
+
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    step, asked, found = importlib.import_module("step"), [], Found()
+    monkeypatch.setattr(speed, "at_once", lambda place: 128)
+    monkeypatch.setattr(correctness, "drawn", lambda work, count: work)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    (tmp_path / "step.json").write_text(json.dumps({"raw": STEP | {"images": 128}}))
+    speed.ranks(Eight(True, tmp_path, tmp_path / "work", 0.0), found)
+    assert asked == [(8, 16, ""), (8, 128, ""), (2, 64, ""), (2, 128, ""), (8, 16, "ENABLE_INTRA_NODE_COMM=1")]
+    figures = dict(found.figures)
+    assert figures["8 ranks of 128 images, of 8 times one's speed"] == "700%" and not found.failures
+    assert figures["8 ranks of 16 images, norm_ranks=2"] == "5,600 views/s, 107 messages a step, 2.00 ms in them"
+    assert figures["2 ranks, engine.cuda_graphs=collectives"] == "losses 0.00% from those without graphs"
+
+
 def test_a_decoder_that_writes_into_other_tensors_or_its_own_given_ones_is_seen():
     device = torch.device("cpu")
     canaries = correctness.Canaries(device, 3, 1000)

@@ -4,6 +4,7 @@ A mode is kind-precision-zero-optimizer, and any of -clip and
 micro: two micro-steps a step, on a network without batch norm (which sees a micro-step's views).
 fused: batch norm and ReLU as one function.
 bottlenecks: another network, whose 1x1 convolutions take in batch norm.
+chained: and the backward pass of the norm before them.
 compiled: by torch.compile, but for the kernels.
 grouped: batch norm over two groups of ranks.
 graphed: replayed, with the norms' communication, as from CUDA graphs.
@@ -26,7 +27,7 @@ from fastrot.data.plan import slice_of
 from fastrot.engine import StepSettings, make_engine
 from fastrot.engine.graphs import Graphed
 from fastrot.engine.optimizers import build_optimizer
-from fastrot.models.fused_conv import fuse_convs
+from fastrot.models.fused_conv import chain_blocks, fuse_convs
 from fastrot.models.fused_norm import fuse_norm
 from fastrot.models.over_ranks import neighbours
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
@@ -93,7 +94,7 @@ def train(mode: str, ranks, first: int = 0, state=None):
         model[2] = nn.Identity()
         fuse_norm(model[4], False, over_ranks)
     if "bottlenecks" in more:
-        fuse_convs(model, over_ranks)
+        (chain_blocks if "chained" in more else fuse_convs)(model, over_ranks)
     if over_ranks:
         synchronise_batchnorm(model, over_ranks)
     fused = optimizer_name == "sgd" and precision != "fp16"

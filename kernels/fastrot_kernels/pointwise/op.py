@@ -17,6 +17,20 @@ class Kernels(Protocol):
 
     def data_gradient(self, dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]: ...
 
+    def joined_gradient(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        x: Tensor,
+        moments: Tensor,
+        eps: float,
+        mask: Tensor,
+        added: Tensor,
+        height: int,
+        width: int,
+        stride: int,
+    ) -> tuple[Tensor, Tensor]: ...
+
     def weight_gradient(self, dy: Tensor, x: Tensor, affine: Tensor | None) -> Tensor: ...
 
 
@@ -66,6 +80,35 @@ def _(dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tuple[Tensor, Te
     return torch.empty_like(x), x.new_empty(2, x.shape[1], dtype=torch.float32)
 
 
+@operation("fastrot::pointwise_joined_gradient")
+def joined_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    moments: Tensor,
+    eps: float,
+    mask: Tensor,
+    added: Tensor,
+    height: int,
+    width: int,
+    stride: int,
+) -> tuple[Tensor, Tensor]:
+    """(g = dy @ weight + added where the mask is set [M, K], float32 [2, K]: sums of g * xhat and of g).
+
+    Of a map that a 1x1 convolution and a shortcut read: its gradient, rounded once, before the ReLU by which
+    norm.apply_and_mask made it of x, and the sums that norm.gradients asks for there. dy [M, N], moments of x [3, K].
+
+    added          the shortcut's part [M, K], or of every stride-th row and column of the maps alone.
+    height, width  of the maps.
+    """
+    return kernels_for(x).joined_gradient(dy, weight, x, moments, eps, mask, added, height, width, stride)
+
+
+@joined_gradient.register_fake
+def _(dy: Tensor, weight: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(2, x.shape[1], dtype=torch.float32)
+
+
 @operation("fastrot::pointwise_weight_gradient")
 def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor | None) -> Tensor:
     """dy.T @ z, float32 [N, K], z as in `forward`; dy [M, N], x [M, K]. No part of a sum is rounded to 16 bits."""
@@ -77,7 +120,14 @@ def _(dy: Tensor, x: Tensor, affine: Tensor | None) -> Tensor:
     return x.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)
 
 
-@register_flop_formula([torch.ops.fastrot.pointwise_forward, torch.ops.fastrot.pointwise_data_gradient])
+_ROWS_BY_WEIGHT = (
+    torch.ops.fastrot.pointwise_forward,
+    torch.ops.fastrot.pointwise_data_gradient,
+    torch.ops.fastrot.pointwise_joined_gradient,
+)
+
+
+@register_flop_formula(_ROWS_BY_WEIGHT)
 def _product_flops(left: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
     return 2 * left[0] * weight[0] * weight[1]
 

@@ -4,23 +4,49 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastrot_kernels.norm.reference import moments
+from fastrot_kernels.norm.reference import moments as moments_of
 
 
 def forward(x: Tensor, weight: Tensor, affine: Tensor | None) -> tuple[Tensor, Tensor]:
     y = (x if affine is None else _normed(x, affine)) @ weight.t()
-    return y, moments(y)
+    return y, moments_of(y)
 
 
 def data_gradient(dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
-    mean, rstd, *_ = affine
     g = torch.where(_before_relu(x, affine) <= 0, 0.0, dy @ weight)
-    value = g.float()
-    return g, torch.stack([(value * (x.float() - mean)).sum(0) * rstd, value.sum(0)])
+    return g, _sums(g, x, affine[0], affine[1])
+
+
+def joined_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    moments: Tensor,
+    eps: float,
+    mask: Tensor,
+    added: Tensor,
+    height: int,
+    width: int,
+    stride: int,
+) -> tuple[Tensor, Tensor]:
+    everywhere = added
+    if stride > 1:
+        everywhere = torch.zeros_like(x)
+        maps = everywhere.view(-1, height, width, x.shape[1])[:, ::stride, ::stride]
+        maps.copy_(added.view(maps.shape))
+    bits = (mask[:, :, None] >> torch.arange(8, device=mask.device)) & 1
+    through = bits.flatten(1)[:, : x.shape[1]] != 0
+    g = torch.where(through, torch.addmm(everywhere, dy, weight), 0.0)
+    return g, _sums(g, x, moments[1], torch.rsqrt(moments[2] + eps))
 
 
 def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor | None) -> Tensor:
     return dy.float().t() @ (x if affine is None else _normed(x, affine)).float()
+
+
+def _sums(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    value = g.float()
+    return torch.stack([(value * (x.float() - mean)).sum(0) * rstd, value.sum(0)])
 
 
 def _before_relu(x: Tensor, affine: Tensor) -> Tensor:

@@ -42,6 +42,29 @@ def data_gradient(dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tupl
     return g, parts.sum(0)
 
 
+def joined_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    moments: Tensor,
+    eps: float,
+    mask: Tensor,
+    added: Tensor,
+    height: int,
+    width: int,
+    stride: int,
+) -> tuple[Tensor, Tensor]:
+    (rows, inputs), outputs, how = x.shape, len(weight), tile("joined_gradient", x.shape[1], x.dtype, _capability(x))
+    g = torch.empty_like(x)
+    parts = x.new_empty(triton.cdiv(rows, how["BM"]), 2, inputs, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        joined_gradient_kernel[(len(parts) * triton.cdiv(inputs, how["BN"]),)](
+            dy, weight, x, moments, mask, added, g, parts, rows, outputs, inputs, height, width, eps,
+            STRIDE=stride, PRECISION=precision(), **how,
+        )  # fmt: skip
+    return g, parts.sum(0)
+
+
 def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor | None) -> Tensor:
     if affine is None:
         return plain_weight_gradient(dy, x)
@@ -67,18 +90,20 @@ def plain_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
 def tile(kernel: str, columns: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
     """How a kernel's product with so many columns is cut, by how many warps, and how many steps ahead it loads.
 
-    kernel      plain or normed (of forward), data_gradient, weight_gradient.
+    kernel      plain or normed (of forward), data_gradient, joined_gradient, weight_gradient.
     capability  the GPU's generation: 8 Ampere, 9 Hopper.
     Such that nothing spills, and where it can be, two programs share a multiprocessor.
     """
+    joined = kernel == "joined_gradient"
     if dtype == torch.float32 and precision() == "ieee":
-        return PLAIN
-    low, narrow = dtype != torch.float32, columns <= COLUMNS // 2
+        return PLAIN | ({"BN": 32} if joined else {})
+    # joined: four maps pass by a product that is short, so small tiles, and many loads under way
+    low, narrow = dtype != torch.float32, joined or columns <= COLUMNS // 2
     shape = {"BM": ROWS, "BN": COLUMNS // 2 if narrow else COLUMNS, "BK": ALONG if low else ALONG // 2}
     # Ampere's products hold their operands in registers too: two programs of eight warps would spill
-    twice = low and not narrow and capability >= 9 and kernel != "data_gradient"
+    twice = low and (joined or (not narrow and capability >= 9 and kernel != "data_gradient"))
     stages = 2 if not low or (twice and kernel == "normed") else 3
-    how = {"num_warps": 4 if low and narrow else 8, "num_stages": stages}
+    how = {"num_warps": 4 if low and narrow and not joined else 8, "num_stages": stages}
     return shape | how | ({"maxnreg": 128} if twice else {})
 
 
@@ -196,6 +221,62 @@ def data_gradient_kernel(
 
 
 @triton.jit
+def joined_gradient_kernel(
+    dy,  # [M, N]
+    weight,  # [N, K]
+    x,  # [M, K]
+    moments,  # float32 [3, K]
+    mask,  # uint8 [M, K / 8 or the next whole number]
+    added,  # [M, K], or of every STRIDE-th row and column of the maps
+    g,  # [M, K]
+    parts,  # float32 [tiles of rows, 2, K]
+    M,
+    N,
+    K,
+    height,  # of the maps
+    width,
+    eps,
+    STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,  # along K: a tile's columns
+    BK: tl.constexpr,  # along N: what the product sums over
+):
+    """One program: a tile of g and its two sums; the tiles of a row come one after the other, as they share dy."""
+    blocks = tl.cdiv(K, BN)
+    tile = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    k = block * BN + tl.arange(0, BN)
+    r = tl.arange(0, BM)
+    n = tl.arange(0, BK)
+    first = tile * BM
+    live = (first + r < M)[:, None]
+    inside = live & (k < K)[None, :]
+    place = r[:, None] * K + k[None, :]
+    dy += first.to(tl.int64) * N
+    # on their way while the product runs
+    seen = tl.load(x + first.to(tl.int64) * K + place, mask=inside, other=0.0)
+    through = _bits(mask, first + r, block, M, K, BN)
+    total = _added(added, first + r, k, M, K, height, width, STRIDE)
+    for start in range(0, N, BK):
+        some = start + n < N
+        a = tl.load(dy + r[:, None] * N + (start + n)[None, :], mask=live & some[None, :], other=0.0)
+        b = tl.load(weight + (start + n)[:, None] * K + k[None, :], mask=some[:, None] & (k < K)[None, :], other=0.0)
+        total = _dot(a, b, total, PRECISION)
+    g += first.to(tl.int64) * K
+    stored = _spread(total.to(g.dtype.element_ty), g + place, live & (k < 0)[None, :])
+    stored = tl.where(through, stored, 0.0)
+    tl.store(g + place, stored, mask=inside)
+    mean = tl.load(moments + K + k, mask=k < K, other=0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.load(moments + 2 * K + k, mask=k < K, other=1.0) + eps)
+    # rows past the end have neither dy nor what is added, so their g is 0
+    value = stored.to(tl.float32)
+    row = parts + tile * 2 * K + k
+    tl.store(row, tl.sum(value * (seen.to(tl.float32) - mean[None, :]), 0) * rstd, mask=k < K)
+    tl.store(row + K, tl.sum(value, 0), mask=k < K)
+
+
+@triton.jit
 def weight_gradient_kernel(
     dy,  # [M, N]
     x,  # [M, K]
@@ -238,6 +319,29 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
     if INTERPRETED:  # Triton 3.6's interpreter multiplies bfloat16 as the integers of its bits
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _added(added, row, k, M, K, height, width, STRIDE: tl.constexpr):
+    """Rows and channels of what is added, float32; rows between strides have none."""
+    live = row < M
+    if STRIDE > 1:
+        column, line = row % width, row // width
+        live &= (column % STRIDE == 0) & (line % height % STRIDE == 0)
+        line = line // height * tl.cdiv(height, STRIDE) + line % height // STRIDE
+        row = line * tl.cdiv(width, STRIDE) + column // STRIDE
+    place = added + row.to(tl.int64)[:, None] * K + k[None, :]
+    return tl.load(place, mask=live[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _bits(mask, row, block, M, K, BN: tl.constexpr):
+    """Whether a mask lets through, of rows and a block of BN channels."""
+    byte = block * (BN // 8) + tl.arange(0, BN // 8)
+    bytes = tl.cdiv(K, 8)
+    place = mask + row.to(tl.int64)[:, None] * bytes + byte[None, :]
+    some = tl.load(place, mask=(row < M)[:, None] & (byte < bytes)[None, :], other=0).to(tl.int32)
+    return tl.reshape((some[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1, (row.shape[0], BN)) != 0
 
 
 @triton.jit

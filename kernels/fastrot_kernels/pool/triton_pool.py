@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Both operations in Triton: each map read once and written once. Nothing is atomic: a run gives the same bits again."""
 
 import torch

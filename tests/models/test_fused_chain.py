@@ -1,0 +1,233 @@
+"""Bottlenecks that do the backward pass of the last norm and ReLU before them, against torch's own modules."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from test_fused_norm import assert_step_as_exact
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from fastrot.models.fused_conv import chain_blocks, fuse_convs
+from fastrot.models.recompute import recompute_blocks
+from fastrot_kernels import norm, pointwise
+from fastrot_kernels.norm import triton_norm
+from fastrot_kernels.pointwise import triton_pointwise
+
+# what Triton's interpreter does with a loop's end
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+# Triton 3.6's interpreter cuts bfloat16 off where a GPU rounds it
+CASES = [
+    *(pytest.param("cpu", dtype, id=f"cpu-{dtype}") for dtype in (None, torch.bfloat16)),
+    *(
+        pytest.param("cpu", dtype, id=f"cpu-triton-{dtype}")
+        for dtype in (None, torch.float16)
+        if triton_pointwise.INTERPRETED
+    ),
+    *(pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (None, torch.bfloat16)),
+]
+BLOCKS = 5
+
+
+@pytest.fixture(autouse=True)
+def float32_is_float32(monkeypatch):
+    """In convolutions on a GPU, where torch's default is TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def joins(monkeypatch):
+    """(rows, stride) of every gradient that goes on into the block before."""
+    done, join = [], pointwise.joined_gradient
+    count = lambda *arguments: (done.append((len(arguments[2]), arguments[-1])), join(*arguments))[1]  # noqa: E731
+    monkeypatch.setattr(pointwise, "joined_gradient", count)
+    return done
+
+
+def stages() -> ResNet:
+    """A ResNet of two stages: blocks with and without a shortcut's convolution, first of a stage and last."""
+    torch.manual_seed(0)
+    model = ResNet(BasicBlock, [1, 1, 1, 1])
+    shortcuts = [
+        nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        for inputs, outputs, stride in ((6, 20, 1), (20, 36, 2))
+    ]
+    model.conv1, model.bn1, model.maxpool = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Identity()
+    model.layer1 = nn.Sequential(Bottleneck(6, 5, downsample=shortcuts[0]), Bottleneck(20, 5), Bottleneck(20, 5))
+    model.layer2, model.fc = nn.Sequential(Bottleneck(20, 9, 2, shortcuts[1]), Bottleneck(36, 9)), nn.Linear(36, 4)
+    model.layer3 = model.layer4 = nn.Identity()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, -1.0, 1.5)
+            nn.init.normal_(module.bias)
+    return model
+
+
+def views(n=5, device="cpu"):
+    """No side that a stride divides, no tile that is full."""
+    generator = torch.Generator().manual_seed(n)
+    return torch.randn(n, 3, 15, 17, generator=generator).to(device), torch.arange(n, device=device) % 4
+
+
+def gradients(model, losses):
+    """Of all parameters, by the losses' backward passes one after the other."""
+    for loss in losses:
+        loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_as_exact(exact, plain, ours):
+    """Every gradient at most twice as far from float64 as torch's modules are, or 1e-5 of its norm."""
+    for name, right in exact.items():
+        far = [(each[name].double() - right).norm() for each in (plain, ours)]
+        assert far[1] <= 2 * far[0] + 1e-5 * right.norm(), (name, far, right.norm())
+
+
+def assert_as_exact_in_all(exact, plain, conv, ours):
+    """The whole gradient, as in 16 bits that of a few channels is rounding for the most part: as near as fused_conv's
+    is, and of the kind of torch's."""
+    gradients = [torch.cat([p.flatten().double() for p in each.values()]) for each in (exact, plain, conv, ours)]
+    far = [(each - gradients[0]).norm() for each in gradients[1:]]
+    assert far[2] <= 1.1 * far[1] and far[2] <= 3 * far[0], far
+
+
+@pytest.mark.parametrize("device, dtype", CASES)
+def test_a_chain_is_no_farther_from_float64_than_torchs_modules(monkeypatch, request, joins, device, dtype):
+    """Float32 and 16 bits; the chain takes the way that it is for, from the last block to the first."""
+    plain = stages().to(device)
+    ours, conv, exact = (copy.deepcopy(plain) for _ in range(3))
+    chain_blocks(ours, over_ranks=None), fuse_convs(conv, over_ranks=None), exact.double()
+    if "cpu-triton" in request.node.name:
+        monkeypatch.setattr(norm.op, "kernels_for", lambda x: triton_norm)
+        monkeypatch.setattr(pointwise.op, "kernels_for", lambda x: triton_pointwise)
+    x, target = views(device=device)
+    far = []
+    for model in (exact, plain, ours) if dtype is None else (exact, plain, conv, ours):
+        with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None and model is not exact):
+            out = model(x.to(model.fc.weight.dtype))
+        far.append(gradients(model, [F.cross_entropy(out.to(model.fc.weight.dtype), target)]))
+    assert joins == [(5 * 7 * 8, 1), (5 * 13 * 15, 2), *[(5 * 13 * 15, 1)] * 2]
+    (assert_as_exact if dtype is None else assert_as_exact_in_all)(*far)
+
+
+def test_a_network_is_as_exact_as_the_plain_one_and_shares_its_checkpoint():
+    plain = stages()
+    ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    chain_blocks(ours, over_ranks=None)
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    assert_step_as_exact(exact, plain, ours, *views())
+    plain.load_state_dict(ours.state_dict())
+    plain.eval(), ours.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(views()[0]), plain(views()[0]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["one after the other", "all forwards first", "a graph twice"])
+def test_micro_steps_add_up(joins, way):
+    """Each forward pass has its own hand-over; what one left does not serve for another."""
+    plain = stages()
+    ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    chain_blocks(ours, over_ranks=None)
+    found = []
+    for model in (exact, plain, ours):
+        kind = model.fc.weight.dtype
+        losses = (F.cross_entropy(model(x.to(kind)), target) for x, target in map(views, (5, 3)))
+        if way != "one after the other":
+            losses = list(losses)
+        if way == "a graph twice":
+            losses[0].backward(retain_graph=True)
+        found.append(gradients(model, losses))
+    assert_as_exact(*found)
+    assert len(joins) == (BLOCKS - 1) * (3 if way == "a graph twice" else 2)
+
+
+@pytest.mark.parametrize("at", ["layer1.0", "layer1.2", "layer2.1"])
+@pytest.mark.parametrize("weight", [1.0, -3.0])
+def test_a_map_that_others_read_too_has_all_their_gradients(joins, at, weight):
+    """Then what the next block left is a part of the gradient only: the block begins its own backward pass."""
+    plain = stages()
+    ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    chain_blocks(ours, over_ranks=None)
+    found = []
+    for model in (exact, plain, ours):
+        read = []
+        model.get_submodule(at).register_forward_hook(lambda module, x, out, read=read: read.append(out))
+        x, target = views()
+        loss = F.cross_entropy(model(x.to(model.fc.weight.dtype)), target)
+        found.append(gradients(model, [loss + weight * read[0].sin().sum() / 100]))
+    assert_as_exact(*found)
+    assert len(joins) == BLOCKS - 1
+
+
+def test_a_hook_that_changes_a_maps_gradient_is_heard(joins):
+    plain = stages()
+    ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    chain_blocks(ours, over_ranks=None)
+    found = []
+    for model in (exact, plain, ours):
+        hook = lambda module, x, out: out.register_hook(lambda grad: grad * 2)  # noqa: E731
+        model.layer1[0].register_forward_hook(lambda *parts, hook=hook: [hook(*parts)].clear())
+        x, target = views()
+        found.append(gradients(model, [F.cross_entropy(model(x.to(model.fc.weight.dtype)), target)]))
+    assert_as_exact(*found)
+    assert len(joins) == BLOCKS - 1
+
+
+def test_a_gradient_that_others_look_at_is_not_written_to():
+    """That of the map between two blocks whose shortcuts are their inputs: what the ReLU there lets through."""
+    plain = stages()
+    plain.layer1 = plain.layer1[1:]
+    ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    chain_blocks(ours, over_ranks=None)
+    seen, middles = [], []
+    for model in (exact, ours):
+        middle = model.layer1[0](torch.linspace(-1, 1, 20 * 35, dtype=model.fc.weight.dtype).view(1, 20, 5, 7) ** 3)
+        middle.register_hook(seen.append)
+        middles.append(middle)
+        model.layer1[1](middle).sin().sum().backward()
+    torch.testing.assert_close(seen[1].double(), seen[0].where(middles[0] > 0, 0), rtol=1e-3, atol=1e-4)
+
+
+def test_nothing_is_held_after_the_backward_pass():
+    """But what the graph's nodes always hold: neither a map of a block before nor a gradient that was left."""
+    model, tails, lefts = chain_blocks(stages(), over_ranks=None), [], []
+
+    def seen(module, x, out):
+        tails.append(weakref.ref(out.tail.y))
+        lefts.append(out.tail.ahead)
+
+    for block in (*model.layer1, *model.layer2):
+        block.register_forward_hook(seen)
+    x, target = views()
+    loss = F.cross_entropy(model(x), target)
+    assert len(tails) == BLOCKS and all(tail() is not None for tail in tails[:-1])
+    loss.backward()
+    assert loss.grad_fn is not None and not any(tail() is not None for tail in tails)
+    assert all(left.gradient is None and left.sums is None for left in lefts)
+
+
+def test_without_gradients_nothing_is_handed_over():
+    model = chain_blocks(stages(), over_ranks=None)
+    with torch.no_grad():
+        assert not hasattr(model.layer1(torch.randn(2, 6, 5, 5)), "tail")
+    assert hasattr(model.layer1(torch.randn(2, 6, 5, 5)), "tail")
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_recomputed_or_compiled_it_is_fused_conv(joins, compiled):
+    """Recomputed: bit for bit; compiled: without a break of the graph."""
+    plain = stages()
+    ours = chain_blocks(copy.deepcopy(plain), over_ranks=None)
+    fuse_convs(plain, over_ranks=None)
+    if compiled:
+        ours.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    else:
+        recompute_blocks(ours)
+    x, target = views()
+    want, got = (gradients(model, [F.cross_entropy(model(x), target)]) for model in (plain, ours))
+    for name, right in want.items():
+        near = {"rtol": 1e-4, "atol": 1e-5} if compiled else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(got[name], right, **near, msg=lambda m, n=name: f"{n}: {m}")
+    assert not joins
