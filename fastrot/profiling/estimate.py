@@ -138,7 +138,9 @@ def step_of(demand: Demand, hardware: Hardware, nodes: int, gpus: int, corner: C
     turns = 1.0
     if m:
         alone = m.seconds(images, corner)
-        ranks_a_core = gpus * m.crowding / m.seconds(images, "value") / hardware.cores  # for each second of a rank's work on the host
+        ranks_a_core = (
+            gpus * m.crowding / m.seconds(images, "value") / hardware.cores
+        )  # for each second of a rank's work on the host
         compute = alone * max(1.0, ranks_a_core * (m.host_s(images) + m.data_s * images))
         if corner != "best":  # who gets a message must have a core to go on
             turns = max(1.0, ranks_a_core * m.host_s(images))
