@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup demo demo-control test test-all gpu check docs figures lock clean
+.PHONY: setup demo demo-control test suite test-all gpu check docs figures lock clean
 
 setup: $(VENV)/.ready
 
@@ -40,7 +40,11 @@ demo-control: setup
 # two processes, a core each: most of the time goes into one thread of Python, and two cores are what everybody has
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test: check
+# the checks run beside the tests, whose processes wait for one another now and then
+test: setup
+	$(MAKE) --no-print-directory -j2 check suite
+
+suite: setup
 	$(PYTEST)
 
 test-all: check
