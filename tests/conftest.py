@@ -253,6 +253,21 @@ class Done:
         return [line for line in self.err.splitlines() if line.startswith("fastrot: ")]
 
 
+def after(monkeypatch, steps: int, happens: Callable[[], object]) -> None:
+    """Let something happen once a run in this process has done so many steps."""
+    from fastrot.runs.log import RunLog
+
+    tick, done = RunLog.tick, []
+
+    def ticked(log):
+        tick(log)
+        done.append(1)
+        if len(done) == steps:
+            happens()
+
+    monkeypatch.setattr(RunLog, "tick", ticked)
+
+
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

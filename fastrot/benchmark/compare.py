@@ -47,8 +47,9 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         if old[key] != new[key]:
             raise UserError(f"cannot be compared: {key} differ: {old[key]} and {new[key]}")
     ratios = {}
-    for name in old["figures"].keys() & new["figures"].keys():
-        before, after = (_of(bundle, name) for bundle in (old, new))
+    befores, afters = (by_arm(bundle["rounds"]) for bundle in (old, new))
+    for name in befores.keys() & afters.keys():
+        before, after = befores[name], afters[name]
         drawn = _medians(after, 1) / _medians(before, 2)
         ratio = float(np.median(after) / np.median(before))
         low, high = (float(one) for one in np.quantile(drawn, (0.025, 0.975)))
@@ -59,8 +60,12 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {"ratios": dict(sorted(ratios.items())), "in_one_alone": alone, "differs": dict(_differences(old, new))}
 
 
-def _of(bundle: dict[str, Any], name: str) -> list[float]:
-    return [float(np.median(one["laps"])) for one in bundle["rounds"] if f"{one['part']}: {one['arm']}" == name]
+def by_arm(rounds: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """{"part: arm": the median of each round's laps}."""
+    out: dict[str, list[float]] = {}
+    for one in rounds:
+        out.setdefault(f"{one['part']}: {one['arm']}", []).append(float(np.median(one["laps"])))
+    return out
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any]]:

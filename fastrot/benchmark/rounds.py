@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fastrot import distributed, terminal
-from fastrot.benchmark.compare import interval
+from fastrot.benchmark.compare import by_arm, interval
 from fastrot.benchmark.parts import PARTS, Place, Unequal
 from fastrot.config import Config, flat, from_values
 from fastrot.data.build import open_manifest
@@ -89,12 +89,9 @@ def bench(config: Config, chosen: list[str], rounds: int, seconds: float, seed: 
 
 def figures(rounds: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Of each arm, the median over its rounds of their laps' medians, and its 95% interval."""
-    by_arm: dict[str, list[float]] = {}
-    for one in rounds:
-        by_arm.setdefault(f"{one['part']}: {one['arm']}", []).append(median(one["laps"]))
     return {
         name: {"unit": PARTS[name.partition(":")[0]].unit, "median": median(paces), "interval": interval(paces)}
-        for name, paces in sorted(by_arm.items())
+        for name, paces in sorted(by_arm(rounds).items())
     }
 
 

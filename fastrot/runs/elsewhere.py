@@ -1,11 +1,9 @@
 """What a profile keeps for machines that are not there: the step at two sizes, collectives, and where it was made."""
 
+import itertools
 import statistics
-import time
-from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from itertools import count
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import torch.distributed as dist
 
 from fastrot import machine
 from fastrot.config import Config, flat, from_values
-from fastrot.data.loader import StepBatch
 from fastrot.data.manifest import Manifest
 from fastrot.distributed import Ranks
 from fastrot.engine.graphs import WARM_UPS
@@ -25,14 +22,12 @@ from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from fastrot.profiling.collectives import Fit, Timing, fit, sweep
 from fastrot.profiling.estimate import Measured
 from fastrot.profiling.hardware import Hardware, Known
-from fastrot.profiling.roofline import Work
 from fastrot.runs.build import Job
-from fastrot.runs.loop import run
+from fastrot.runs.subject import again_and_again, run_laps
 
 LEAST_S = 20.0  # of a profile that has time for this
 _LAPS = 7
 _FEWER = 4  # times: the second size of a step
-_NEVER = 10**9
 
 
 @dataclass(frozen=True)
@@ -44,20 +39,6 @@ class _Size:
     low: float
     high: float
     cpu_s: float
-
-
-class _Lines:
-    """In place of a run's log."""
-
-    def __init__(self) -> None:
-        self.values: list[dict[str, Any]] = []
-        self.cpu: list[float] = []
-
-    def tick(self) -> None: ...
-
-    def write(self, values: dict[str, Any]) -> None:
-        self.values.append(values)
-        self.cpu.append(time.process_time())
 
 
 def for_elsewhere(config: Config, ranks: Ranks, manifest: Manifest, seconds: float) -> dict[str, Any]:
@@ -92,37 +73,23 @@ def _step(config: Config, ranks: Ranks, manifest: Manifest, images: int, seconds
     job = Job(config, ranks, manifest, None, None, None, lambda line: None)
     try:
         with closing(job.batches(range(1), 0)) as batches:
-            first = next(batches)
-            micro = [batch.to(ranks.device) for batch in first.micro_steps]
+            resident = again_and_again(job, next(batches))
         if synced and dist.group.WORLD:
             synchronise_batchnorm(job.engine.model, Group(dist.group.WORLD.group_name, ranks.world))
-        resident = (replace(first, step=at, micro_steps=iter(micro)) for at in count())
-        warm = _lines(job, resident, WARM_UPS + 2, 1)
-        wanted = torch.tensor(round(seconds / _LAPS / min(line["step_s"] for line in warm.values)), device=ranks.device)
+        warm = run_laps(job, resident, WARM_UPS + 2, 1)
+        wanted = torch.tensor(round(seconds / _LAPS / min(line["step_s"] for line in warm.lines)), device=ranks.device)
         lap = max(1, int(job.engine.reduce(wanted, greatest=True)))  # the ranks must agree
-        lines = _lines(job, resident, lap * (_LAPS + 1), lap)
+        laps = run_laps(job, resident, lap * (_LAPS + 1), lap)
     finally:
         job.close()
-    own = [line["step_s"] * (1 - line["communicate_share"]) for line in lines.values[1:]]
-    cpu = [(after - before) / lap for before, after in zip(lines.cpu, lines.cpu[1:], strict=False)]
+    own = [line["step_s"] * (1 - line["communicate_share"]) for line in laps.lines[1:]]
+    cpu = [(after - before) / lap for before, after in itertools.pairwise(laps.cpu)]
     low, median, high = statistics.quantiles(own, n=4)
     return _Size(images / ranks.world, median, low, high, statistics.median(cpu))
 
 
-def _lines(job: Job, steps: Iterator[StepBatch], many: int, log_every: int) -> _Lines:
-    log, nothing = _Lines(), _nothing
-    some = (replace(next(steps), step=at) for at in range(many))
-    course = replace(job.course(many), log_every=log_every, checkpoint_every=_NEVER)
-    parts = (course, some, job.task, job.engine, lambda _: 0.0, lambda _: Work(), None, nothing, log, job.clock)
-    run(*parts, lambda: 0)
-    return log
-
-
-_nothing: Callable[..., None] = lambda *_: None  # noqa: E731
-
-
 @dataclass(frozen=True)
-class Profiled:
+class Profile:
     """A profile as `fastrot estimate` reads it."""
 
     path: Path
@@ -150,7 +117,7 @@ class Profiled:
         )
 
 
-def profiled(path: Path, config: Config) -> Profiled:
+def profiled(path: Path, config: Config) -> Profile:
     """Raises UserError where it is no profile, of another network, or too short to hold what is asked of it."""
     try:
         found = read_json(path, dict[str, Any])
@@ -187,4 +154,4 @@ def profiled(path: Path, config: Config) -> Profiled:
         alone = beside * fixed_s, beside * image_s
         return Measured(*alone, spread, host_fixed_s, host_image_s, data_s, decode, busy, crowding)
 
-    return Profiled(path, device, cores, step(*steps), step(*over_ranks), sweep_of)
+    return Profile(path, device, cores, step(*steps), step(*over_ranks), sweep_of)

@@ -59,10 +59,10 @@ class Subject(Protocol):
         """As in training; a few steps of it traced."""
 
 
-class _Laps:
-    """In place of a run's log: pace, processor time and stages of each line."""
+class Laps:
+    """In place of a run's log: the values of each line, processor time at its end, and the seconds of `forward`."""
 
-    def __init__(self, forward: "_Forward") -> None:
+    def __init__(self, forward: "_Forward | None") -> None:
         self.lines: list[dict[str, Any]] = []
         self.cpu: list[float] = []
         self._forward = forward
@@ -70,7 +70,7 @@ class _Laps:
     def tick(self) -> None: ...
 
     def write(self, values: dict[str, Any]) -> None:
-        self.lines.append(values | {"forward_s": self._forward.read()})
+        self.lines.append(values | ({"forward_s": self._forward.read()} if self._forward else {}))
         self.cpu.append(process_time())
 
 
@@ -133,10 +133,10 @@ class Training:
             stopwatch = Stopwatch(job.engine.model)
             vars(job.engine)["backward"] = stopwatch.timed(job.engine.backward)
             with closing(job.batches(range(_MOST), 0)) as batches:
-                steps = _again_and_again(job, next(batches))
-                _run(job, steps, 2, 1, _Forward(job.task.loss))
+                steps = again_and_again(job, next(batches))
+                run_laps(job, steps, 2, 1, _Forward(job.task.loss))
                 stopwatch.read()
-                line = _run(job, steps, _TIMED, _TIMED, _Forward(job.task.loss)).lines[-1]
+                line = run_laps(job, steps, _TIMED, _TIMED, _Forward(job.task.loss)).lines[-1]
             stopwatch.close()
         finally:
             job.close()
@@ -149,14 +149,15 @@ class Training:
         job = self._job()
         try:
             with closing(job.batches(range(_MOST), 0)) as batches:
-                steps = _again_and_again(job, next(batches)) if resident else batches
+                steps = again_and_again(job, next(batches)) if resident else batches
                 ready = 0 if resident else settings_of(self.config, self.ranks).prefetch + IN_FLIGHT
                 return _timed(job, steps, seconds, ready, trace)
         finally:
             job.close()
 
 
-def _again_and_again(job: Job, first: StepBatch) -> Iterator[StepBatch]:
+def again_and_again(job: Job, first: StepBatch) -> Iterator[StepBatch]:
+    """A step's images, resident, without end."""
     micro = [batch.to(job.ranks.device) for batch in first.micro_steps]
     return (replace(first, step=at, micro_steps=iter(micro)) for at, _ in enumerate(itertools.repeat(None)))
 
@@ -169,10 +170,10 @@ def _timed(
     forward = _Forward(job.task.loss)
     if not job.engine.cuda_graphs:  # where it is called once
         vars(job.task)["loss"] = forward
-    _run(job, steps, WARM_UPS, WARM_UPS, forward)
+    run_laps(job, steps, WARM_UPS, WARM_UPS, forward)
     for batch in itertools.islice(steps, ready):
         deque(batch.micro_steps, maxlen=0)
-    step_s = statistics.fmean(line["step_s"] for line in _run(job, steps, _PACED, 1, forward).lines)
+    step_s = statistics.fmean(line["step_s"] for line in run_laps(job, steps, _PACED, 1, forward).lines)
     lap = max(2, round(seconds / LAPS / step_s))
     if job.ranks.world > 1:  # the ranks must agree
         agreed = torch.tensor([lap], device=job.ranks.device)
@@ -181,10 +182,10 @@ def _timed(
     gpu: dict[str, float] = {}
     if trace is not None or job.ranks.device.type == "cuda":
         with _profiler(job.ranks, trace, gpu):
-            _run(job, steps, _TRACED, _TRACED, forward, _Ranges(job.ranks.device))
+            run_laps(job, steps, _TRACED, _TRACED, forward, _Ranges(job.ranks.device))
     timeline = _Timeline(job.ranks.device)
-    _run(job, steps, _SHOWN, _SHOWN, forward, timeline)
-    laps = _run(job, steps, lap * (LAPS + 1), lap, forward)
+    run_laps(job, steps, _SHOWN, _SHOWN, forward, timeline)
+    laps = run_laps(job, steps, lap * (LAPS + 1), lap, forward)
     images = lap * job.numbers.images / job.ranks.world
     cpus = [(end - begin) / images for begin, end in itertools.pairwise(laps.cpu)]
     lines = laps.lines[1:]
@@ -200,10 +201,16 @@ def _parts(lines: list[dict[str, Any]], lap: int) -> Parts:
     return {**means, **split, "memory_gib": lines[-1]["memory_gib"], "laps": by_lap}
 
 
-def _run(
-    job: Job, steps: Iterator[StepBatch], count: int, log_every: int, forward: _Forward, clock: Clock | None = None
-) -> _Laps:
-    laps = _Laps(forward)
+def run_laps(
+    job: Job,
+    steps: Iterator[StepBatch],
+    count: int,
+    log_every: int,
+    forward: _Forward | None = None,
+    clock: Clock | None = None,
+) -> Laps:
+    """The loop itself over `count` steps, a lap each `log_every`, at rate 0: the weights stay, a step costs the same."""
+    laps = Laps(forward)
     batches = (replace(batch, step=at) for at, batch in enumerate(itertools.islice(steps, count)))
     course = replace(job.course(count), log_every=log_every, checkpoint_every=_MOST)
     nothing: Callable[..., None] = lambda *_: None  # noqa: E731

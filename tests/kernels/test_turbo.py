@@ -3,6 +3,7 @@
 import io
 import subprocess
 import threading
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -134,24 +135,27 @@ def test_windows_are_of_the_upright_image(turbo, orientation, size, boxed):
     assert np.array_equal(one(turbo, np.frombuffer(turned.getvalue(), np.uint8), window, size, orientation), got)
 
 
-@pytest.fixture(scope="module")
-def plain():
-    """Built without any code for one processor alone."""
+@contextmanager
+def built(flag):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_library", partial(module._library, "-DPLAIN"))
+        patch.setattr(module, "_library", partial(module._library, flag))
         made = Turbo(2)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Built without any code for one processor alone."""
+    with built("-DPLAIN") as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
 def avx2():
     """Built without AVX-512, which this machine may have."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_library", partial(module._library, "-DAVX2_ALONE"))
-        made = Turbo(2)
-    yield made
-    made.close()
+    with built("-DAVX2_ALONE") as made:
+        yield made
 
 
 @given(st.integers(1, 140), st.integers(1, 200), st.sampled_from([1, 3, 8, 31, 64, 225]), st.booleans(), st.data())

@@ -121,7 +121,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_thread_and_no_file(fastrot, images, tm
     timed = Training.both
 
     def stopped(self, *arguments):
-        monkeypatch.setattr(profiles_subject, "_run", interrupt)
+        monkeypatch.setattr(profiles_subject, "run_laps", interrupt)
         timed(self, *arguments)
 
     def interrupt(job, steps, *_):

@@ -8,12 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import metrics, write_folder
+from conftest import after, metrics, write_folder
 from fastrot import distributed
 from fastrot.errors import Fault
 from fastrot.runs import checkpoint
 from fastrot.runs.build import Job
-from fastrot.runs.log import RunLog
 from fastrot.tasks.rotation import RotationTask
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -38,19 +37,6 @@ def status(folder):
 
 def everything(folder) -> dict:
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("STATUS.json", ".lock")}
-
-
-def after(monkeypatch, steps, happens):
-    """Let something happen once so many steps are done."""
-    tick, done = RunLog.tick, []
-
-    def ticked(log):
-        tick(log)
-        done.append(1)
-        if len(done) == steps:
-            happens()
-
-    monkeypatch.setattr(RunLog, "tick", ticked)
 
 
 def stop():

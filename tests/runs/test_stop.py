@@ -9,10 +9,9 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from conftest import launch, metrics
+from conftest import after, launch, metrics
 from fastrot.distributed import Ranks
 from fastrot.runs import stop
-from fastrot.runs.log import RunLog
 from workers.ranks import as_ranks
 from workers.stops import heard_at
 
@@ -29,18 +28,6 @@ WORDS = [
 @pytest.fixture
 def begin(images, tmp_path, fastrot):
     return lambda name, *words: fastrot("train", *WORDS, f"data.train={images}", f"run.out={tmp_path / name}", *words)
-
-
-def after(monkeypatch, steps, happens):
-    tick, done = RunLog.tick, []
-
-    def ticked(log):
-        tick(log)
-        done.append(1)
-        if len(done) == steps:
-            happens()
-
-    monkeypatch.setattr(RunLog, "tick", ticked)
 
 
 def weights(folder):

@@ -145,7 +145,7 @@ bool axis_plan(struct axis *axis, double start, double extent, int low, int high
     axis->outputs = outputs;
     if (!room_for_outputs(axis, outputs)) return false;
     axis->taps = reach(axis, start, scale, low, high);
-    if (axis->taps == 0 || !room_for_weights(axis, (blocks(outputs) * BLOCK + BLOCK) * axis->taps)) return false;
+    if (axis->taps == 0 || !room_for_weights(axis, blocks(outputs) * BLOCK * axis->taps)) return false;
 #ifdef AVX512
     if (gathers()) {
         if ((largest = weigh_avx512(axis, start, scale)) == 0) return false;
