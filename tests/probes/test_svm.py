@@ -201,7 +201,8 @@ def test_ridges_of_all_costs_are_those_of_a_dense_solver(rows, features, seed, e
             want = torch.linalg.solve(system, (curve * labels).mT[..., None])[..., 0].mT
             rounding = (1e-5 if kernel.dense else 1e-12) * curve.norm(dim=1)  # float32's or float64's
             start, left = gradient(curve * labels), gradient(got - want)
-            unseen = (2**-24 * (curve * (k.abs() @ curve)).sum(1)).sqrt() * kernel.dense  # a float32 inner product's error
+            # the error of a float32 inner product
+            unseen = (2**-24 * (curve * (k.abs() @ curve)).sum(1)).sqrt() * kernel.dense
             assert ((left <= 1e-3 * start + rounding) | ((start <= unseen) & (left <= start + rounding))).all()
 
 
