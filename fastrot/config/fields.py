@@ -151,6 +151,9 @@ class Engine(Section):
     """Replay forward and backward from a CUDA graph for each shape: the host launches nothing. auto: where there is a
     GPU and no norm to synchronise; collectives: over ranks with synchronised norms too, whose communication NCCL then
     captures (not yet seen on GPUs)."""
+    symmetric_memory: bool = False
+    """Synchronised norms of ranks that share a node read one another's memory over NVLink instead of asking NCCL (not
+    yet seen on GPUs)."""
     norm: Literal["torch", "fused", "fused_conv", "fused_chain"] = "torch"
     """Batch norm, addition and ReLU as torch's modules; or as one function of fewer passes (Triton on a GPU); or, in
     a Bottleneck, as parts of its 1x1 convolutions besides; or these too where blocks meet, so that a block's last ReLU

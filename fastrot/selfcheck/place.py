@@ -72,7 +72,7 @@ class Place:
     ) -> tuple[list[dict[str, Any]], str | None]:
         """`fastrot train` into work/name: the lines of metrics.jsonl, and why it failed or None.
 
-        On the CPU CUDA graphs are played by the host.
+        On the CPU the host plays CUDA graphs and symmetric memory.
         """
         out = self.work / name
         module = "fastrot.cli" if self.gpu else "fastrot.selfcheck.stand_in"
