@@ -5,11 +5,13 @@ from importlib import import_module
 from fastrot.commands.base import Command
 
 GROUPS = {
+    "this machine": ("doctor", "warmup"),
     "data": ("index", "pack", "tune"),
     "training": ("train", "linear", "finetune", "detect", "segment"),
     "judging a backbone": ("features", "svm", "lowshot", "knn", "page"),
     "handing it on": ("predict", "export"),
-    "looking behind": ("profile", "bench", "estimate", "selfcheck", "stream", "config", "demo-data", "warmup"),
+    "runs that are there": ("runs", "verify"),
+    "looking behind": ("profile", "bench", "estimate", "selfcheck", "stream", "config", "demo-data"),
 }
 
 

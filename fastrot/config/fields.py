@@ -191,8 +191,9 @@ class Run(Section):
     """Checkpoints kept; the best on the held-out images is kept besides."""
     timeout: PositiveFloat = 600.0
     """Seconds that ranks wait for one another in training; one that is gone or stopped then ends the run."""
-    tensorboard: bool = True
-    """Also write TensorBoard event files."""
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Who gets the numbers of metrics.jsonl too, in the run's folder: TensorBoard; Weights & Biases and MLflow, where their own
+    variables (WANDB_MODE, MLFLOW_TRACKING_URI) name no other place."""
 
 
 class Linear(Section):

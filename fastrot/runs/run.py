@@ -15,15 +15,16 @@ from typing import Any
 
 from fastrot import distributed, machine, terminal
 from fastrot.config import Config, flat, to_yaml
-from fastrot.data.build import FILES, admit_changed_files, open_manifest
+from fastrot.data.build import FILES, admit_changed_files, open_manifest, plan_of
 from fastrot.data.manifest import Manifest
 from fastrot.data.remarks import describe
 from fastrot.distributed import Ranks
 from fastrot.errors import Diverged, Fault, LostPeer, Stopped, UserError
 from fastrot.files import clear_scratch, replacing, write_text
-from fastrot.runs import checkpoint
+from fastrot.runs import checkpoint, loggers
 from fastrot.runs.arithmetic import steps_left
 from fastrot.runs.build import Job, set_torch_flags
+from fastrot.runs.epochs import Recorder
 from fastrot.runs.log import RunLog, read_status, write_refusal, write_status
 from fastrot.runs.loop import run
 from fastrot.runs.memory import admit, running_out_is_a_fault
@@ -151,6 +152,7 @@ def train(
     make_job  Job, or one that learns another thing; more: what else a resume must find unchanged.
     choose    which of the training images to learn from; default: all.
     """
+    distributed.on_first(ranks, lambda: loggers.refuse_missing(config.run.loggers))
     set_torch_flags(config)
     until = None if config.run.max_hours is None else time.monotonic() + 3600 * config.run.max_hours
     with _folder(config.run.out, ranks) as folder:
@@ -236,7 +238,7 @@ def _begin(folder: Path, start: _Start, log: RunLog) -> None:
         checkpoint.make_way(folder, start.steps.start)
         for name, manifest in start.unkept.items():
             manifest.save(folder / "manifest" / name)
-        log.begin(start.steps.stop, start.steps.start, config.run.tensorboard, next(iter(job.task.figures)))
+        log.begin(start.steps, config, next(iter(job.task.figures)))
         _write_facts(folder, job, job.train)
         write_status(folder, "running", step=start.steps.start, of=start.steps.stop)
     except OSError as error:
@@ -299,9 +301,13 @@ def _run(start: _Start, folder: Path, log: RunLog, until: float | None) -> dict[
     saver = checkpoint.Saver(folder, job.config.run.keep_last, log.say)
     course, first, judge = job.course(steps.stop), job.ranks.first, next(iter(job.task.figures))
     best = distributed.on_first(job.ranks, lambda: saver.best)
+    epochs = Recorder(
+        folder if first else None, plan_of(job.config, job.train), job.train.label, start.position, log.say
+    )
 
     def save(done: int, next_position: int, figure: float | None, due: bool) -> None:
         nonlocal best
+        epochs.passed(next_position)
         if figure is not None and not math.isfinite(figure):
             log.say(f"held-out {judge.replace('_', ' ')} is {figure} after {done:,} steps; it cannot be the best")
         better = checkpoint.better(figure, best)
@@ -325,7 +331,9 @@ def _run(start: _Start, folder: Path, log: RunLog, until: float | None) -> dict[
             result = run(*parts, job.bad_images, stop.heard)
             if not steps and evaluate:
                 result = evaluate()
+            epochs.finish(whole="stopped" not in result)
         finally:
+            epochs.finish(whole=False)
             saver.finish()
             batches.close()
             job.close()

@@ -77,9 +77,7 @@ class Place:
         out = self.work / name
         module = "fastrot.cli" if self.gpu else "fastrot.selfcheck.stand_in"
         before = launcher(ranks) if ranks > 1 else [sys.executable]
-        failure = self.call(
-            [*before, "-m", module, "train", *words, f"run.out={out}", "run.tensorboard=false"], hide_gpu
-        )
+        failure = self.call([*before, "-m", module, "train", *words, f"run.out={out}", "run.loggers=[]"], hide_gpu)
         lines = out / "metrics.jsonl"
         return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else [], failure
 
