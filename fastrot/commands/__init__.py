@@ -7,6 +7,7 @@ from fastrot.commands.base import Command
 GROUPS = {
     "data": ("index", "pack", "tune"),
     "training": ("train", "linear", "finetune", "detect", "segment"),
+    "on a cluster": ("launch",),
     "judging a backbone": ("features", "svm", "lowshot", "knn", "page"),
     "handing it on": ("predict", "export"),
     "looking behind": ("profile", "bench", "estimate", "selfcheck", "stream", "config", "demo-data", "warmup"),
