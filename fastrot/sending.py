@@ -48,7 +48,7 @@ def read_by_all(ranks: Ranks, find: Callable[[], Path]) -> Iterator[Path]:
         yield copy if mine else folder
         dist.barrier()
     finally:
-        if keeps:
+        if keeps and copy.exists():
             remove(copy)
 
 
