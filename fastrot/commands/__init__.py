@@ -8,6 +8,7 @@ GROUPS = {
     "this machine": ("doctor", "warmup"),
     "data": ("index", "pack", "tune"),
     "training": ("train", "linear", "finetune", "detect", "segment"),
+    "on a cluster": ("launch",),
     "judging a backbone": ("features", "svm", "lowshot", "knn", "page"),
     "handing it on": ("predict", "export"),
     "runs that are there": ("runs", "verify"),

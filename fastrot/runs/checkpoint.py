@@ -125,6 +125,11 @@ def folders(root: Path) -> list[Path]:
     return sorted((p for p in root.glob("step-*") if _step(p) >= 0), key=_step)
 
 
+def newest_step(run: Path) -> int:
+    """Steps completed by the newest checkpoint, sound or not; -1 where there is none."""
+    return max(map(_step, _folders(run / "checkpoints")), default=-1)
+
+
 def _step(folder: Path) -> int:
     """Steps completed by a checkpoint's name; -1 where it is no such name."""
     match = _NAME.fullmatch(folder.name)

@@ -9,13 +9,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastrot import distributed, machine, terminal
 from fastrot.config import Config, flat, to_yaml
-from fastrot.data.build import FILES, admit_changed_files, open_manifest, plan_of
+from fastrot.data.build import FILES, admit_changed_files, manifest_of_first, open_manifest, plan_of
 from fastrot.data.manifest import Manifest
 from fastrot.data.remarks import describe
 from fastrot.distributed import Ranks
@@ -29,6 +29,7 @@ from fastrot.runs.log import RunLog, read_status, write_refusal, write_status
 from fastrot.runs.loop import run
 from fastrot.runs.memory import admit, running_out_is_a_fault
 from fastrot.runs.stop import CTRL_C, Stop
+from fastrot.sending import read_by_all
 from fastrot.tasks import Task
 
 Chooser = Callable[[Manifest], Manifest]
@@ -90,11 +91,21 @@ def _folder(out: str, ranks: Ranks) -> Iterator[Path]:
         return handle
 
     handle = distributed.on_first(ranks, hold)
+    distributed.agree(ranks, _made(folder))
     try:
         yield folder
     finally:
         if ranks.first:
             os.close(handle)
+
+
+def _made(folder: Path) -> str:
+    """Why this node, which may not see rank 0's folder, cannot have one for its own bad images; or nothing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"run.out {folder}: cannot be written ({error.strerror})"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -122,7 +133,7 @@ def _manifest(folder: Path, name: str, resumed: bool, config: Config, ranks: Ran
         return resumed and (home / "meta.json").exists() and Manifest.load(home).source == source
 
     if distributed.on_first(ranks, kept):
-        return Manifest.load(home), True
+        return manifest_of_first(lambda: home, str(source), ranks, f"data.{name}"), True
     return open_manifest(source, config, ranks, f"data.{name}"), False
 
 
@@ -195,8 +206,7 @@ def _admit(
     log: RunLog,
 ) -> _Start:
     """All that may refuse a start, and the job built. Raises UserError."""
-    path = distributed.on_first(ranks, lambda: _find(resume, folder))
-    found = checkpoint.load(Path(path)) if path else None
+    found = _found(resume, folder, ranks)
     manifests, unkept = {}, {}
     for name in ("train", "val") if config.data.val else ("train",):
         manifest, kept = _manifest(folder, name, bool(found), config, ranks)
@@ -287,9 +297,21 @@ def _record_failure(error: BaseException, folder: Path, ranks: Ranks, begun: boo
         log.say(f"{folder / 'STATUS.json'}: cannot be written ({unwritten.strerror})")
 
 
-def _find(resume: str, folder: Path) -> str | None:
-    path = checkpoint.find(resume, folder, _say)
-    return str(path) if path else None
+def _found(resume: str, folder: Path, ranks: Ranks) -> checkpoint.Checkpoint | None:
+    """The checkpoint that rank 0 finds, on every rank. Raises UserError where another node holds a later one."""
+    path = distributed.on_first(ranks, lambda: checkpoint.find(resume, folder, _say))
+    newest = distributed.of_all(ranks, checkpoint.newest_step(folder))
+    if resume == "auto" and max(newest) > newest[0]:
+        rank = newest.index(max(newest))
+        raise UserError(
+            f"run.out {folder}: the node of rank {rank} holds step {newest[rank]:,}, that of rank 0 "
+            + (f"step {newest[0]:,}" if newest[0] >= 0 else "no checkpoint")
+            + "; put run.out on a disk that all nodes see, or start rank 0 there"
+        )
+    if path is None:
+        return None
+    with read_by_all(ranks, lambda: path) as here:
+        return replace(checkpoint.load(here), path=path)
 
 
 def _stopped(why: str) -> BaseException:
