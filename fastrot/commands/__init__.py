@@ -5,7 +5,7 @@ from importlib import import_module
 from fastrot.commands.base import Command
 
 GROUPS = {
-    "data": ("index", "pack", "tune"),
+    "data": ("index", "pack", "stage", "tune"),
     "training": ("train", "linear", "finetune", "detect", "segment"),
     "judging a backbone": ("features", "svm", "lowshot", "knn", "page"),
     "handing it on": ("predict", "export"),

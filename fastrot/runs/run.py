@@ -15,7 +15,7 @@ from typing import Any
 
 from fastrot import distributed, machine, terminal
 from fastrot.config import Config, flat, to_yaml
-from fastrot.data.build import FILES, admit_changed_files, open_manifest
+from fastrot.data.build import FILES, admit_changed_files, at_hand, open_manifest
 from fastrot.data.manifest import Manifest
 from fastrot.data.remarks import describe
 from fastrot.distributed import Ranks
@@ -26,6 +26,7 @@ from fastrot.runs.arithmetic import steps_left
 from fastrot.runs.build import Job, set_torch_flags
 from fastrot.runs.log import RunLog, read_status, write_refusal, write_status
 from fastrot.runs.loop import run
+from fastrot.runs.mirror import Mirror, holds, take
 from fastrot.runs.memory import admit, running_out_is_a_fault
 from fastrot.runs.stop import CTRL_C, Stop
 from fastrot.tasks import Task
@@ -115,14 +116,15 @@ class _Start:
 def _manifest(folder: Path, name: str, resumed: bool, config: Config, ranks: Ranks) -> tuple[Manifest, bool]:
     """The manifest of a run's images, and whether it is the run's own copy: that of a run that goes on over the same
     source."""
-    home, source = folder / "manifest" / name, getattr(config.data, name)
+    key = f"data.{name}"
+    home, source = folder / "manifest" / name, at_hand(getattr(config.data, name), config, ranks, key)
 
     def kept() -> bool:
         return resumed and (home / "meta.json").exists() and Manifest.load(home).source == source
 
     if distributed.on_first(ranks, kept):
         return Manifest.load(home), True
-    return open_manifest(source, config, ranks, f"data.{name}"), False
+    return open_manifest(source, config, ranks, key), False
 
 
 def _with_files_as_they_are(manifest: Manifest, allowed: bool, ranks: Ranks) -> tuple[Manifest, bool]:
@@ -155,13 +157,14 @@ def train(
     until = None if config.run.max_hours is None else time.monotonic() + 3600 * config.run.max_hours
     with _folder(config.run.out, ranks) as folder:
         log, begun = RunLog(folder if ranks.first else None), False
+        mirror = Mirror(config.run.mirror, folder, log.say) if config.run.mirror and ranks.first else None
         try:
             start = _admit(config, ranks, folder, resume, resume_anyway, deepspeed_config, make_job, more, choose, log)
             distributed.on_first(ranks, lambda: _begin(folder, start, log))
             begun = True
             distributed.limit_waits(config.run.timeout)
             with distributed.lost_peer_is_a_fault(ranks), running_out_is_a_fault(start.job.memory):
-                result = _run(start, folder, log, until)
+                result = _run(start, folder, log, until, mirror)
             if "stopped" in result:
                 log.status("stopped", **result)
                 raise _stopped(result["stopped"])
@@ -175,6 +178,8 @@ def train(
             raise said from None
         finally:
             log.close()
+            if mirror:
+                mirror.close(begun)
     if ranks.first:
         _show(result, start.job.task)
     return result
@@ -193,7 +198,7 @@ def _admit(
     log: RunLog,
 ) -> _Start:
     """All that may refuse a start, and the job built. Raises UserError."""
-    path = distributed.on_first(ranks, lambda: _find(resume, folder))
+    path = distributed.on_first(ranks, lambda: _find(resume, folder, config.run.mirror))
     found = checkpoint.load(Path(path)) if path else None
     manifests, unkept = {}, {}
     for name in ("train", "val") if config.data.val else ("train",):
@@ -285,7 +290,11 @@ def _record_failure(error: BaseException, folder: Path, ranks: Ranks, begun: boo
         log.say(f"{folder / 'STATUS.json'}: cannot be written ({unwritten.strerror})")
 
 
-def _find(resume: str, folder: Path) -> str | None:
+def _find(resume: str, folder: Path, mirror: str | None) -> str | None:
+    if mirror and resume == "auto":
+        take(mirror, folder, _say)
+    if mirror and resume == "never" and (name := holds(mirror)):
+        raise UserError(f"run.mirror {mirror}: holds a run at {name}; choose another, or --resume auto")
     path = checkpoint.find(resume, folder, _say)
     return str(path) if path else None
 
@@ -294,9 +303,9 @@ def _stopped(why: str) -> BaseException:
     return KeyboardInterrupt() if why == CTRL_C else Stopped(f"stopped by {why}")
 
 
-def _run(start: _Start, folder: Path, log: RunLog, until: float | None) -> dict[str, Any]:
+def _run(start: _Start, folder: Path, log: RunLog, until: float | None, mirror: Mirror | None) -> dict[str, Any]:
     job, steps = start.job, start.steps
-    saver = checkpoint.Saver(folder, job.config.run.keep_last, log.say)
+    saver = checkpoint.Saver(folder, job.config.run.keep_last, log.say, mirror.send if mirror else None)
     course, first, judge = job.course(steps.stop), job.ranks.first, next(iter(job.task.figures))
     best = distributed.on_first(job.ranks, lambda: saver.best)
 
