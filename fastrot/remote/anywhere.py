@@ -2,7 +2,6 @@
 
 import base64
 import re
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -73,8 +72,8 @@ class Anywhere(Store):
         head = persist(self.at(entry.name), lambda: self._fs.call_s3("head_object", Bucket=bucket, Key=key))
         return not (str(head.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in head)
 
-    def put(self, file: Path, name: str) -> None:
-        persist(self.at(name), lambda: self._fs.put_file(str(file), self._below(name)))
+    def put(self, data: bytes, name: str) -> None:
+        persist(self.at(name), lambda: self._fs.pipe_file(self._below(name), data))
         self._fs.invalidate_cache()
 
     def remove(self, name: str) -> None:

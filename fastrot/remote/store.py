@@ -76,7 +76,7 @@ class Store(ABC):
         """A whole file in one go, for servers without ranges."""
         raise NotImplementedError
 
-    def put(self, file: Path, name: str) -> None:
+    def put(self, data: bytes, name: str) -> None:
         """Write a file. Raises UserError where nothing can be written at such an address."""
         raise UserError(f"{self.root}: cannot be written; name s3://, gs:// or a folder of a shared disk")
 
