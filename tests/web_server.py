@@ -53,7 +53,10 @@ class _Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range")
         server.asked.append((self.command, name, asked))
         time.sleep(server.delay_s)
-        if server.password and self.headers.get("Authorization") != "Basic " + base64.b64encode(server.password).decode():
+        if (
+            server.password
+            and self.headers.get("Authorization") != "Basic " + base64.b64encode(server.password).decode()
+        ):
             return self._say(401)
         if name not in server.files:
             return self._folder(name)

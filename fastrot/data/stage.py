@@ -121,7 +121,9 @@ def _alone(dest: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            terminal.console().print(f"{dest}: another process stages there; waiting for it", soft_wrap=True, markup=False)
+            terminal.console().print(
+                f"{dest}: another process stages there; waiting for it", soft_wrap=True, markup=False
+            )
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -4,7 +4,7 @@ import base64
 import re
 from typing import Any
 
-import fsspec
+import fsspec  # type: ignore[import-untyped]
 
 from fastrot.errors import UserError
 from fastrot.remote.store import Checksum, Entry, Piece, Store, persist, shown

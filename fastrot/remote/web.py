@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -39,7 +40,7 @@ class Web(Store):
         user = unquote(parts.netloc.rpartition("@")[0])
         self._headers = {"Accept-Encoding": "identity"} | (make_headers(basic_auth=user) if user else {})
         proxy = getproxies().get(parts.scheme)
-        settings = {
+        settings: dict[str, Any] = {
             "maxsize": PARALLEL,
             "timeout": Timeout(connect=STALL_S, read=STALL_S),
             "retries": Retry(None, connect=0, read=0, redirect=5, status=0, other=0),  # `persist` asks again
@@ -116,11 +117,13 @@ class Web(Store):
         first, last, size = map(int, match.groups()) if match else (-1, -1, -1)
         if (first, last) != (start, min(end, size) - 1):
             sent = said or "no Content-Range"
-            raise UserError(f"{where}: asked for bytes {start}-{end - 1}, its server sent {sent}; it cannot be read in parts")
+            raise UserError(
+                f"{where}: asked for bytes {start}-{end - 1}, its server sent {sent}; it cannot be read in parts"
+            )
         if len(data) != last - first + 1:
             raise OSError(f"{len(data):,} bytes came, not {last - first + 1:,}")
         version = _version(response)
-        if entry.version and version and version != entry.version or entry.size not in (None, size):
+        if (entry.version and version and version != entry.version) or entry.size not in (None, size):
             raise UserError(f"{where}: changed while it was read; start again")
         return Piece(data, size, _checksum(response) if len(data) == size else None, version)
 
@@ -169,7 +172,9 @@ class Web(Store):
             return response.data.decode(errors="replace")
 
         hrefs = (urljoin(page, html.unescape(href)) for href in _LINK.findall(persist(shown(page), ask)))
-        below = {unquote(urlunsplit((*urlsplit(href)[:3], "", ""))[len(page) :]) for href in hrefs if href.startswith(page)}
+        below = {
+            unquote(urlunsplit((*urlsplit(href)[:3], "", ""))[len(page) :]) for href in hrefs if href.startswith(page)
+        }
         return [folder + name for name in below if name and "//" not in name]
 
 

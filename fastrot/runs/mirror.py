@@ -47,7 +47,9 @@ class Mirror:
             self._failed = False
         except (UserError, Fault, OSError) as error:
             if not self._failed:
-                self._say(f"run.mirror: {what} was not copied ({error}); training goes on, the next checkpoint tries again")
+                self._say(
+                    f"run.mirror: {what} was not copied ({error}); training goes on, the next checkpoint tries again"
+                )
             self._failed = True
 
     def _copy(self, folder: Path) -> None:

@@ -26,8 +26,8 @@ from fastrot.runs.arithmetic import steps_left
 from fastrot.runs.build import Job, set_torch_flags
 from fastrot.runs.log import RunLog, read_status, write_refusal, write_status
 from fastrot.runs.loop import run
-from fastrot.runs.mirror import Mirror, holds, take
 from fastrot.runs.memory import admit, running_out_is_a_fault
+from fastrot.runs.mirror import Mirror, holds, take
 from fastrot.runs.stop import CTRL_C, Stop
 from fastrot.tasks import Task
 

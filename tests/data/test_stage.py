@@ -216,15 +216,21 @@ def refusal(done) -> str:
 
 
 def test_wrong_sources_are_one_line(tmp_path, fastrot, monkeypatch):
-    assert refusal(fastrot("stage", "gopherr://host/x", tmp_path / "d")).startswith("gopherr://host/x: Protocol not known")
+    assert refusal(fastrot("stage", "gopherr://host/x", tmp_path / "d")).startswith(
+        "gopherr://host/x: Protocol not known"
+    )
     assert refusal(fastrot("stage", tmp_path / "none", tmp_path / "d")) == f"{tmp_path}/none: no such file or folder"
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     line = "gs://bucket/x: the package that reads gs:// is not installed; pip install 'fastrot[gs]'"
     assert refusal(fastrot("stage", "gs://bucket/x", tmp_path / "d")) == line
     with serving(under("data", FILES)) as server:
-        assert refusal(fastrot("stage", f"{server.url}/nothing", tmp_path / "d")).endswith("/nothing: no such file or folder")
+        assert refusal(fastrot("stage", f"{server.url}/nothing", tmp_path / "d")).endswith(
+            "/nothing: no such file or folder"
+        )
         server.lists = False
-        assert "lists no file; put a SHA256SUMS there" in refusal(fastrot("stage", f"{server.url}/data", tmp_path / "d"))
+        assert "lists no file; put a SHA256SUMS there" in refusal(
+            fastrot("stage", f"{server.url}/data", tmp_path / "d")
+        )
         server.password = b"me:secret"
         assert "/data: refused (HTTP 401)" in refusal(fastrot("stage", f"{server.url}/data", tmp_path / "d"))
         server.lists, signed = True, server.url.replace("//", "//me:secret@")
@@ -232,7 +238,9 @@ def test_wrong_sources_are_one_line(tmp_path, fastrot, monkeypatch):
         assert held(tmp_path / "e") == FILES
         server.password = None
         server.files["data/SHA256SUMS"] = b"something else"
-        assert "SHA256SUMS: line 1: expected a sha256" in refusal(fastrot("stage", f"{server.url}/data", tmp_path / "d"))
+        assert "SHA256SUMS: line 1: expected a sha256" in refusal(
+            fastrot("stage", f"{server.url}/data", tmp_path / "d")
+        )
         server.files["data/SHA256SUMS"] = sums({"../../out": b"x"})
         assert "names '../../out', which does not lie below it" in refusal(
             fastrot("stage", f"{server.url}/data", tmp_path / "d")
