@@ -65,7 +65,10 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             return self._say(fault)
         content = server.files[name]
-        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()[:20]}"'}
+        headers = {
+            "ETag": f'"{hashlib.sha1(content).hexdigest()[:20]}"',
+            "Last-Modified": "Sun, 06 Nov 1994 08:49:37 GMT",
+        }
         if server.md5:
             headers["Content-MD5"] = base64.b64encode(hashlib.md5(content).digest()).decode()
         status, body = 200, content

@@ -18,7 +18,7 @@ class Pieces:
     def __init__(self, store: Store, entry: Entry, path: Path):
         assert entry.size is not None
         self._store, self._entry, self._path, self.size = store, entry, path, entry.size
-        self._scratch = path.with_name(f".part-{path.name}")
+        self.scratch = path.with_name(f".part-{path.name}")
         self._notes = path.with_name(f".part-{path.name}.done")
         self._title = f"{entry.size} {entry.version!r}\n"
         self._lock = threading.Lock()
@@ -42,7 +42,7 @@ class Pieces:
 
     def put(self, number: int, data: bytes) -> tuple[int, bool]:
         """Keep a piece; its bytes, and whether it is the last to come."""
-        with self._scratch.open("r+b") as file:
+        with self.scratch.open("r+b") as file:
             file.seek(number * PIECE)
             file.write(data)
         with self._lock:
@@ -53,17 +53,16 @@ class Pieces:
 
     def digest(self, kind: str) -> str:
         """Of the file on the disk, in hexadecimal. kind: hashlib's name."""
-        return digest_of(self._scratch, kind)
+        return digest_of(self.scratch, kind)
 
-    def keep(self) -> None:
-        """All is there and well: take the file's place."""
-        self._scratch.replace(self._path)
+    def end(self) -> None:
+        """The scratch has taken the file's place: forget what it was made of."""
         self._notes.unlink()
 
     def forget(self) -> None:
         """Begin anew."""
         self._notes.write_text(self._title)
-        with self._scratch.open("wb") as file:
+        with self.scratch.open("wb") as file:
             file.truncate(self.size)
         self._missing = set(range(-(-self.size // PIECE)))
 
@@ -71,12 +70,12 @@ class Pieces:
         """What a process before this one has left of the same file."""
         try:
             title, *lines = self._notes.read_text().splitlines(keepends=True)
-            same = title == self._title and os.path.getsize(self._scratch) == self.size
+            same = title == self._title and os.path.getsize(self.scratch) == self.size
         except (OSError, ValueError):
             same = False
         if not same:
             return self.forget()
-        with self._scratch.open("rb") as file:
+        with self.scratch.open("rb") as file:
             for line in lines:
                 number, _, crc = line.partition(" ")
                 if line.endswith("\n") and number.isdecimal() and int(number) in self._missing:

@@ -231,7 +231,7 @@ class _Staging:
             entry = self._asked(entry)
         if there is not None and entry.name not in self._before and there == entry.size:
             if how := self._verified(entry, entry.checksum, partial(digest_of, self._dest / entry.name)):
-                self._keep(entry, Piece(None, there), how)
+                self.whole.append((entry.name, there, entry.version, how))
                 return _Done(max(1, -(-there // PIECE)))
             (self._dest / entry.name).unlink()
         elif self._as_recorded(entry, there):
@@ -251,8 +251,7 @@ class _Staging:
             if how := self._verified(entry, entry.checksum or piece.checksum, digest):
                 scratch = path.with_name(f".tmp-{path.name}")
                 scratch.write_bytes(piece.data)
-                scratch.replace(path)
-                self._keep(entry, piece, how)
+                self._keep(entry, piece, how, scratch)
                 return _Done(1, len(piece.data))
         raise self._wrong(entry)
 
@@ -270,8 +269,8 @@ class _Staging:
         def whole() -> _Done:
             nonlocal tries
             if how := self._verified(entry, entry.checksum, file.digest):
-                file.keep()
-                self._keep(entry, Piece(None, file.size), how)
+                self._keep(entry, Piece(None, file.size), how, file.scratch)
+                file.end()
                 return _Done()
             file.forget()
             if (tries := tries + 1) == _TRIES:
@@ -285,13 +284,11 @@ class _Staging:
 
     def _in_one_go(self, entry: Entry) -> _Done:
         """A large file of a server without ranges."""
-        path = self._dest / entry.name
-        scratch = path.with_name(f".tmp-{path.name}")
+        scratch = (self._dest / entry.name).with_name(f".tmp-{entry.name.rpartition('/')[2]}")
         for _ in range(_TRIES):
             piece = self._store.copy(entry, scratch)
             if how := self._verified(entry, entry.checksum or piece.checksum, partial(digest_of, scratch)):
-                scratch.replace(path)
-                self._keep(entry, piece, how)
+                self._keep(entry, piece, how, scratch)
                 return _Done(1, piece.size)
         raise self._wrong(entry)
 
@@ -311,8 +308,11 @@ class _Staging:
             return checksum[0]
         return "" if self._store.vouches(entry) else "size"
 
-    def _keep(self, entry: Entry, piece: Piece, how: str) -> None:
-        """Of a file that is whole."""
+    def _keep(self, entry: Entry, piece: Piece, how: str, scratch: Path) -> None:
+        """A file that is whole takes its name, with the source's time: copies of one source look alike to a resume."""
+        if when := entry.time or piece.time:
+            os.utime(scratch, (when, when))
+        scratch.replace(self._dest / entry.name)
         self.whole.append((entry.name, piece.size, entry.version or piece.version, how))
 
     def _wrong(self, entry: Entry) -> UserError:

@@ -2,6 +2,7 @@
 
 import base64
 import re
+from datetime import datetime
 from typing import Any
 
 import fsspec  # type: ignore[import-untyped]
@@ -10,7 +11,8 @@ from fastrot.errors import UserError
 from fastrot.remote.store import Checksum, Entry, Piece, Store, persist, shown
 
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')  # an ETag of S3's; those of several parts hold a dash
-_VERSIONS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
+_VERSIONS = ("ETag", "etag", "md5Hash")
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
 
@@ -62,7 +64,7 @@ class Anywhere(Store):
                 raise OSError(f"{len(data):,} bytes came, not {want:,}")
             return data
 
-        return Piece(persist(self.at(entry.name), ask), size, known.checksum, known.version)
+        return Piece(persist(self.at(entry.name), ask), size, known.checksum, known.version, known.time)
 
     def vouches(self, entry: Entry) -> bool:
         """S3's ETag is no MD5 where the object is encrypted by a key of a service or of the customer."""
@@ -83,8 +85,9 @@ class Anywhere(Store):
         return f"{self._path}/{name}" if name else self._path
 
     def _entry(self, name: str, info: dict[str, Any]) -> Entry:
-        version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
-        return Entry(name, info.get("size"), self._checksum(info), version)
+        time = _seconds(next((info[key] for key in _TIMES if info.get(key)), None))
+        version = next((str(info[key]) for key in _VERSIONS if info.get(key)), str(time or ""))
+        return Entry(name, info.get("size"), self._checksum(info), version, time)
 
     def _checksum(self, info: dict[str, Any]) -> Checksum | None:
         if self._s3 and (match := _MD5.fullmatch(str(info.get("ETag", "")))):
@@ -92,3 +95,10 @@ class Anywhere(Store):
         if info.get("md5Hash"):
             return "md5", base64.b64decode(info["md5Hash"]).hex()
         return None
+
+
+def _seconds(time: Any) -> float | None:
+    """As backends say a time: seconds, a datetime, ISO's text."""
+    if isinstance(time, str):
+        time = datetime.fromisoformat(time)
+    return time.timestamp() if isinstance(time, datetime) else time

@@ -27,13 +27,14 @@ _DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 
 @dataclass(frozen=True)
 class Entry:
-    """A file: its name below the store's root, its bytes (None: not said), its checksum where one is known, and a word
-    that changes when its bytes do ("": none)."""
+    """A file: its name below the store's root, its bytes (None: not said), its checksum where one is known, a word that
+    changes when its bytes do ("": none), and when it was written, in seconds since 1970 (None: not said)."""
 
     name: str
     size: int | None = None
     checksum: Checksum | None = None
     version: str = ""
+    time: float | None = None
 
 
 class Piece(NamedTuple):
@@ -44,6 +45,7 @@ class Piece(NamedTuple):
     size: int
     checksum: Checksum | None = None
     version: str = ""
+    time: float | None = None
 
 
 class Store(ABC):

@@ -5,6 +5,7 @@ import html
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
@@ -73,7 +74,7 @@ class Web(Store):
             size = response.headers.get("Content-Length")
             match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
             total = int(match[3]) if match else int(size) if size is not None else None
-            return Entry(name, total, None if match else _checksum(response), _version(response))
+            return Entry(name, total, None if match else _checksum(response), *_dated(response))
 
         return persist(self.at(name), ask)
 
@@ -89,7 +90,7 @@ class Web(Store):
             with to.open("wb") as file:
                 for chunk in response.stream(1 << 20, decode_content=False):
                     file.write(chunk)
-                return Piece(None, file.tell(), _checksum(response), _version(response))
+                return Piece(None, file.tell(), _checksum(response), *_dated(response))
 
         return persist(self.at(entry.name), ask)
 
@@ -100,7 +101,7 @@ class Web(Store):
             response.drain_conn()
             if start or not said.endswith("/0"):
                 raise UserError(f"{where}: has no bytes {start} to {end - 1}; it changed while it was read")
-            return Piece(b"", 0, None, _version(response))
+            return Piece(b"", 0, None, *_dated(response))
         if response.status == 200:
             if start:
                 response.close()
@@ -108,10 +109,10 @@ class Web(Store):
             data, length = response.read(end + 1, decode_content=False), response.headers.get("Content-Length")
             if len(data) > end:
                 response.close()
-                return Piece(None, -1 if length is None else int(length), _checksum(response), _version(response))
+                return Piece(None, -1 if length is None else int(length), _checksum(response), *_dated(response))
             if entry.size not in (None, len(data)):
                 raise OSError(f"{len(data):,} bytes came, not {entry.size:,}")
-            return Piece(data, len(data), _checksum(response), _version(response))
+            return Piece(data, len(data), _checksum(response), *_dated(response))
         data = response.read(decode_content=False)
         match = _RANGE.fullmatch(said)
         first, last, size = map(int, match.groups()) if match else (-1, -1, -1)
@@ -122,10 +123,10 @@ class Web(Store):
             )
         if len(data) != last - first + 1:
             raise OSError(f"{len(data):,} bytes came, not {last - first + 1:,}")
-        version = _version(response)
+        version, time = _dated(response)
         if (entry.version and version and version != entry.version) or entry.size not in (None, size):
             raise UserError(f"{where}: changed while it was read; start again")
-        return Piece(data, size, _checksum(response) if len(data) == size else None, version)
+        return Piece(data, size, _checksum(response) if len(data) == size else None, version, time)
 
     def _head(self, name: str) -> urllib3.BaseHTTPResponse:
         try:
@@ -178,8 +179,11 @@ class Web(Store):
         return [folder + name for name in below if name and "//" not in name]
 
 
-def _version(response: urllib3.BaseHTTPResponse) -> str:
-    return response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+def _dated(response: urllib3.BaseHTTPResponse) -> tuple[str, float | None]:
+    """A word that changes with the file's bytes, and when it was written."""
+    written = response.headers.get("Last-Modified")
+    seconds = parsedate_to_datetime(written).timestamp() if written else None
+    return response.headers.get("ETag") or written or "", seconds
 
 
 def _checksum(response: urllib3.BaseHTTPResponse) -> Checksum | None:

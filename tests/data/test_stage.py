@@ -71,6 +71,8 @@ def test_a_folder_of_a_web_server_comes_whole_and_once(tmp_path):
         del server.files["data/top.bin"]
         assert stage.stage(f"{server.url}/data", tmp_path / "d")["fetched_bytes"] == PIECE
         assert under("data", held(tmp_path / "d")) == server.files
+    times = {(tmp_path / "d" / name).stat().st_mtime for name in held(tmp_path / "d")}
+    assert times == {784111777.0}  # the source's, of small and of large
 
 
 def test_a_server_that_fails_stalls_cuts_and_lies_is_survived(tmp_path):

@@ -10,6 +10,7 @@ from conftest import metrics
 from fastrot.errors import Fault
 from fastrot.remote import open_store, store
 from fastrot.runs import checkpoint, mirror
+from web_server import serving
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -108,3 +109,15 @@ def test_mirrors_that_cannot_be_are_one_line(begin):
     }.items():
         done = begin("a", f"run.mirror={address}")
         assert done.code == 2 and len(done.errors) == 1 and says in done.errors[0]
+
+
+def test_a_run_goes_on_over_a_source_that_was_staged_anew(begin, images, tmp_path):
+    content = {str(path.relative_to(images)): path.read_bytes() for path in images.rglob("*.jpg")}
+    with serving(content) as server:
+        words = [f"data.train={server.url}", f"data.stage={tmp_path / 'disk'}"]
+        assert begin("a", *words, "run.max_steps=2").code == 0
+        shutil.rmtree(tmp_path / "disk")
+        done = begin("a", *words, "run.max_steps=4")
+    assert done.code == 0 and "resumed from step-00000002" in done.err
+    assert begin("b", "run.max_steps=4").code == 0
+    assert [line["loss"] for line in metrics(tmp_path / "a")] == [line["loss"] for line in metrics(tmp_path / "b")]
