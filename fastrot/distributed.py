@@ -207,3 +207,23 @@ def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
         raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+def on_all(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Do something on every rank; where it fails on one, all raise what the first such rank raised, as `on_first` does."""
+    result: Any = None
+    error: BaseException | None = None
+    try:
+        result = work()
+    except BaseException as raised:  # whatever it is: the others wait below
+        error = raised
+    ours = isinstance(error, UserError | Fault)
+    said = error if ours or error is None else Fault(f"rank {ranks.rank}: {type(error).__name__}: {error}")
+    errors: list[BaseException | None] = [None] * ranks.world
+    dist.all_gather_object(errors, said)
+    if error is not None:
+        raise error
+    if first := next((one for one in errors if one is not None), None):
+        raise first
+    found: T = result
+    return found

@@ -6,7 +6,7 @@ from fastrot.commands.base import Command
 
 GROUPS = {
     "this machine": ("doctor", "warmup"),
-    "data": ("index", "pack", "tune"),
+    "data": ("index", "pack", "stage", "tune"),
     "training": ("train", "linear", "finetune", "detect", "segment"),
     "on a cluster": ("launch",),
     "judging a backbone": ("features", "svm", "lowshot", "knn", "page"),

@@ -23,6 +23,9 @@ class Data(Section):
     """Training images: a folder of class folders, list:FILE with `path<TAB>label` lines, tar shards, voc:ROOT?split=S."""
     val: str | None = None
     """Held-out images, same forms; without it nothing is evaluated."""
+    stage: str | None = None
+    """A folder on each machine's own disk: where data.train and data.val are addresses (s3://, gs://, http(s)://), they
+    are copied below it once a machine, as fastrot stage does, and read there."""
     decode: Literal["auto", "dali", "turbo", "turbo_fast", "ffcv", "torch"] = "auto"
     """Decoder: dali; turbo, our own, on the CPU; turbo_fast, which scales large windows in the DCT; ffcv (its
     own pixels: area-averaged); torch (torchvision); or auto = dali on a GPU, turbo on a CPU, where they run,
@@ -172,6 +175,9 @@ class Engine(Section):
 class Run(Section):
     out: str = "runs/rotation"
     """The run's folder: config, metrics, checkpoints; nothing is written outside it but named caches."""
+    mirror: str | None = None
+    """An address (s3://, gs://, a folder of a shared disk) where each checkpoint is copied to, beside the training; a run
+    whose folder is empty, or older, goes on from there."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Of the stream and of the first weights."""
     max_steps: PositiveInt | None = None

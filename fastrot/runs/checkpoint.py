@@ -127,13 +127,22 @@ def folders(root: Path) -> list[Path]:
 
 def newest_step(run: Path) -> int:
     """Steps completed by the newest checkpoint, sound or not; -1 where there is none."""
-    return max(map(_step, _folders(run / "checkpoints")), default=-1)
+    return max(map(_step, folders(run / "checkpoints")), default=-1)
 
 
 def _step(folder: Path) -> int:
+    return step_of(folder.name)
+
+
+def step_of(name: str) -> int:
     """Steps completed by a checkpoint's name; -1 where it is no such name."""
-    match = _NAME.fullmatch(folder.name)
+    match = _NAME.fullmatch(name)
     return int(match[1]) if match else -1
+
+
+def newest(run: Path) -> Path | None:
+    """The newest sound checkpoint of a run."""
+    return next((one for one in reversed(folders(run / "checkpoints")) if not verify(one)), None)
 
 
 def find(resume: str, run: Path, say: Callable[[str], None]) -> Path | None:
@@ -178,7 +187,7 @@ def find(resume: str, run: Path, say: Callable[[str], None]) -> Path | None:
 
 def standing(run: Path) -> str:
     """In a few words, what a run could go on from."""
-    sound = next((one for one in reversed(folders(run / "checkpoints")) if not verify(one)), None)
+    sound = newest(run)
     return f"{sound.name} stands, and --resume auto goes on from it" if sound else "there is no checkpoint yet"
 
 
@@ -210,10 +219,15 @@ def better(figure: float | None, best: float | None) -> bool:
 
 
 class Saver:
-    """Writes checkpoints beside the training: tensors are copied at once, files by a thread."""
+    """Writes checkpoints beside the training: tensors are copied at once, files by a thread.
 
-    def __init__(self, run: Path, keep_last: int, say: Callable[[str], None]):
-        self._root, self._keep, self._say = run / "checkpoints", keep_last, say
+    written  called by that thread with each folder that is whole.
+    """
+
+    def __init__(
+        self, run: Path, keep_last: int, say: Callable[[str], None], written: Callable[[Path], None] | None = None
+    ):
+        self._root, self._keep, self._say, self._written = run / "checkpoints", keep_last, say, written
         self._thread: threading.Thread | None = None
         self._failures = 0
         self._error: Exception | None = None
@@ -282,6 +296,8 @@ class Saver:
                 self._best = best
             self._thin_out()
             self._failures = 0
+            if self._written:
+                self._written(folder)
         except (OSError, SafetensorError) as error:
             self._failures += 1
             self._say(

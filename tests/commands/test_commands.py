@@ -21,7 +21,7 @@ OWN = {  # an option that no other command's help may show
     "index": "--verify",
     "pack": "--raw-share",
     "profile": "--try",
-    "estimate": "--nodes",
+    "estimate": "--gpus-per-node",
     "tune": "--images-per-s",
     "train": "--deepspeed_config",
     "linear": "--features",
