@@ -152,7 +152,7 @@ def end_to_end(place: Place, found: Found) -> None:
         "end-to-end", f"data.train={drawn(place.work, many)}", f"data.crop={side}", f"model.arch={arch}",
         f"optim.images_per_step={at_once(place)}", "optim.epochs=1000", f"run.max_steps={steps}",
         f"run.log_every={steps // 4}", "optim.lr=0.01",
-        *(f"engine.{key}={str(value).lower()}" for key, value in keys.items()),
+        *(f"engine.{key}={str(value).lower()}" for key, value in keys.items()), most=1.0,
     )  # fmt: skip
     steady = [line for line in lines if "wait_share" in line][1:]  # the first compiles, captures, fills its buffers
     found.failures += [failure] if failure else []

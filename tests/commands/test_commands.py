@@ -28,7 +28,7 @@ OWN = {  # an option that no other command's help may show
     "features": "--taps",
     "lowshot": "--draws",
     "page": "--suite",
-    "export": "--to",
+    "launch": "--hours",
     "stream": "--first-step",
     "config": "--schema",
 }

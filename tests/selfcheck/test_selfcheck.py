@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from conftest import ROOT
 from fastrot import config as configs
 from fastrot.selfcheck import correctness, report, run, speed, stand_in, verdict
-from fastrot.selfcheck.parts import PARTS, Part
+from fastrot.selfcheck.parts import PARTS, Part, command
 from fastrot.selfcheck.place import Found, Place
 from fastrot.selfcheck.verdict import Arm
 
@@ -118,6 +119,15 @@ def test_a_part_run_again_takes_its_place_and_the_others_stay(tmp_path, monkeypa
     ran(tmp_path, "wrong")
     said = json.loads((tmp_path / "verdict.json").read_text())
     assert said["parts"] == {"good": "passed", "wrong": "passed"} and said["failed"] == []
+
+
+def test_a_parts_time_runs_from_its_start_and_what_it_calls_ends_before_it(tmp_path):
+    """Also the second that its process takes to import torch is the part's."""
+    words = command(PARTS[0], False, tmp_path, tmp_path, 60, tmp_path / "out")
+    assert 0 < time.monotonic() + 60 - float(words[words.index("--until") + 1]) < 10
+    place, done = Place(False, tmp_path, tmp_path, time.monotonic() + 1), tmp_path / "done"
+    assert place.call([sys.executable, "-c", f"open({str(done)!r}, 'w')"]).endswith("was not begun: no time was left")
+    assert not done.exists()
 
 
 def test_a_budget_cuts_a_parts_time_and_leaves_out_what_it_does_not_reach(tmp_path, monkeypatch):
@@ -266,7 +276,7 @@ class Told(Place):
 
     odd = None
 
-    def train(self, name, *words, hide_gpu=False, ranks=1):
+    def train(self, name, *words, hide_gpu=False, ranks=1, most=1.0):
         config, _ = configs.load(None, [*map(str, words), f"run.out={self.work / name}"], "train")
         steps, other = config.run.max_steps, name == self.odd
         folder = self.work / name / "checkpoints" / f"step-{steps:08d}"
