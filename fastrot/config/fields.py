@@ -154,6 +154,9 @@ class Engine(Section):
     """Replay forward and backward from a CUDA graph for each shape: the host launches nothing. auto: where there is a
     GPU and no norm to synchronise; collectives: over ranks with synchronised norms too, whose communication NCCL then
     captures (not yet seen on GPUs)."""
+    symmetric_memory: bool = False
+    """Synchronised norms of ranks that share a node read one another's memory over NVLink instead of asking NCCL (not
+    yet seen on GPUs)."""
     norm: Literal["torch", "fused", "fused_conv", "fused_chain"] = "torch"
     """Batch norm, addition and ReLU as torch's modules; or as one function of fewer passes (Triton on a GPU); or, in
     a Bottleneck, as parts of its 1x1 convolutions besides; or these too where blocks meet, so that a block's last ReLU
@@ -194,8 +197,9 @@ class Run(Section):
     """Checkpoints kept; the best on the held-out images is kept besides."""
     timeout: PositiveFloat = 600.0
     """Seconds that ranks wait for one another in training; one that is gone or stopped then ends the run."""
-    tensorboard: bool = True
-    """Also write TensorBoard event files."""
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Who gets the numbers of metrics.jsonl too, in the run's folder: TensorBoard; Weights & Biases and MLflow, where their own
+    variables (WANDB_MODE, MLFLOW_TRACKING_URI) name no other place."""
 
 
 class Linear(Section):

@@ -107,22 +107,27 @@ def find_best(run: Path) -> Path:
     Raises UserError where there is none, or the note of the best is damaged.
     """
     root = run / "checkpoints"
-    folders = _folders(root)[::-1]
+    candidates = folders(root)[::-1]
     try:
-        folders.insert(0, root / read_json(root / "best", _Best).name)
+        candidates.insert(0, root / read_json(root / "best", _Best).name)
     except FileNotFoundError:
         pass  # nothing was held out
     except (OSError, ValueError) as error:
         raise UserError(f"{root / 'best'}: cannot be read ({error}); name a checkpoint, {root}/step-...") from None
-    sound = next((folder for folder in folders if not verify(folder)), None)
+    sound = next((folder for folder in candidates if not verify(folder)), None)
     if sound is None:
         raise UserError(f"{run}: holds no sound checkpoint; train first, or name another run")
     return sound
 
 
-def _folders(root: Path) -> list[Path]:
+def folders(root: Path) -> list[Path]:
     """What has a checkpoint's name, oldest first."""
     return sorted((p for p in root.glob("step-*") if _step(p) >= 0), key=_step)
+
+
+def newest_step(run: Path) -> int:
+    """Steps completed by the newest checkpoint, sound or not; -1 where there is none."""
+    return max(map(_step, folders(run / "checkpoints")), default=-1)
 
 
 def _step(folder: Path) -> int:
@@ -137,7 +142,7 @@ def step_of(name: str) -> int:
 
 def newest(run: Path) -> Path | None:
     """The newest sound checkpoint of a run."""
-    return next((one for one in reversed(_folders(run / "checkpoints")) if not verify(one)), None)
+    return next((one for one in reversed(folders(run / "checkpoints")) if not verify(one)), None)
 
 
 def find(resume: str, run: Path, say: Callable[[str], None]) -> Path | None:
@@ -148,7 +153,7 @@ def find(resume: str, run: Path, say: Callable[[str], None]) -> Path | None:
     say     called with a line for each checkpoint passed over.
     Raises UserError.
     """
-    here = _folders(run / "checkpoints")
+    here = folders(run / "checkpoints")
     if resume == "never":
         if here:
             raise UserError(f"{run}: holds a run at {here[-1].name}; choose another run.out, or --resume auto")
@@ -159,7 +164,7 @@ def find(resume: str, run: Path, say: Callable[[str], None]) -> Path | None:
         path = Path(resume)
         if not path.exists():
             raise UserError(f"--resume {resume}: no such folder; expected a checkpoint or a run folder, auto or never")
-        candidates = _folders(path / "checkpoints") or [path]
+        candidates = folders(path / "checkpoints") or [path]
     for folder in reversed(candidates):
         wrong = verify(folder)
         if not wrong:
@@ -192,7 +197,7 @@ def make_way(run: Path, step: int) -> None:
     root = run / "checkpoints"
     root.mkdir(exist_ok=True)
     clear_scratch(root)
-    for damaged in _folders(root):
+    for damaged in folders(root):
         if _step(damaged) > step:
             names = (
                 f"damaged-{damaged.name}{more}" for more in itertools.chain([""], (f".{n}" for n in itertools.count(2)))
@@ -303,7 +308,7 @@ class Saver:
             self._error = error
 
     def _thin_out(self) -> None:
-        for folder in _folders(self._root)[: -self._keep]:
+        for folder in folders(self._root)[: -self._keep]:
             if self._best is None or folder.name != self._best.name:
                 remove(folder)
 

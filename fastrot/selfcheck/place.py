@@ -72,14 +72,12 @@ class Place:
     ) -> tuple[list[dict[str, Any]], str | None]:
         """`fastrot train` into work/name: the lines of metrics.jsonl, and why it failed or None.
 
-        On the CPU CUDA graphs are played by the host.
+        On the CPU the host plays CUDA graphs and symmetric memory.
         """
         out = self.work / name
         module = "fastrot.cli" if self.gpu else "fastrot.selfcheck.stand_in"
         before = launcher(ranks) if ranks > 1 else [sys.executable]
-        failure = self.call(
-            [*before, "-m", module, "train", *words, f"run.out={out}", "run.tensorboard=false"], hide_gpu
-        )
+        failure = self.call([*before, "-m", module, "train", *words, f"run.out={out}", "run.loggers=[]"], hide_gpu)
         lines = out / "metrics.jsonl"
         return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else [], failure
 

@@ -12,7 +12,19 @@ from workers import narrow
 
 _TIME_OUT_S = 400
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["deepspeed", "workers.steps", "fastrot.runs.run", "fastrot.runs.finetune"])
+_USED = [  # by a training; a rank would import each anew
+    "deepspeed",
+    "torch._dynamo.repro.after_aot",
+    "torch.utils.tensorboard",
+    "workers.steps",
+    "fastrot.commands.train",
+    "fastrot.data.decode.turbo",
+    "fastrot.engine.deepspeed",
+    "fastrot.engine.plain",
+    "fastrot.runs.run",
+    "fastrot.runs.finetune",
+]
+_CONTEXT.set_forkserver_preload(_USED)
 
 
 def as_ranks(world: int, work: Callable, *arguments, killed_when: Callable[[], bool] | None = None) -> str:
