@@ -33,14 +33,14 @@ EXTRAS = {
 }
 EXTRAS["all"] = sorted({one for extra in EXTRAS.values() for one in extra})
 EXTRAS["ffcv"] = ["ffcv>=1.0.2,<2"]  # built from source, with OpenCV's and libjpeg-turbo's headers: not in `all`
+EXTRAS["s3"] = ["s3fs>=2025.3"]  # a store's own: not in `all`
+EXTRAS["gs"] = ["gcsfs>=2025.3"]
 EXTRAS["wandb"] = ["wandb>=0.31,<1"]  # loggers, by name: not in `all` either
 EXTRAS["mlflow"] = [
     "alembic>=1.16,<2",
     "mlflow-skinny>=3.17,<4",
     "sqlalchemy>=2,<3",
 ]  # the latter for its store in SQLite
-EXTRAS["s3"] = ["s3fs>=2025.3"]  # a store's own: not in `all`
-EXTRAS["gs"] = ["gcsfs>=2025.3"]
 EXTRAS["dev"] = [
     "hypothesis>=6",
     "import-linter>=2",

@@ -210,20 +210,15 @@ def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
 
 
 def on_all(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Do something on every rank; where it fails on one, all raise what the first such rank raised, as `on_first` does."""
+    """Do something on every rank; where it fails on one, all raise what the first such rank raised. Collective."""
     result: Any = None
-    error: BaseException | None = None
+    error: UserError | Fault | None = None
     try:
         result = work()
-    except BaseException as raised:  # whatever it is: the others wait below
+    except (UserError, Fault) as raised:
         error = raised
-    ours = isinstance(error, UserError | Fault)
-    said = error if ours or error is None else Fault(f"rank {ranks.rank}: {type(error).__name__}: {error}")
-    errors: list[BaseException | None] = [None] * ranks.world
-    dist.all_gather_object(errors, said)
-    if error is not None:
-        raise error
-    if first := next((one for one in errors if one is not None), None):
-        raise first
+    for said in of_all(ranks, error):
+        if said is not None:
+            raise said
     found: T = result
     return found

@@ -211,7 +211,7 @@ def _admit(
     log: RunLog,
 ) -> _Start:
     """All that may refuse a start, and the job built. Raises UserError."""
-    found = _found(resume, folder, config.run.mirror, ranks)
+    found = _found(resume, folder, ranks, config.run.mirror)
     manifests, unkept = {}, {}
     for name in ("train", "val") if config.data.val else ("train",):
         manifest, kept = _manifest(folder, name, bool(found), config, ranks)
@@ -302,7 +302,15 @@ def _record_failure(error: BaseException, folder: Path, ranks: Ranks, begun: boo
         log.say(f"{folder / 'STATUS.json'}: cannot be written ({unwritten.strerror})")
 
 
-def _found(resume: str, folder: Path, mirror: str | None, ranks: Ranks) -> checkpoint.Checkpoint | None:
+def _find(resume: str, folder: Path, mirror: str | None) -> Path | None:
+    if mirror and resume == "auto":
+        take(mirror, folder, _say)
+    if mirror and resume == "never" and (name := holds(mirror)):
+        raise UserError(f"run.mirror {mirror}: holds a run at {name}; choose another, or --resume auto")
+    return checkpoint.find(resume, folder, _say)
+
+
+def _found(resume: str, folder: Path, ranks: Ranks, mirror: str | None = None) -> checkpoint.Checkpoint | None:
     """The checkpoint that rank 0 finds, on every rank. Raises UserError where another node holds a later one."""
     path = distributed.on_first(ranks, lambda: _find(resume, folder, mirror))
     newest = distributed.of_all(ranks, checkpoint.newest_step(folder))
@@ -317,14 +325,6 @@ def _found(resume: str, folder: Path, mirror: str | None, ranks: Ranks) -> check
         return None
     with read_by_all(ranks, lambda: path) as here:
         return replace(checkpoint.load(here), path=path)
-
-
-def _find(resume: str, folder: Path, mirror: str | None) -> Path | None:
-    if mirror and resume == "auto":
-        take(mirror, folder, _say)
-    if mirror and resume == "never" and (name := holds(mirror)):
-        raise UserError(f"run.mirror {mirror}: holds a run at {name}; choose another, or --resume auto")
-    return checkpoint.find(resume, folder, _say)
 
 
 def _stopped(why: str) -> BaseException:

@@ -13,11 +13,14 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from conftest import ROOT, write_folder
+from conftest import ROOT, metrics, write_folder
+from fastrot.cli import main
 from fastrot.data import pieces, stage
 from fastrot.errors import Fault, UserError
 from fastrot.remote import address, store, web
 from web_server import serving
+from workers.hosts import on_a_host_each
+from workers.ranks import as_ranks
 
 PIECE = 50_000
 
@@ -303,3 +306,24 @@ def test_a_disk_that_fills_is_one_line_and_the_rest_comes_later(tmp_path, fastro
 def test_a_path_below_a_source_is_refused(tmp_path):
     with serving({"l.txt": b"/etc/passwd\n"}) as server, pytest.raises(UserError, match="does not lie below it"):
         stage.stage(f"list:{server.url}/l.txt", tmp_path)
+
+
+@pytest.mark.slow
+def test_each_of_two_hosts_stages_a_copy_of_its_own_and_trains_on_it(tmp_path, narrow):
+    write_folder(tmp_path / "images")
+    content = {str(p.relative_to(tmp_path)): p.read_bytes() for p in (tmp_path / "images").rglob("*.jpg")}
+    words = [
+        "train", "model.arch=resnet18", "data.crop=16", "optim.images_per_step=6", "optim.warmup_epochs=0", "run.out=run",
+        "run.log_every=1", "run.max_steps=3", "run.tensorboard=false", "engine.kind=plain",
+    ]  # fmt: skip
+    with serving(content) as server:
+        address = f"{server.url}/images"
+        as_ranks(2, on_a_host_each, str(tmp_path), [*words, "data.stage=disk"], [address, address])
+        fetched = [name for method, name, _ in server.asked if method == "GET" and name.endswith(".jpg")]
+    assert sorted(fetched) == sorted([*content, *content])
+    for host in "01":
+        (copy,) = (tmp_path / host / "disk").iterdir()
+        assert under("images", held(copy)) == content
+    as_ranks(2, main, [*words[:-1], "engine.kind=plain", f"data.train={tmp_path}/images", f"run.out={tmp_path}/run"])
+    ours, theirs = ([line["loss"] for line in metrics(root / "run")] for root in (tmp_path / "0", tmp_path))
+    assert ours == theirs and len(ours) == 3
