@@ -89,7 +89,7 @@ def test_two_runs_on_one_page(runs, tmp_path, fastrot):
     assert found["config"] == {"optim.lr": [0.2, 0.4]} and found["made_by"] == {"torch": ["base", "fast"]}
     text = page.read_text()
     assert re.findall(r"<figcaption>(.+?), over", text) == [
-        "Training loss: loss", "Training accuracy: %", "Held-out loss: loss", "Held-out accuracy: %", "Pace: views/s",
+        "Training loss: mean", "Training accuracy: %", "Held-out loss: mean", "Held-out accuracy: %", "Pace: views/s",
         "Time waiting for data: %",
     ]  # fmt: skip
     assert "<td>0.2</td><td>0.4</td>" in text and 'class="line random"' in text and "src=" not in text
