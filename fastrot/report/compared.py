@@ -21,7 +21,7 @@ def charts_of(a: Overview, b: Overview) -> list[Chart]:
     titles |= {"views_per_s": "Pace", "wait_share": "Time waiting for data"}
     charts = []
     for key, title in titles.items():
-        unit = "loss" if key.endswith("loss") else "views/s" if key == "views_per_s" else "%"
+        unit = "mean" if key.endswith("loss") else "views/s" if key == "views_per_s" else "%"
         lines = [_line(one, kind, key, 100 if unit == "%" else 1) for one, kind in ((a, "pretrained"), (b, "random"))]
         lines = [line for line in lines if len(line.points) > 1]
         if lines:

@@ -1,10 +1,11 @@
 """The digest of each epoch's stream, recorded beside the training and off the step's path.
 
-stream.json in a run's folder is a list, an entry for each epoch that is over: its number, its digest, and the settings of
-the plan that it follows from. The digest is StreamHash's were a step 65,536 images that begin with the epoch's first: it
+stream.json in a run's folder lists in `epochs` each that is over: its number, its digest, and the settings of the plan that
+it follows from; `sha256` is of the list, so that damage to it is seen. An epoch's digest is StreamHash's were a step 65,536 images that begin with the epoch's first: it
 depends on no batch and no rank.
 """
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable
@@ -16,18 +17,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrot.data.plan import Plan, StreamHash
-from fastrot.files import read_json, write_text
+from fastrot.files import Damaged, read_json, write_text
 
 _STEP = 1 << 16
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """A line of stream.json."""
+    """An entry of stream.json."""
 
     epoch: int
     sha256: str
     plan: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Record:
+    epochs: list[Epoch]
+    sha256: str
 
 
 def digest(
@@ -53,7 +60,16 @@ def settings(plan: Plan) -> dict[str, Any]:
 def read(run: Path) -> list[Epoch]:
     """The recorded epochs; none where there is no record. Raises OSError, Damaged."""
     path = run / "stream.json"
-    return read_json(path, list[Epoch]) if path.exists() else []
+    if not path.exists():
+        return []
+    record = read_json(path, _Record)
+    if record.sha256 != _seal(record.epochs):
+        raise Damaged("the list of epochs does not match its sha256")
+    return record.epochs
+
+
+def _seal(epochs: list[Epoch]) -> str:
+    return hashlib.sha256(json.dumps([asdict(one) for one in epochs]).encode()).hexdigest()
 
 
 class Recorder:
@@ -102,6 +118,7 @@ class Recorder:
             self._known.append(Epoch(self._next, sha256, self._settings))
             self._next += 1
             try:
-                write_text(run / "stream.json", json.dumps([asdict(one) for one in self._known]) + "\n")
+                record = _Record(self._known, _seal(self._known))
+                write_text(run / "stream.json", json.dumps(asdict(record), indent=1) + "\n")
             except OSError as error:
                 self._say(f"{run / 'stream.json'}: cannot be written ({error.strerror}); training goes on")

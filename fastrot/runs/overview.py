@@ -101,8 +101,9 @@ def overview(run: Path, name: str) -> Overview:
     figures = {name.removeprefix("held_out_"): value for name, value in held_out.items()}
     judge = judged_by(figures)
     values = [line.get(f"held_out_{judge}") for line in lines]
+    step = newest.get("step", -1) + 1
     return Overview(
-        name, run, learns, state(run), newest.get("step", -1) + 1, status.get("of") or status.get("steps"),
+        name, run, learns, state(run), max(step, status.get("steps", 0)), status.get("of") or status.get("steps"),
         newest.get("epoch", 0.0), figures, max((v for v in values if v is not None), default=None),
         status.get("views_per_s") or (trained[-1].get("views_per_s") if trained else None), str(status.get("time", "")),
         config, wrong, lines, made_by,
@@ -153,4 +154,5 @@ def show(runs: Sequence[Overview], differing: dict[str, list[Any]]) -> None:
     for at, one in enumerate(runs):
         own = [f"{key}={values[at]}" for key, values in differing.items() if values[at] is not None]
         rows.append([*row(one), one.wrong or " ".join(own)])
-    terminal.listing("", [*HEADER, "differs in"], rows)
+    last = any(cells[-1] for cells in rows)
+    terminal.listing("", [*HEADER, "differs in"] if last else HEADER, [cells if last else cells[:-1] for cells in rows])
