@@ -33,6 +33,7 @@ SLOW = (
     "data",
     "pretraining",
     "resume",
+    "extend",
     "probes",
     "transfer",
     "export",
