@@ -34,6 +34,7 @@ SLOW = (
     "pretraining",
     "resume",
     "care",
+    "extend",
     "probes",
     "transfer",
     "export",

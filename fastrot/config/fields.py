@@ -83,6 +83,9 @@ class Rotation(Section):
 class Model(Section):
     arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
     """torchvision's ResNet; the task gives it its head."""
+    init: str | None = None
+    """Weights that a new run begins with: a run, a checkpoint, or any ResNet's file. The last layer is drawn all the same.
+    Default: all are drawn."""
     sync_batchnorm: bool = True
     """Batch norm over the views of all ranks (the recipe); false is another recipe."""
     norm_views: PositiveInt | None = None

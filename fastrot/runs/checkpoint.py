@@ -149,7 +149,8 @@ def find(resume: str, run: Path, say: Callable[[str], None]) -> Path | None:
     """The folder of the checkpoint to continue from; changes nothing.
 
     resume  auto: the newest sound one of this run, or None; never: None, refused where there is
-            one; or the path of a checkpoint or of a run folder.
+            one; or the path of a checkpoint or of a run folder, where a branch begins: once it has
+            checkpoints of its own it goes on from those, as with auto.
     say     called with a line for each checkpoint passed over.
     Raises UserError.
     """
@@ -158,12 +159,12 @@ def find(resume: str, run: Path, say: Callable[[str], None]) -> Path | None:
         if here:
             raise UserError(f"{run}: holds a run at {here[-1].name}; choose another run.out, or --resume auto")
         return None
-    if resume == "auto":
-        candidates = here
+    path = Path(resume)
+    if resume != "auto" and not path.exists():
+        raise UserError(f"--resume {resume}: no such folder; expected a checkpoint or a run folder, auto or never")
+    if resume == "auto" or (here and not path.resolve().is_relative_to(run.resolve())):
+        resume, candidates = "auto", here
     else:
-        path = Path(resume)
-        if not path.exists():
-            raise UserError(f"--resume {resume}: no such folder; expected a checkpoint or a run folder, auto or never")
         candidates = folders(path / "checkpoints") or [path]
     for folder in reversed(candidates):
         wrong = verify(folder)
@@ -174,7 +175,7 @@ def find(resume: str, run: Path, say: Callable[[str], None]) -> Path | None:
                     f"--resume {resume}: {run} holds {newer[-1].name}, which is newer; choose another run.out"
                 )
             return folder
-        if resume not in ("auto", "never") and len(candidates) == 1:
+        if resume != "auto" and len(candidates) == 1:
             raise UserError(f"--resume {resume}: not a sound checkpoint: {wrong}")
         say(f"{folder.name} is damaged ({wrong}); taking the one before")
     if candidates:

@@ -242,6 +242,8 @@ def _admit(
     if found:
         job.engine.load_state(found.model, found.optimizer, found.state.scalars)
         log.say(f"resumed from {found.path.name}: step {step:,} of {last:,}, stream position {position:,}")
+    elif config.model.init:
+        job.begin_with(config.model.init)
     return _Start(job, found, range(step, last), position, now, unkept)
 
 
