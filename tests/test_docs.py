@@ -33,6 +33,7 @@ SLOW = (
     "data",
     "pretraining",
     "resume",
+    "care",
     "extend",
     "probes",
     "transfer",

@@ -32,6 +32,7 @@ from fastrot.runs.arithmetic import (
     rate_at,
     refuse_graphs,
     refuse_norm_views,
+    refuse_symmetric_memory,
     refuse_tiny_maps,
     uses_graphs,
 )
@@ -123,6 +124,7 @@ class Job:
         refuse_tiny_maps(config, ranks)
         refuse_norm_views(config, self.numbers)
         refuse_graphs(config, ranks, self.numbers.micro_steps)
+        refuse_symmetric_memory(config, ranks)
         self._bad = folder / "bad_images.jsonl" if folder else None
         self._deepspeed_config = deepspeed_config
         self.task = self.make_task()
@@ -145,7 +147,7 @@ class Job:
         config, n, e = self.config, self.numbers, self.config.engine
         for line in deviations(config, self.ranks):
             self.say(line)
-        model = self._model(neighbours(n.norm_groups, config.run.timeout)).to(self.ranks.device)
+        model = self._model(self._norm_group()).to(self.ranks.device)
         graphs = uses_graphs(config, self.ranks)
         settings = StepSettings(
             e.precision,
@@ -168,6 +170,16 @@ class Job:
         if e.compile:
             model.compile(dynamic=False, mode="default" if e.compile is True else e.compile)
         return engine
+
+    def _norm_group(self) -> Group | None:
+        """The ranks whose views batch norm sees together with this one's."""
+        timeout = self.config.run.timeout
+        group = neighbours(self.numbers.norm_groups, timeout)
+        if group is None or not self.config.engine.symmetric_memory:
+            return group
+        from fastrot.models.in_node import InNode
+
+        return InNode.of(group, self.ranks.device, timeout)
 
     @cached_property
     def memory(self) -> Memory:

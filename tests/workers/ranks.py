@@ -14,7 +14,19 @@ from workers import narrow
 _TIME_OUT_S = 400
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(  # all of a test process's forks share it: nobody else may name another list
-    ["deepspeed", "torch._dynamo", "workers.steps", "fastrot.cli", "fastrot.runs.run", "fastrot.runs.finetune"]
+    [
+        "deepspeed",
+        "torch._dynamo.repro.after_aot",
+        "torch.utils.tensorboard",
+        "workers.steps",
+        "fastrot.cli",
+        "fastrot.commands.train",
+        "fastrot.data.decode.turbo",
+        "fastrot.engine.deepspeed",
+        "fastrot.engine.plain",
+        "fastrot.runs.run",
+        "fastrot.runs.finetune",
+    ]
 )
 
 
