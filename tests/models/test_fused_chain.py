@@ -5,17 +5,21 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_fused_norm import assert_step_as_exact
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from fastrot import distributed
 from fastrot.models.fused_conv import Unjoined, chain_blocks, fuse_convs
+from fastrot.models.over_ranks import neighbours
 from fastrot.models.recompute import recompute_blocks
 from fastrot.profiling.layers import Stopwatch
 from fastrot_kernels import norm, pointwise
 from fastrot_kernels.norm import triton_norm
 from fastrot_kernels.pointwise import triton_pointwise
+from workers.ranks import as_ranks
 
 # what Triton's interpreter does with a loop's end
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
@@ -209,6 +213,32 @@ def test_a_stopwatch_times_joined_stages():
     x, target = views()
     watch.timed(torch.Tensor.backward)(F.cross_entropy(model(x), target))
     assert all(seconds > 0 for seconds in watch.read().values())
+
+
+def gradients_over_ranks(out):
+    """Of uneven ranks: all ranks' gradients, summed, and statistics."""
+    ranks = distributed.start()
+    model = chain_blocks(stages(), neighbours(1, 60))
+    x, target = (each[slice(0, 2) if ranks.first else slice(2, 5)] for each in views())
+    F.cross_entropy(model(x), target, reduction="sum").backward()
+    for p in model.parameters():
+        dist.all_reduce(p.grad)
+    torch.save(
+        {name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers()), f"{out}{ranks.rank}"
+    )
+    distributed.end()
+
+
+@pytest.mark.slow
+def test_ranks_are_one_network_on_all_views(tmp_path):
+    plain, (x, target) = stages(), views()
+    F.cross_entropy(plain(x), target, reduction="sum").backward()
+    as_ranks(2, gradients_over_ranks, tmp_path / "rank")
+    want = {name: p.grad for name, p in plain.named_parameters()} | dict(plain.named_buffers())
+    for rank in range(2):
+        got = torch.load(tmp_path / f"rank{rank}")
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
