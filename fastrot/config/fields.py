@@ -162,8 +162,8 @@ class Engine(Section):
     yet seen on GPUs)."""
     norm: Literal["torch", "fused", "fused_conv", "fused_chain"] = "torch"
     """Batch norm, addition and ReLU as torch's modules; or as one function of fewer passes (Triton on a GPU); or, in
-    a Bottleneck, as parts of its 1x1 convolutions besides; or these too where blocks meet, so that a block's last ReLU
-    and norm have their gradients from the block after it (compiled or recomputed, it is fused_conv)."""
+    a Bottleneck, as parts of its 1x1 convolutions besides; or these too where blocks meet, so that a block's last norm,
+    addition and ReLU are parts of the next block's first convolution (compiled or recomputed, it is fused_conv)."""
     stem_channels: Literal[3, 4] = 3
     """Channels of the views; the fourth is zero, and so is its filter: memory and tensor cores like fours."""
     recompute: bool = False
