@@ -1,6 +1,8 @@
 """A config read from YAML and dotted overrides, and written back."""
 
 import difflib
+import json
+import math
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -79,6 +81,13 @@ def _flatten(tree: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def _renamed(key: str, value: Any) -> tuple[str, Any]:
+    """A key and its value as they are called now: folders of finished runs hold `run.tensorboard`."""
+    if key == "run.tensorboard" and isinstance(value, bool):
+        return "run.loggers", ["tensorboard"] if value else []
+    return key, value
+
+
 def known_keys() -> list[str]:
     """Every dotted key there is, in the order of the sections."""
     return [f"{name}.{key}" for name in Config.model_fields for key in _section(name).model_fields]
@@ -133,7 +142,7 @@ def _in_file(path: str | None) -> dict[str, Any]:
     tree = _parse(text, path) or {}
     if not isinstance(tree, dict):
         raise UserError(f"--config {path}: expected sections ({', '.join(Config.model_fields)})")
-    return _flatten(tree)
+    return dict(_renamed(key, value) for key, value in _flatten(tree).items())
 
 
 def command_of(path: str | None, overrides: list[str]) -> str:
@@ -159,14 +168,14 @@ def load(path: str | None, overrides: list[str], command: str | None = None) -> 
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"{override!r}: expected section.key=value, as in optim.lr=0.1")
-        values[key] = _value(key, value, override)
-        sources[key] = "command line"
+        key, parsed = _renamed(key, _value(key, value, override))
+        values[key], sources[key] = parsed, "command line"
     return _validated(values, sources), {key: sources.get(key, "default") for key in known_keys()}
 
 
 def from_values(path: str | None, values: dict[str, Any], command: str | None = None) -> Config:
     """The config of a file, or of the defaults, in which keys have other values, as Python has them. As `load`."""
-    found = _in_file(path)
+    found, values = _in_file(path), dict(_renamed(*one) for one in values.items())
     if command is not None:
         _refuse_foreign(path, found, list(values), command)
     return _validated(found | values, dict.fromkeys(found, path or "") | dict.fromkeys(values, "argument"))
@@ -207,6 +216,19 @@ def flat(config: Config) -> dict[str, Any]:
         for section, body in config.model_dump(mode="json").items()
         for key, value in body.items()
     }
+
+
+def as_overrides(config: Config, sources: dict[str, str]) -> tuple[str, ...]:
+    """What is set as words section.key=value that `load` reads back; sources: as `load` gives them."""
+    values = flat(config)
+    return tuple(f"{key}={_written(key, values[key])}" for key, source in sources.items() if source != "default")
+
+
+def _written(key: str, value: Any) -> str:
+    if not is_text(key) or value is None:
+        return json.dumps(value)
+    plain = value and value != "null" and value[0] not in "\"'"
+    return str(value) if plain else yaml.safe_dump(value, default_style='"', width=math.inf).rstrip("\n")
 
 
 def table(config: Config, sources: dict[str, str]) -> list[tuple[str, str]]:

@@ -17,6 +17,8 @@ from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST, StepSettings, make_engine
 from fastrot.engine.base import Engine
 from fastrot.engine.optimizers import build_optimizer
+from fastrot.errors import UserError
+from fastrot.models.backbone import load_backbone
 from fastrot.models.fused_conv import FUSED
 from fastrot.models.over_ranks import Group, neighbours
 from fastrot.models.recompute import recompute_blocks
@@ -195,6 +197,15 @@ class Job:
     def build(self) -> None:
         """Make what a run needs now, so that what is wrong is said before it begins."""
         _ = self.loader, self.val_loader, self.engine, self._work
+
+    def begin_with(self, path: str) -> None:
+        """Give the network a backbone's weights; its last layer stays as drawn. Raises UserError."""
+        backbone, origin = load_backbone(path)
+        if origin.arch != self.config.model.arch:
+            raise UserError(f"model.init {path}: is a {origin.arch}; set model.arch={origin.arch}, or name another")
+        self.say(f"begins with {origin.says()}")
+        model, _, scalars = self.engine.state()
+        self.engine.load_state(model | backbone.state_dict(), {}, scalars)
 
     def make_task(self) -> Task:
         """What is learnt; another job learns another thing."""

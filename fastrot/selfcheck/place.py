@@ -84,7 +84,7 @@ class Place:
         module = "fastrot.cli" if self.gpu else "fastrot.selfcheck.stand_in"
         before = launcher(ranks) if ranks > 1 else [sys.executable]
         failure = self.call(
-            [*before, "-m", module, "train", *words, f"run.out={out}", "run.tensorboard=false"], hide_gpu, most
+            [*before, "-m", module, "train", *words, f"run.out={out}", "run.loggers=[]"], hide_gpu, most
         )
         lines = out / "metrics.jsonl"
         return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else [], failure
