@@ -24,6 +24,7 @@ from typing import Any
 
 from fastrot import terminal
 from fastrot.data.pieces import PIECE, Pieces, digest_of
+from fastrot.data.sources import in_place
 from fastrot.errors import UserError
 from fastrot.files import read_json, remove, write_text
 from fastrot.remote import Entry, Found, Piece, is_remote, locate, shown
@@ -98,10 +99,12 @@ def staged(source: str, folder: Path, track: Track = terminal.track) -> str:
 
 
 def of_config(source: str | None, folder: str | None, key: str) -> str | None:
-    """`staged` as a config says it; a source on this machine as it is. key: of the config, that names the source."""
+    """`staged` as a config says it; a source on this machine, or one that is read where it is, as it is. key: of the config, that names the source."""
     if not is_remote(source):
         return source
     plain = shown(str(source))
+    if folder is None and in_place(str(source)):
+        return source
     if folder is None:
         raise UserError(
             f"{key}: {plain} is not on this machine; set data.stage to a folder on its disk, or fastrot stage {plain} DIR"
