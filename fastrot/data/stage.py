@@ -32,6 +32,7 @@ from fastrot.remote.store import PARALLEL, Checksum
 
 HOME = ".stage"  # the folder of the record and the lock
 _RECORD = "record.json"
+_OURS = re.compile(r"\.stage/|(.*/)?\.(tmp|part)-")  # in a source that was staged itself
 _TRIES = 3  # of bytes that do not match their checksum
 
 
@@ -166,7 +167,8 @@ class _Staging:
     """One source on its way into one folder."""
 
     def __init__(self, found: Found, dest: Path, before: _Record | None):
-        self._store, self._files, self._dest = found.store, found.files, dest
+        self._store, self._dest = found.store, dest
+        self._files = {name: entry for name, entry in found.files.items() if not _OURS.match(name)}
         self._before = {row[0]: row for row in before.files} if before else {}
         self.whole: list[tuple[str, int, str, str]] = []
         self.fetched = 0

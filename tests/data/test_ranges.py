@@ -124,7 +124,9 @@ def test_servers_that_cannot_be_read_in_place_are_one_line(packed, fastrot, tmp_
         assert done.code == 2 and "/s-003.tar: no such file" in done.errors[0]
         signed = server.url.replace("//", "//me:secret@")
         done = fastrot("index", f"{signed}/a.beton")
-        assert done.code == 2 and "is not on this machine; set data.stage" in done.errors[0] and "secret" not in done.err
+        assert (
+            done.code == 2 and "is not on this machine; set data.stage" in done.errors[0] and "secret" not in done.err
+        )
         server.files["z.tar"] = b"\x1f\x8b" + bytes(1000)
         done = fastrot("index", f"{server.url}/z.tar")
         assert done.code == 2 and "is compressed; unpack it first: gunzip" in done.errors[0]
