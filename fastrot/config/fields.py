@@ -20,12 +20,14 @@ class Section(BaseModel):
 
 class Data(Section):
     train: str | None = None
-    """Training images: a folder of class folders, list:FILE with `path<TAB>label` lines, tar shards, voc:ROOT?split=S."""
+    """Training images: a folder of class folders, list:FILE with `path<TAB>label` lines, tar shards, NAME.beton,
+    voc:ROOT?split=S; or an address (s3://, gs://, http(s)://), with `stage`, or of shards or a .beton."""
     val: str | None = None
     """Held-out images, same forms; without it nothing is evaluated."""
     stage: str | None = None
     """A folder on each machine's own disk: where data.train and data.val are addresses (s3://, gs://, http(s)://), they
-    are copied below it once a machine, as fastrot stage does, and read there."""
+    are copied below it once a machine, as fastrot stage does, and read there. Without it shards and .beton are read where
+    they are."""
     decode: Literal["auto", "dali", "turbo", "turbo_fast", "ffcv", "torch"] = "auto"
     """Decoder: dali; turbo, our own, on the CPU; turbo_fast, which scales large windows in the DCT; ffcv (its
     own pixels: area-averaged); torch (torchvision); or auto = dali on a GPU, turbo on a CPU, where they run,
