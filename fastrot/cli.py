@@ -10,13 +10,14 @@ import time
 from fastrot import __version__, launcher
 from fastrot.commands import GROUPS, find
 from fastrot.commands.base import Command
-from fastrot.errors import Fault, Stopped, UserError, of_an_extra, why_not_there
+from fastrot.errors import Fault, Stopped, Unsound, UserError, of_an_extra, why_not_there
 
 _OTHERS_WAIT_S = 5  # launchers end the other ranks within two
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit code: 0 done, 2 the user's error, 3 a fault, 75 stopped as asked, 130 Ctrl-C."""
+    """Run a command; the exit code: 0 done, 1 a check found damage, 2 the user's error, 3 a fault, 75 stopped as asked,
+    130 Ctrl-C."""
     words = sys.argv[1:] if argv is None else argv
     if not words:
         print(_overview(), file=sys.stderr)
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown option {' '.join(unknown)}")
     try:
         _run(command, args)
-    except (UserError, Fault, Stopped) as error:
+    except (UserError, Fault, Stopped, Unsound) as error:
         _complain(error)
         return error.exit_code
     except ModuleNotFoundError as error:
@@ -81,7 +82,7 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-def _complain(error: UserError | Fault | Stopped | str) -> None:
+def _complain(error: UserError | Fault | Stopped | Unsound | str) -> None:
     """The error's lines. What all ranks found alike rank 0 says; the others wait, and speak only
     where no launcher has ended them by then: the error was theirs alone. A fault is said at once, a stop by rank 0."""
     rank = os.environ.get("RANK", "0")

@@ -207,3 +207,18 @@ def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
         raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+def on_all(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Do something on every rank; where it fails on one, all raise what the first such rank raised. Collective."""
+    result: Any = None
+    error: UserError | Fault | None = None
+    try:
+        result = work()
+    except (UserError, Fault) as raised:
+        error = raised
+    for said in of_all(ranks, error):
+        if said is not None:
+            raise said
+    found: T = result
+    return found

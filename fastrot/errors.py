@@ -1,5 +1,6 @@
 """What may go wrong, and the exit code that tells it.
 
+Unsound     1   a check was made, and found damage
 UserError   2   the user's to mend: one line, no traceback
 Fault       3   the machine or the data failed while running
 Stopped     75  asked to stop, and did, with a checkpoint: the same command goes on
@@ -10,6 +11,12 @@ class UserError(Exception):
     """One line a person can act on: what is wrong, where, and what to do."""
 
     exit_code = 2
+
+
+class Unsound(Exception):
+    """A check has said all that it found, and not all of it is sound."""
+
+    exit_code = 1
 
 
 class Fault(Exception):
@@ -41,22 +48,24 @@ class Unreadable(BadImage):
 
 
 # a package that is not of the core -> its name, and the extra that brings it
-_EXTRAS = {
+EXTRAS = {
     "cv2": ("OpenCV", "detect"),
     "deepspeed": ("DeepSpeed", "deepspeed"),
     "ffcv": ("FFCV", "ffcv"),
     "jinja2": ("Jinja2", "report"),
     "markupsafe": ("MarkupSafe", "report"),
+    "mlflow": ("MLflow", "mlflow"),
     "nvidia": ("DALI", "dali"),
     "pycocotools": ("pycocotools", "detect"),
     "scipy": ("SciPy", "report"),
     "tensorboard": ("TensorBoard", "report"),
+    "wandb": ("Weights & Biases", "wandb"),
 }
 
 
 def of_an_extra(error: ImportError) -> tuple[str, str] | None:
     """Name and extra of a package that is missing; None where an extra does not bring it."""
-    return _EXTRAS.get((error.name or "").partition(".")[0]) if isinstance(error, ModuleNotFoundError) else None
+    return EXTRAS.get((error.name or "").partition(".")[0]) if isinstance(error, ModuleNotFoundError) else None
 
 
 def why_not_there(error: ImportError) -> str:

@@ -6,11 +6,13 @@ import platform
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 _SMALL_CROP = 64  # pixels
+_MOUNTED = Path("/sys/fs/cgroup")
 
 
 def cache_folder() -> Path:
@@ -89,34 +91,70 @@ def memory_left() -> int:
     """Bytes of host memory that this process could still take: by the kernel, and by its control groups' limits."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     left = sum(1024 * int(meminfo[name].split()[0]) for name in ("MemAvailable", "SwapFree"))
-    return min([left, *_left_in_groups(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup"))])
+    return min([left, *_left_in_groups(_own_groups(), _MOUNTED)])
+
+
+def _groups(groups: str, mounted: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """Folders of the control groups that /proc/self/cgroup's text names for a controller, and of those above them; whether
+    they are of version 1."""
+    for line in groups.splitlines():
+        _, controllers, inner = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = mounted / controller if controllers else mounted
+        folder = root / inner.lstrip("/")
+        for group in (folder, *folder.parents):
+            yield group, bool(controllers)
+            if group == root:
+                break
 
 
 def _left_in_groups(groups: str, mounted: Path) -> list[int]:
-    """Of each group with a limit that /proc/self/cgroup's text names, and of those above it, version 2 and 1: what is
-    free or holds files that can be read again."""
+    """Of each group with a limit, version 2 and 1: what is free or holds files that can be read again."""
     left = []
-    for line in groups.splitlines():
-        _, controllers, inner = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        root, limit, usage, files = (
-            (mounted / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            if controllers
-            else (mounted, "memory.max", "memory.current", "inactive_file")
+    for group, first_version in _groups(groups, mounted, "memory"):
+        limit, usage, files = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if first_version
+            else ("memory.max", "memory.current", "inactive_file")
         )
-        folder = root / inner.lstrip("/")
-        for group in (folder, *folder.parents):
-            try:
-                most, used = ((group / name).read_text().strip() for name in (limit, usage))
-                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            except OSError:  # the root of version 2; or a container that does not show what is above
-                most = "max"
-            if most != "max":
-                left.append(int(most) - int(used) + int(stat.get(files, 0)))
-            if group == root:
-                break
+        try:
+            most, used = ((group / name).read_text().strip() for name in (limit, usage))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except OSError:  # the root of version 2; or a container that does not show what is above
+            continue
+        if most != "max":
+            left.append(int(most) - int(used) + int(stat.get(files, 0)))
     return left
+
+
+def cores_by_quota(groups: str | None = None, mounted: Path = _MOUNTED) -> float | None:
+    """As many cores' time as the control groups give this process at most; None where they do not limit it."""
+    quotas = []
+    for group, first_version in _groups(groups or _own_groups(), mounted, "cpu"):
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if first_version else ("cpu.max",)
+        try:
+            quota, period = " ".join((group / name).read_text() for name in names).split()
+        except OSError:
+            continue
+        if quota not in ("max", "-1"):
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def threads_by_groups(groups: str | None = None, mounted: Path = _MOUNTED) -> int | None:
+    """Most threads that the control groups allow; None where they do not limit them."""
+    limits = []
+    for group, _ in _groups(groups or _own_groups(), mounted, "pids"):
+        try:
+            limits.append((group / "pids.max").read_text().strip())
+        except OSError:
+            continue
+    return min((int(limit) for limit in limits if limit != "max"), default=None)
+
+
+def _own_groups() -> str:
+    return Path("/proc/self/cgroup").read_text()
 
 
 _PACKAGES = (

@@ -1,7 +1,8 @@
 """What a person reads on standard error: lines, bars with an ETA, small tables."""
 
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
@@ -13,6 +14,7 @@ from rich.table import Column, Table
 
 T = TypeVar("T")
 _QUIET_S = 10  # seconds between plain progress lines
+_WIDE = 160  # letters of a line that goes into a file
 _speaks = ContextVar("speaks", default=True)
 
 
@@ -79,6 +81,17 @@ def track(items: Iterable[T], total: int, title: str, note: Callable[[], str] = 
                 soft_wrap=True,
                 markup=False,
             )
+
+
+def listing(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on standard output: it is the result, and where no terminal bounds it its lines are wide."""
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+    grid = Table(*header, title=escape(title), title_justify="left", show_header=any(header))
+    for column in grid.columns:
+        column.overflow = "fold"
+    for row in rows:
+        grid.add_row(*map(escape, row))
+    out.print(grid)
 
 
 def table(title: str, rows: list[tuple[str, str]]) -> None:

@@ -71,7 +71,9 @@ def cluster(root: Path) -> Iterator[dict[str, str]]:
     daemons = []
     try:
         for command in commands:
-            daemons.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT))
+            daemons.append(
+                subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+            )
             if command[0] == "munged":
                 _until(lambda: (root / "munge.sock").exists())
         _until(lambda: _said(environment, "sinfo", "-h", "-N", "-o", "%T").split() == ["idle", "idle"])

@@ -33,6 +33,8 @@ SLOW = (
     "data",
     "pretraining",
     "resume",
+    "care",
+    "extend",
     "probes",
     "transfer",
     "export",

@@ -12,12 +12,13 @@ import setuptools
 
 import fastrot
 from conftest import ROOT
-from fastrot.errors import _EXTRAS
+from fastrot.errors import EXTRAS
 
 # packages whose module has another name, or which torch brings on Linux
 _PACKAGE_OF = {
     "PIL": "pillow",
     "cv2": "opencv-python-headless",
+    "mlflow": "mlflow-skinny",
     "nvidia": "nvidia-dali-cuda130",
     "pydantic_core": "pydantic",
     "triton": "torch",
@@ -61,9 +62,9 @@ def test_every_import_is_a_dependency_of_the_core_or_of_the_extra_that_is_named(
     for module, files in modules.items():
         package = _PACKAGE_OF.get(module, module)
         if package not in core:
-            assert module in _EXTRAS and package in extras[_EXTRAS[module][1]], (module, files)
+            assert module in EXTRAS and package in extras[EXTRAS[module][1]], (module, files)
     tensorboard_and_library = {"tensorboard", "ffcv"}  # torch imports the one; ctypes loads the other
-    assert _EXTRAS.keys() - modules.keys() == tensorboard_and_library
+    assert EXTRAS.keys() - modules.keys() == tensorboard_and_library
     assert extras["all"] == extras["dali"] | extras["deepspeed"] | extras["report"] | extras["detect"]
 
 
@@ -73,7 +74,8 @@ def test_ranges_hold_what_make_setup_pins(said):
     pinned = dict(
         re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text().replace("ml-dtypes", "ml_dtypes"), re.MULTILINE)
     )  # fmt: skip
-    extras = [r for name, some in said["extras_require"].items() if name != "ffcv" for r in some]
+    unpinned = ("ffcv", "gs", "mlflow", "s3", "wandb")
+    extras = [r for name, some in said["extras_require"].items() if name not in unpinned for r in some]
     for line in (*said["install_requires"], *extras):
         wanted = Requirement(line)
         version = pinned.get(wanted.name) or pinned[wanted.name.lower()]

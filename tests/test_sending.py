@@ -73,7 +73,8 @@ def test_every_node_gets_what_rank_0_has_and_what_does_not_fit_is_refused_in_a_l
         got = json.loads((tmp_path / host / "got.json").read_text())
         assert got["paths"] == [str(tmp_path / host / f"same/class0/{i}.jpg") for i in range(4)]
         assert got["known"] == [True] * 4, "copies are younger than what was indexed"
-        assert got["content"] == Manifest.load(next((tmp_path / "0/cache/manifests").glob("*"))).content
+        indexed = {meta.parent for meta in (tmp_path / "0/cache/manifests").glob("*/meta.json")}
+        assert {got["content"]} == {Manifest.load(folder).content for folder in indexed}, "the same images, three times"
         assert (got["weight"], got["position"]) == ([[0, 1], [2_500_000, 2_500_001]], 42)
         assert got["path"] == "kept/checkpoints/step-00000007"
     assert not list((tmp_path / "1/cache/sent").iterdir()) and not (tmp_path / "1/cache/manifests").exists()

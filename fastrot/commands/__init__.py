@@ -5,12 +5,14 @@ from importlib import import_module
 from fastrot.commands.base import Command
 
 GROUPS = {
-    "data": ("index", "pack", "tune"),
+    "this machine": ("doctor", "warmup"),
+    "data": ("index", "pack", "stage", "tune"),
     "training": ("train", "linear", "finetune", "detect", "segment"),
     "on a cluster": ("launch",),
     "judging a backbone": ("features", "svm", "lowshot", "knn", "page"),
     "handing it on": ("predict", "export"),
-    "looking behind": ("profile", "bench", "estimate", "selfcheck", "stream", "config", "demo-data", "warmup"),
+    "runs that are there": ("runs", "verify"),
+    "looking behind": ("profile", "bench", "estimate", "selfcheck", "stream", "config", "demo-data"),
 }
 
 

@@ -81,6 +81,13 @@ def _flatten(tree: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def _renamed(key: str, value: Any) -> tuple[str, Any]:
+    """A key and its value as they are called now: folders of finished runs hold `run.tensorboard`."""
+    if key == "run.tensorboard" and isinstance(value, bool):
+        return "run.loggers", ["tensorboard"] if value else []
+    return key, value
+
+
 def known_keys() -> list[str]:
     """Every dotted key there is, in the order of the sections."""
     return [f"{name}.{key}" for name in Config.model_fields for key in _section(name).model_fields]
@@ -135,7 +142,7 @@ def _in_file(path: str | None) -> dict[str, Any]:
     tree = _parse(text, path) or {}
     if not isinstance(tree, dict):
         raise UserError(f"--config {path}: expected sections ({', '.join(Config.model_fields)})")
-    return _flatten(tree)
+    return dict(_renamed(key, value) for key, value in _flatten(tree).items())
 
 
 def command_of(path: str | None, overrides: list[str]) -> str:
@@ -161,14 +168,14 @@ def load(path: str | None, overrides: list[str], command: str | None = None) -> 
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"{override!r}: expected section.key=value, as in optim.lr=0.1")
-        values[key] = _value(key, value, override)
-        sources[key] = "command line"
+        key, parsed = _renamed(key, _value(key, value, override))
+        values[key], sources[key] = parsed, "command line"
     return _validated(values, sources), {key: sources.get(key, "default") for key in known_keys()}
 
 
 def from_values(path: str | None, values: dict[str, Any], command: str | None = None) -> Config:
     """The config of a file, or of the defaults, in which keys have other values, as Python has them. As `load`."""
-    found = _in_file(path)
+    found, values = _in_file(path), dict(_renamed(*one) for one in values.items())
     if command is not None:
         _refuse_foreign(path, found, list(values), command)
     return _validated(found | values, dict.fromkeys(found, path or "") | dict.fromkeys(values, "argument"))

@@ -20,9 +20,11 @@ from fastrot.data.manifest import Manifest, changed_files, difference, place
 from fastrot.data.order import FullOrder, WindowOrder
 from fastrot.data.plan import Plan
 from fastrot.data.reading import states
+from fastrot.data.stage import of_config
 from fastrot.data.storage import FileStorage
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
+from fastrot.remote import is_remote
 from fastrot.sending import read_by_all
 
 FILES = "data.files"  # what --resume-anyway calls files that changed since they were indexed
@@ -55,8 +57,18 @@ def plan_of(config: Config, manifest: Manifest) -> Plan:
     )
 
 
+def at_hand(source: str | None, config: Config, ranks: Ranks, key: str) -> str | None:
+    """A source as it is, or, where it is at a distance, its copy below data.stage: every rank makes sure of its machine's,
+    of which one copies. Raises, on all ranks, what one raised."""
+    if not is_remote(source):
+        return source
+    folder = config.data.stage
+    return distributed.on_all(ranks, lambda: of_config(str(source), folder, key))
+
+
 def open_manifest(source: str | None, config: Config, ranks: Ranks, key: str) -> Manifest:
     """Index a source on rank 0 and map the result on every rank."""
+    source = at_hand(source, config, ranks, key)
     return manifest_of_first(lambda: in_cache(source, config.data.max_pixels, key), str(source), ranks, key)
 
 

@@ -25,6 +25,7 @@ from fastrot.data.sources import open_source, rules_of, shards_of
 from fastrot.data.sources.listing import Listing
 from fastrot.errors import BadImage, UserError
 from fastrot.files import replacing
+from fastrot.remote import is_remote, shown
 
 _HASHED = 4096  # files that enter the storage hash at once
 
@@ -33,6 +34,8 @@ def in_cache(source: str | None, max_pixels: int, key: str, track: Track = termi
     """`index` in this machine's cache, progress shown; source: what `key` of the config names. Raises as it does."""
     if source is None:
         raise UserError(f"{key} is not set; name an image folder, as in {key}=/path, or list:FILE")
+    if is_remote(source):
+        raise UserError(f"{key}: {shown(source)} is not on this machine; fastrot stage {shown(source)} DIR")
     return index(source, machine.cache_folder() / "manifests", max_pixels, track)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fastrot.data.images import UNKNOWN
 from fastrot.data.reading import GONE, states
 from fastrot.errors import UserError
-from fastrot.files import as_words, read_json, replacing
+from fastrot.files import Sealed, as_words, read_json, replacing
 
 FORMAT = 5  # 4 held no coding, 3 no orientation
 HEAD = 4096  # bytes of an image that enter the content hash
@@ -134,6 +134,7 @@ class Manifest:
                 np.save(scratch / f"{name}.npy", getattr(self, name), allow_pickle=False)
             if self.file_state is not None:
                 np.save(scratch / "file_state.npy", self.file_state, allow_pickle=False)
+            meta["files"] = {path.name: asdict(Sealed.of(path)) for path in sorted(scratch.iterdir())}
             (scratch / "meta.json").write_text(json.dumps(meta, indent=1))
 
     @classmethod

@@ -7,18 +7,17 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.progress import Progress, TaskID
 
 from fastrot import terminal
-from fastrot.errors import why_not_there
+from fastrot.config import Config
 from fastrot.files import Damaged, as_json, finite, read_json, write_text
 from fastrot.profiling.pace import in_words
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter  # a second, which runs without it need not pay
+from fastrot.runs import loggers
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,9 @@ def _put_status(folder: Path, content: dict[str, Any]) -> None:
 
 
 class RunLog:
-    """One run's metrics.jsonl, TensorBoard, STATUS.json and progress; silent on ranks above 0.
+    """One run's metrics.jsonl, loggers, STATUS.json and progress; silent on ranks above 0.
 
-    A step's number counts from 0 in metrics.jsonl and in TensorBoard; a person reads how many steps are done.
+    A step's number counts from 0 in metrics.jsonl and for loggers; a person reads how many steps are done.
     Before `begin` it can only speak.
     """
 
@@ -87,33 +86,24 @@ class RunLog:
         self._out = terminal.console()
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._board: SummaryWriter | None = None
-        self._warned = False
+        self._loggers: list[loggers.Logger] = []
+        self._warned: set[str] = set()
         self._bad = 0
         self._straggler: Any = None
 
-    def begin(self, total_steps: int, first_step: int, tensorboard: bool, figure: str) -> None:
-        """Take up the files from `first_step` on, and show progress. figure: name of the held-out one that a person
-        reads. Raises OSError."""
-        self._total, self._figure = total_steps, figure
+    def begin(self, steps: range, config: Config, figure: str) -> None:
+        """Take up the files from the first of `steps` on, and show progress. figure: name of the held-out one that a
+        person reads. Raises OSError, UserError."""
+        first_step, self._total, self._figure = steps.start, steps.stop, figure
         if self._folder is None:
             return
         cut_back(self._folder / "metrics.jsonl", first_step)
         (self._folder / "metrics.jsonl").touch()
-        if tensorboard:
-            self._board = self._opened_board(self._folder / "tensorboard", first_step)
+        self._loggers = loggers.opened(config.run.loggers, self._folder, first_step, config, self.say)
         if self._out.is_terminal:
             self._bar = terminal.progress_bar(self._out)
-            self._task = self._bar.add_task("training", total=total_steps, completed=first_step, note="")
+            self._task = self._bar.add_task("training", total=self._total, completed=first_step, note="")
             self._bar.start()
-
-    def _opened_board(self, folder: Path, first_step: int) -> "SummaryWriter | None":
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            self.say(f"no TensorBoard events: {why_not_there(error)}, or set run.tensorboard=false")
-            return None
-        return SummaryWriter(str(folder), purge_step=first_step)
 
     def say(self, line: str) -> None:
         """One fact a line, for a person."""
@@ -126,10 +116,12 @@ class RunLog:
             self._bar.advance(self._task)
 
     def write(self, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl (floats that read back exactly), TensorBoard, and a person's line."""
+        """One line of metrics.jsonl (floats that read back exactly), the loggers', and a person's line."""
         if (folder := self._folder) is None:
             return
         self._try(lambda: self._record(folder, values))
+        for logger in self._loggers:
+            self._try(partial(logger.write, values), logger.name)
         if (bad := values.get("bad_images", 0)) > self._bad:
             self._bad = bad
             self.say(
@@ -159,33 +151,30 @@ class RunLog:
             if file.write(line) < len(line):
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self._board is not None:
-            for name, value in values.items():
-                if name not in ("step", "epoch") and isinstance(value, int | float):
-                    self._board.add_scalar(name, value, values["step"])
-            if "bound" in values:
-                self._board.add_text("bound", values["bound"], values["step"])
 
     def status(self, state: str, **facts: Any) -> None:
         """Replace STATUS.json where this rank keeps it."""
         if (folder := self._folder) is not None:
             self._try(lambda: write_status(folder, state, **facts))
 
-    def _try(self, write: Callable[[], None]) -> None:
-        """A disk that is full or away does not end the training: it is said once."""
+    def _try(self, write: Callable[[], None], who: str = "") -> None:
+        """A disk that is full or away, or a logger that takes nothing, does not end the training: it is said once."""
         try:
             write()
-        except OSError as error:
-            if not self._warned:
-                self._warned = True
-                self.say(f"{self._folder}: cannot be written ({error.strerror}); training goes on")
+        except (OSError, loggers.Trouble) as error:
+            if who not in self._warned:
+                self._warned.add(who)
+                why = getattr(error, "strerror", None) or error
+                self.say(f"{who or self._folder}: cannot be written ({why}); training goes on")
 
     def close(self) -> None:
-        """End the bar and TensorBoard's file; a second call does nothing."""
+        """End the bar and the loggers; a second call does nothing."""
         if self._bar is not None:
             self._bar.stop()
-        if self._board is not None:
-            self._try(self._board.close)
+        state = read_status(self._folder).get("state", "") if self._folder else ""
+        for logger in self._loggers:
+            self._try(partial(logger.close, state), logger.name)
+        self._loggers = []
 
 
 def _line(values: dict[str, Any], total: int, figure: str) -> str:

@@ -47,7 +47,7 @@ def tests(place: Place, found: Found) -> None:
         return
     for file in dict.fromkeys(line.partition("::")[0] for line in ids):
         xml = place.work / f"{re.sub('[^a-z_]', '-', file)}.xml"
-        stopped = place.call([*_PYTEST, "-vv", "--junitxml", xml, file])
+        stopped = place.call([*_PYTEST, "-vv", "--junitxml", xml, file], most=0.5)
         cases = list(ElementTree.parse(xml).iter("testcase")) if xml.exists() else []
         bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
         skips = [(case, skip.get("message")) for case in cases if (skip := case.find("skipped")) is not None]

@@ -142,15 +142,16 @@ def _unreached(part: Part, limit: float) -> Outcome:
     return Outcome(part.name, part.says, "skipped", "", 0.0, limit, [], [], [], why, {}, "", "")
 
 
+def said(*words: str) -> str | None:
+    """What a program prints; None where there is none, or it does not end."""
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=30, cwd=CHECKOUT).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
 def environment(gpu: bool) -> dict[str, Any]:
     """Machine, versions, driver and commit; of a rehearsal no GPU."""
-
-    def said(*words: str) -> str | None:
-        try:
-            return subprocess.run(words, capture_output=True, text=True, timeout=30, cwd=CHECKOUT).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-
     query = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory,pcie.link.gen.max"
     known = machine.environment("1")
     return known | {

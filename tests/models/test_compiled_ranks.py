@@ -17,6 +17,7 @@ from fastrot.models.fused_norm import fuse_norms
 from fastrot.models.over_ranks import neighbours
 from fastrot.models.resnet import build_model
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
+from fastrot.profiling.roofline import norm_messages, step_rows
 from workers.ranks import as_ranks
 from workers.steps import bottlenecks
 
@@ -88,6 +89,11 @@ def test_a_step_waits_at_once_for_so_many_messages_of_norms(two_ranks, kind, mes
         elif name == "_c10d_functional::wait_tensor":
             exposed += idle
     assert (sent, exposed) == (messages, waited_for)
+    # as `fastrot estimate` counts them, without a step
+    each_way, waits = norm_messages(
+        step_rows(lambda: KINDS[kind](build_model("resnet50", 4, 0)), 2, 1, 32, torch.float32)
+    )
+    assert (2 * each_way, sum(waits)) == (messages, waited_for)
 
 
 def compiled_beside_plain(out):

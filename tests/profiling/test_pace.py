@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import metrics
+from fastrot import config as configs
 from fastrot.profiling.clock import SPANS
 from fastrot.profiling.pace import SLOW_STEP, Pace, Report, Slow, bound, in_words, seen, slow_step, straggler
 from fastrot.runs.log import RunLog
@@ -88,7 +89,7 @@ def test_a_step_that_the_network_held_up_is_no_ranks():
 
 def test_a_straggler_is_said_once_until_it_changes(tmp_path, capfd):
     log = RunLog(tmp_path)
-    log.begin(9, 0, False, "accuracy")
+    log.begin(range(9), configs.load(None, ["run.loggers=[]"])[0], "accuracy")
     usual = {"loss": 1.0, "lr": 0.1, "views_per_s": 1.0, "wait_share": 0.0, "eta_s": 1.0, "epoch": 0.0, "bound": "step"}
     slow = {"rank": 1, "host": "b", "times": 1.5, "stage": "compute"}
     for step, one in enumerate([slow, slow, slow | {"rank": 0}, None, slow]):

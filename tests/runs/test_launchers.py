@@ -1,13 +1,10 @@
 """Every launcher that can run here starts the same training: two ranks, and the same losses and weights bit for bit."""
 
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import slurm
-from conftest import ROOT, free_port, launched, metrics
+from conftest import ROOT, launched, metrics
 
 pytestmark = pytest.mark.slow
 NARROW = "tests/workers/narrow_train.py"
@@ -61,7 +58,12 @@ def command(tmp_path_factory):
 
 
 def environment(command: Path, **more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{command}:{Path(sys.executable).parent}:{os.environ['PATH']}", **more}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{command}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **more,
+    }
 
 
 @pytest.mark.parametrize("mpi", ["mpirun.openmpi", "mpiexec.hydra"])
@@ -71,7 +73,11 @@ def test_mpi(images, two, command, tmp_path, mpi):
     more = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     start = [mpi, *(["--oversubscribe"] if "open" in mpi else []), "-n", "2", "fastrot", "train"]
     done = subprocess.run(
-        [*start, *words(images, tmp_path / "r")], env=environment(command, **more), capture_output=True, text=True, timeout=300
+        [*start, *words(images, tmp_path / "r")],
+        env=environment(command, **more),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert same(tmp_path / "r", two)
@@ -87,7 +93,9 @@ def cluster():
 
 def test_srun(images, two, command, cluster, tmp_path):
     step = ["srun", "--nodes=2", "--ntasks=2", "fastrot", "train", *words(images, tmp_path / "r")]
-    done = subprocess.run(step, env=environment(command, SLURM_CONF=cluster["SLURM_CONF"]), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        step, env=environment(command, SLURM_CONF=cluster["SLURM_CONF"]), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert same(tmp_path / "r", two)
 
