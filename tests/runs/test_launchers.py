@@ -1,10 +1,12 @@
 """Every launcher that can run here starts the same training: two ranks, and the same losses and weights bit for bit."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
