@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import yaml
@@ -10,8 +10,9 @@ import yaml
 from fastrot.errors import UserError
 
 _PORT = 29_500  # a node of its own for each job: nobody else asks for it
+_INSTALL = "pip install '.[all]'"  # the folder that travels is a checkout
 _GRACE_S = 300  # before a time limit, to write a checkpoint
-_RESTARTS = 100  # of a job that was stopped or lost a node
+_RESTARTS = 3  # after errors, which a mistake in a config is too; a lost machine does not count
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,6 @@ def _k8s(start: Start) -> str:
     """A TrainJob of Kubeflow Trainer v2 in its runtime `torch-distributed`, which gives torchrun its nodes and ranks."""
     if not start.image:
         raise UserError("--to k8s: name the container, as in --image registry/fastrot:1")
-    amounts = {"limits": {"nvidia.com/gpu": start.gpus}} if start.gpus else {}
     trainer: dict[str, Any] = {
         "image": start.image,
         "command": ["torchrun", "-m", "fastrot.train", *start.words],
@@ -90,8 +90,10 @@ def _k8s(start: Start) -> str:
         "numProcPerNode": max(1, start.gpus),
     }
     spec: dict[str, Any] = {"runtimeRef": {"name": "torch-distributed"}, "trainer": trainer}
-    if amounts:
-        trainer["resourcesPerNode"] = amounts
+    if start.gpus:
+        trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": start.gpus}}
+    if start.hours is not None:
+        spec["activeDeadlineSeconds"] = round(3600 * start.hours)
     return _yaml(
         {
             "apiVersion": "trainer.kubeflow.org/v1alpha1",
@@ -110,10 +112,12 @@ def _skypilot(start: Start) -> str:
         resources["accelerators"] = f"{start.gpu}:{start.gpus}"
     if start.image:
         resources["image_id"] = f"docker:{start.image}"
+    if start.hours is not None:  # it has no limit of its own
+        start = replace(start, words=(f"run.max_hours={start.hours:g}", *start.words))
     of_node = ("$SKYPILOT_NUM_NODES", "$SKYPILOT_NODE_RANK", '"$(echo "$SKYPILOT_NODE_IPS" | head -n1)"')
     task = {"name": start.name, "num_nodes": len(start.nodes), "resources": resources, "workdir": "."}
     if not start.image:
-        task["setup"] = "pip install ."
+        task["setup"] = _INSTALL
     return _yaml(task | {"run": _torchrun(start, *of_node)})
 
 
@@ -121,10 +125,10 @@ def _dstack(start: Start) -> str:
     command = _torchrun(start, "$DSTACK_NODES_NUM", "$DSTACK_NODE_RANK", "$DSTACK_MASTER_NODE_IP")
     task: dict[str, Any] = {"type": "task", "name": start.name, "nodes": len(start.nodes)}
     task |= {"image": start.image} if start.image else {"python": "3.12", "files": ["."]}
-    task["commands"] = [command] if start.image else ["pip install .", command]
+    task["commands"] = [command] if start.image else [_INSTALL, command]
     if start.gpus:
         task["resources"] = {"gpu": f"{start.gpu and start.gpu + ':'}{start.gpus}"}
-    task["retry"] = {"on_events": ["no-capacity", "interruption", "error"], "duration": "7d"}
+    task["retry"] = {"on_events": ["no-capacity", "interruption"], "duration": "7d"}
     if start.hours is not None:
         task["max_duration"] = f"{round(60 * start.hours)}m"
     return _yaml(task)

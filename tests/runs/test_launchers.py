@@ -1,10 +1,12 @@
 """Every launcher that can run here starts the same training: two ranks, and the same losses and weights bit for bit."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -121,13 +123,19 @@ def test_a_slurm_job_that_is_preempted_and_queued_again_ends_as_the_undisturbed_
     assert rendered.code == 0, rendered.err
     there = environment(command, SLURM_CONF=cluster["SLURM_CONF"], MASTER_ADDR="127.0.0.1")
     assert subprocess.run(["sbatch", "--test-only", job], env=there, cwd=tmp_path, capture_output=True).returncode == 0
-    number = subprocess.run(["sbatch", "--parsable", job], env=there, cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+    number = subprocess.run(
+        ["sbatch", "--parsable", job], env=there, cwd=tmp_path, capture_output=True, text=True
+    ).stdout.strip()
 
     def said() -> str:
-        return "\n".join([_asked(there, "scontrol", "show", "job", number), *(log.read_text() for log in tmp_path.glob("*.log"))])
+        return "\n".join(
+            [_asked(there, "scontrol", "show", "job", number), *(log.read_text() for log in tmp_path.glob("*.log"))]
+        )
 
     _until(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 2, said)
-    subprocess.run(["scontrol", "requeue", number] if how == "requeue" else ["scancel", f"--signal={how}", number], env=there)
+    subprocess.run(
+        ["scontrol", "requeue", number] if how == "requeue" else ["scancel", f"--signal={how}", number], env=there
+    )
     # out of the old start's way, whose end would else be taken for the new one's
     _until(lambda: _asked(there, "squeue", "-h", "-j", number, "-o", "%t") == "PD", said)
     _until(lambda: _asked(there, "sinfo", "-h", "-o", "%T").split() == ["idle"], said)
