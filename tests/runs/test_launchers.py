@@ -141,7 +141,10 @@ def test_a_slurm_job_that_is_preempted_and_queued_again_ends_as_the_undisturbed_
     _until(lambda: _asked(there, "sinfo", "-h", "-o", "%T").split() == ["idle"], said)
     before = json.loads((run / "STATUS.json").read_text())
     subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=there)  # not two minutes later
-    _until(lambda: json.loads((run / "STATUS.json").read_text())["state"] == "done", said)
+    _until(
+        lambda: json.loads((run / "STATUS.json").read_text())["state"] == "done" or "JobState=FAILED" in said(), said
+    )
+    assert json.loads((run / "STATUS.json").read_text())["state"] == "done", said()
     if how != "requeue":
         assert (before["state"], before["stopped"]) == ("stopped", f"SIG{how}") and before["steps"] < STEPS
         assert "resumed from step-" in said()
