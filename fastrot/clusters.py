@@ -17,7 +17,7 @@ _RESTARTS = 3  # after errors, which a mistake in a config is too; a lost machin
 
 @dataclass(frozen=True)
 class Start:
-    """What is started. nodes: host names, or as many empty ones; gpus: of each, 0 = one rank on its CPU; gpu: their
+    """What is started. name: small letters, digits and -, a letter first, two to 40; nodes: host names, or as many empty ones; gpus: of each, 0 = one rank on its CPU; gpu: their
     kind or ""; hours: the system's limit, None = its own; words: what follows
     `fastrot train`; image: a container's or ""."""
 
@@ -47,23 +47,21 @@ def _slurm(start: Start) -> str:
     if start.gpus:
         asked.append(f"gpus-per-node={start.gpu and start.gpu + ':'}{start.gpus}")
     if start.hours is not None:
-        asked.append(f"time={round(60 * start.hours)}")
+        asked.append(f"time={max(1, round(60 * start.hours))}")  # 0 would be none
     asked += ["exclusive", f"signal=USR1@{_GRACE_S}", "requeue", "open-mode=append", f"output={start.name}-%j.log"]
     lines = ["#!/bin/bash", *(f"#SBATCH --{one}" for one in asked), ""]
-    step, inside = ["srun", "--kill-on-bad-exit=1", "--cpu-bind=none"], []
+    step = "srun --kill-on-bad-exit=1 --cpu-bind=none"
     if start.image.endswith(".sif"):
-        inside = ["apptainer", "exec", *(["--nv"] if start.gpus else []), start.image]
+        step += f" apptainer exec {'--nv ' if start.gpus else ''}{shlex.quote(start.image)}"
     elif start.image:
-        step += [
-            f"--container-image={start.image}",
-            "--container-mounts=/:/host,.:/workspace",
-            "--container-workdir=/workspace",
-        ]
+        step += (
+            f' --container-image={shlex.quote(start.image)} --container-mounts="$PWD:$PWD" --container-workdir="$PWD"'
+        )
     return "\n".join(
         [
             *lines,
             "trap : TERM USR1  # they are the ranks' to answer",
-            shlex.join([*step, *inside, "fastrot", "train", *start.words]),
+            f"{step} fastrot train {shlex.join(start.words)}",
             "code=$?",
             "# 75: stopped as asked, with a checkpoint",
             'if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
@@ -93,7 +91,7 @@ def _k8s(start: Start) -> str:
     if start.gpus:
         trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": start.gpus}}
     if start.hours is not None:
-        spec["activeDeadlineSeconds"] = round(3600 * start.hours)
+        spec["activeDeadlineSeconds"] = max(1, round(3600 * start.hours))
     return _yaml(
         {
             "apiVersion": "trainer.kubeflow.org/v1alpha1",
@@ -130,7 +128,7 @@ def _dstack(start: Start) -> str:
         task["resources"] = {"gpu": f"{start.gpu and start.gpu + ':'}{start.gpus}"}
     task["retry"] = {"on_events": ["no-capacity", "interruption"], "duration": "7d"}
     if start.hours is not None:
-        task["max_duration"] = f"{round(60 * start.hours)}m"
+        task["max_duration"] = f"{max(1, round(60 * start.hours))}m"
     return _yaml(task)
 
 

@@ -96,10 +96,25 @@ def test_it_is_written_where_it_is_wanted(fastrot, tmp_path):
     assert done.json["ranks"] == 16 and done.json["text"] == out.read_text() and f"sbatch {out}" in done.err
 
 
+@given(st.text())
+def test_a_job_has_a_name_that_every_system_takes(name):
+    from fastrot.commands.launch import name_of
+
+    assert re.fullmatch("[a-z][a-z0-9-]{1,38}[a-z0-9]|[a-z][a-z0-9]", name_of(name))
+
+
 def start(**more) -> Start:
     return Start(
         **(
-            {"name": "r", "nodes": ("", ""), "gpus": 8, "gpu": "", "hours": None, "words": ("a=b c",), "image": ""}
+            {
+                "name": "fastrot-r",
+                "nodes": ("", ""),
+                "gpus": 8,
+                "gpu": "",
+                "hours": None,
+                "words": ("a=b c",),
+                "image": "",
+            }
             | more
         )
     )
