@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from fastrot.runs.log import read_status
 from fastrot.runs.run import defining
 
 SOUND, NOTED, DAMAGED = "sound", "noted", "damaged"
+_REMOVAL_S = 5.0  # that the removal of a checkpoint may take
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def _checkpoints(run: Path) -> tuple[list[Finding], Path | None]:
     folders = checkpoint.folders(root)
     for folder in terminal.track(folders, len(folders), "checkpoints"):
         found = _checkpoint(folder)
-        if found.state == SOUND or folder.exists():  # else the run has thinned it out meanwhile
+        if found.state == SOUND or not _thinned_out(folder, state(run) == "running"):
             findings.append(found)
     sound = {one.what for one in findings if one.state == SOUND}
     resume = next((one for one in reversed(folders) if f"checkpoints/{one.name}" in sound), None)
@@ -87,6 +89,14 @@ def _checkpoints(run: Path) -> tuple[list[Finding], Path | None]:
     ]
     findings += [one for one in (_pointer(root, "latest"), _pointer(root, "best")) if one]
     return findings, resume
+
+
+def _thinned_out(folder: Path, running: bool) -> bool:
+    """Whether a run removes an old checkpoint while it is looked at: its files go before it does."""
+    until = time.monotonic() + _REMOVAL_S
+    while running and folder.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    return not folder.exists()
 
 
 def _checkpoint(folder: Path) -> Finding:
