@@ -231,7 +231,7 @@ def test_a_checkpoint_that_the_run_thins_out_meanwhile_is_no_damage(run, fastrot
     monkeypatch.setattr(audit.time, "sleep", lambda _: shutil.rmtree(oldest))
     done = fastrot("verify", run, "--json")
     assert done.code == 0 and f"checkpoints/{oldest.name}" not in done.out
-    assert oldest.name == "step-00000004" and not oldest.exists()
+    assert not oldest.exists()
 
 
 def test_a_checkpoint_or_a_feature_store_can_be_verified_alone(run, images, tmp_path, fastrot):
