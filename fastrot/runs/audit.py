@@ -51,9 +51,10 @@ def audit(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name a run's, as in run.out")
     resume: Path | None = None
+    stands = state(folder), read_status(folder)  # first: a run may end while the rest is read
     if is_run(folder):
-        of_checkpoints, resume = _checkpoints(folder)
-        findings = [*of_checkpoints, *_Run(folder, resume).findings()]
+        of_checkpoints, resume = _checkpoints(folder, stands[0] == "running")
+        findings = [*of_checkpoints, *_Run(folder, resume, *stands).findings()]
     elif (folder / "labels.npy").exists():
         findings = [_store(folder, folder.name)]
     elif (folder / "state.json").exists():
@@ -65,19 +66,19 @@ def audit(folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "sound": not damaged,
-        "state": state(folder),
+        "state": stands[0],
         "resume": resume.name if resume else None,
         "findings": [asdict(one) for one in findings],
     }
 
 
-def _checkpoints(run: Path) -> tuple[list[Finding], Path | None]:
+def _checkpoints(run: Path, running: bool) -> tuple[list[Finding], Path | None]:
     """The checkpoints' hashes, and the newest sound one."""
     root, findings = run / "checkpoints", []
     folders = checkpoint.folders(root)
     for folder in terminal.track(folders, len(folders), "checkpoints"):
         found = _checkpoint(folder)
-        if found.state == SOUND or not _thinned_out(folder, state(run) == "running"):
+        if found.state == SOUND or not _thinned_out(folder, running):
             findings.append(found)
     sound = {one.what for one in findings if one.state == SOUND}
     resume = next((one for one in reversed(folders) if f"checkpoints/{one.name}" in sound), None)
@@ -121,10 +122,11 @@ def _pointer(root: Path, name: str) -> Finding | None:
 
 
 class _Run:
-    """What stands beside the checkpoints. newest: the sound checkpoint that a resume would take, if any."""
+    """What stands beside the checkpoints. newest: the sound checkpoint that a resume would take, if any. state, status: as
+    they were before the checkpoints were looked at."""
 
-    def __init__(self, folder: Path, newest: Path | None):
-        self.folder, self.status, self.state = folder, read_status(folder), state(folder)
+    def __init__(self, folder: Path, newest: Path | None, state: str, status: dict[str, Any]):
+        self.folder, self.status, self.state = folder, status, state
         self.newest = read_json(newest / "state.json", checkpoint.State) if newest else None
         self.newest_folder = newest
         self.config: Config | None = None
