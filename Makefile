@@ -37,8 +37,9 @@ demo-control: setup
 	rm -rf runs/demo-control
 	$(BIN)/deepspeed fastrot/train.py --config configs/demo.yaml rotation.shuffle_labels=true run.out=runs/demo-control
 
-# two processes, a core each: most of the time goes into one thread of Python, and two cores are what everybody has
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# two processes, a core each: most of the time goes into one thread of Python, and two cores are what everybody has.
+# Bytecode is written even where the machine says not to: tests start fastrot again and again.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # the checks run beside the tests, whose processes wait for one another now and then
 test: setup

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "fastrot" / "__init__.py").read_text(), re.MULTILINE)[1]
 
 CORE = [
+    "fsspec>=2025.3",
     "ml_dtypes>=0.5",
     "numpy>=2.2,<3",
     "pillow>=12",
@@ -22,6 +23,7 @@ CORE = [
     "simplejpeg>=1.9",
     "torch>=2.11,<3",
     "torchvision>=0.26,<1",
+    "urllib3>=2.2,<3",
 ]
 EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.4,<3; sys_platform == 'linux'"],
@@ -31,6 +33,8 @@ EXTRAS = {
 }
 EXTRAS["all"] = sorted({one for extra in EXTRAS.values() for one in extra})
 EXTRAS["ffcv"] = ["ffcv>=1.0.2,<2"]  # built from source, with OpenCV's and libjpeg-turbo's headers: not in `all`
+EXTRAS["s3"] = ["s3fs>=2025.3"]  # a store's own: not in `all`
+EXTRAS["gs"] = ["gcsfs>=2025.3"]
 EXTRAS["wandb"] = ["wandb>=0.31,<1"]  # loggers, by name: not in `all` either
 EXTRAS["mlflow"] = [
     "alembic>=1.16,<2",

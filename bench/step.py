@@ -18,6 +18,7 @@ from fastrot.engine.optimizers import build_optimizer
 from fastrot.engine.plain import PlainEngine
 from fastrot.errors import UserError
 from fastrot.models.fused_conv import FUSED
+from fastrot.models.in_node import InNode
 from fastrot.models.over_ranks import neighbours
 from fastrot.models.recompute import recompute_blocks
 from fastrot.models.resnet import pad_stem
@@ -30,7 +31,7 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 BASE = {
     "channels_last": True, "precision": "bf16", "compile": False, "sync_batchnorm": True, "optimizer": "fused",
     "norm": "torch", "stem_channels": 3, "cuda_graphs": False, "recompute": False, "bucket_mb": 25.0,
-    "norm_ranks": None, "batch": 1.0, "crop": 1.0,
+    "norm_ranks": None, "symmetric_memory": False, "batch": 1.0, "crop": 1.0,
 }  # fmt: skip
 # One switch turned at a time, from BASE; batch and crop are shares of --images and --side; norm_ranks: of the groups
 # of ranks whose norms are synchronised (None: all).
@@ -69,6 +70,13 @@ SWITCHES = {
         "stem_channels": 4,
         "cuda_graphs": "collectives",
     },
+    "norm=fused_conv symmetric_memory=true": {"norm": "fused_conv", "symmetric_memory": True},
+    "norm=fused_conv stem_channels=4 cuda_graphs=collectives symmetric_memory=true": {
+        "norm": "fused_conv",
+        "stem_channels": 4,
+        "cuda_graphs": "collectives",
+        "symmetric_memory": True,
+    },
     "SGD unfused": {"optimizer": "unfused"},
     "LARS": {"optimizer": "lars"},
     "bucket_mb=0": {"bucket_mb": 0.0},
@@ -96,6 +104,8 @@ class Step:
         self._task = RotationTask(MEAN, STD, dtype, device, channels=switches["stem_channels"])
         model = self._task.build_model(arch, 0)
         over_ranks = neighbours(norm_groups(switches, ranks.world), TIMEOUT_S)
+        if switches["symmetric_memory"]:
+            over_ranks = InNode.of(over_ranks, device, TIMEOUT_S)
         if switches["norm"] in FUSED:
             FUSED[switches["norm"]](model, over_ranks)
         if switches["stem_channels"] > 3:
@@ -210,14 +220,15 @@ def norm_groups(switches: dict, world: int) -> int:
 
 
 def able(switches: dict, world: int, cuda: bool) -> bool:
-    """Whether it can be measured here: graphs hold norms that talk to other ranks only where that is asked for, and one
-    rank has no buckets and no groups."""
+    """Whether it can be measured here: graphs hold norms that talk to other ranks only where that is asked for, GPUs alone
+    read one another's memory, and one rank has no buckets and no groups."""
     graphs = switches["cuda_graphs"] or switches["compile"] in GRAPHING_MODES
     talk = norm_groups(switches, world) < world
     holds = cuda and talk == (switches["cuda_graphs"] == "collectives")
     of_ranks = switches["bucket_mb"] != BASE["bucket_mb"] or switches["norm_ranks"]
     fits = not switches["norm_ranks"] or world % switches["norm_ranks"] == 0
-    return (holds or not graphs) and (world > 1 or not of_ranks) and fits
+    reads = (cuda and talk) or not switches["symmetric_memory"]
+    return (holds or not graphs) and (world > 1 or not of_ranks) and fits and reads
 
 
 def same_views(switches: dict) -> bool:
@@ -357,7 +368,7 @@ def race(arguments, ranks: distributed.Ranks, clock, keep) -> dict:
         try:
             arm(name)
         except (Exception, harness.Unequal) as error:  # compilers raise what they like
-            if ranks.world > 1 and not isinstance(error, harness.Unequal):
+            if ranks.world > 1 and not isinstance(error, harness.Unequal | UserError):
                 raise  # the other ranks are waiting for this one
             result["missing"][name] = f"{type(error).__name__}: {error}".partition("\n")[0]
         let_go(device)

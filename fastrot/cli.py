@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from fastrot import __version__
+from fastrot import __version__, launcher
 from fastrot.commands import GROUPS, find
 from fastrot.commands.base import Command
 from fastrot.errors import Fault, Stopped, Unsound, UserError, of_an_extra, why_not_there
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(command: Command, args: argparse.Namespace) -> None:
+    launcher.settle(os.environ)
     result = command.run(args)
     if result is not None and args.json and os.environ.get("RANK", "0") == "0":
         from fastrot.files import finite  # with pydantic, which no --help waits for

@@ -2,17 +2,20 @@
 
 import os
 import socket
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from fractions import Fraction
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from fastrot import machine
+from fastrot import launcher, machine
 from fastrot.errors import Fault, LostPeer, UserError
 from fastrot.watch import Process, die_with_launcher
 
@@ -25,10 +28,18 @@ _SEEN_DEAD_S = 2  # a killed process's connections close a moment before it is g
 
 
 class Peer(NamedTuple):
-    """A rank's process, as the machine that it runs on knows it."""
+    """A rank's process, as the machine that it runs on knows it. host: for a person, which two machines may share;
+    node: theirs alone; cpus: that it may use."""
 
     host: str
     process: Process
+    node: str = ""
+    cpus: frozenset[int] = frozenset()
+
+    @classmethod
+    def here(cls) -> "Peer":
+        cpus = frozenset(os.sched_getaffinity(0))
+        return cls(socket.gethostname(), Process.of(os.getpid()), machine.booted(), cpus)
 
 
 @dataclass(frozen=True)
@@ -48,51 +59,80 @@ class Ranks:
 
     @property
     def cores(self) -> int:
-        """This rank's share of its machine's."""
-        return max(1, machine.cores() // self.local_world)
+        """This rank's share of those that it may use: a launcher may have given each rank its own."""
+        if not self.peers:
+            return max(1, machine.cores() // self.local_world)
+        mine = self.peers[self.rank]
+        users = Counter(cpu for peer in self.peers if peer.node == mine.node for cpu in peer.cpus)
+        return max(1, int(sum(Fraction(1, users[cpu]) for cpu in mine.cpus)))
 
 
 def start() -> Ranks:
     """Join the process group that the launcher describes, or be a group of one.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE as deepspeed, torchrun and Slurm wrappers
-    set them. NCCL where there is CUDA, gloo elsewhere. Raises Fault where the ranks do not come together.
+    Reads what launcher.py reads. NCCL where there is CUDA, gloo elsewhere. Raises Fault where the ranks do not come
+    together.
     """
     machine.set_caches()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+    place = launcher.settle(os.environ)
+    rank, world, local_rank, local_world = place[1:5] if place else (0, 1, 0, 1)
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"rank {rank}: no GPU {local_rank} here, only {torch.cuda.device_count()}; start at most one rank a GPU"
-            )
-        torch.cuda.set_device(local_rank)
-        device, backend = torch.device("cuda", local_rank), "nccl"
+        gpu = _gpu(rank, local_rank)
+        torch.cuda.set_device(gpu)
+        device, backend = torch.device("cuda", gpu), "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
     ranks = Ranks(rank, world, local_rank, local_world, device)
+    if place:
+        die_with_launcher()
+        ranks = _join(ranks, backend)
+    else:
+        if line := launcher.alone_in_job(os.environ):
+            print(line, file=sys.stderr, flush=True)
+        os.environ.update(_ALONE)  # a plain `python`: DeepSpeed wants the variables too, else it looks for MPI
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]  # torch's, not in __all__
     if device.type == "cpu":  # more threads than cores wait for one another
         torch.set_num_threads(ranks.cores)
-    if "RANK" in os.environ:
-        die_with_launcher()
-        return _join(ranks, backend)
-    os.environ.update(_ALONE)  # a plain `python`: DeepSpeed wants the variables too, else it looks for MPI
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]  # torch's, not in __all__
     return ranks
+
+
+def _gpu(rank: int, local_rank: int) -> int:
+    """A rank's GPU: the one of its number; or the only one, where srun or mpirun shows each rank its own.
+
+    Raises UserError where there is none for it.
+    """
+    seen = torch.cuda.device_count()
+    if local_rank < seen:
+        return local_rank
+    if seen == 1 and "SLURM_STEP_ID" in os.environ:
+        return 0
+    raise UserError(f"rank {rank}: no GPU {local_rank} here, only {seen}; start at most one rank a GPU")
 
 
 def _join(ranks: Ranks, backend: str) -> Ranks:
     """The process group of all ranks, who then know one another."""
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=_JOIN_S))
+        limit_waits(_WAIT_S)
+        return replace(ranks, peers=tuple(of_all(ranks, Peer.here())))
     except RuntimeError as error:  # DistError too
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise Fault(f"{ranks.world} ranks did not come together at {where}: {_first_line(error)}") from None
-    limit_waits(_WAIT_S)
-    peers: list[Any] = [None] * ranks.world
-    dist.all_gather_object(peers, Peer(socket.gethostname(), Process.of(os.getpid())))
-    return replace(ranks, peers=tuple(peers))
+
+
+def of_all(ranks: Ranks, mine: T) -> list[T]:
+    """Every rank's, by rank; collective."""
+    found: list[Any] = [None] * ranks.world
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def agree(ranks: Ranks, wrong: str) -> None:
+    """Raises UserError on every rank where one of them has something wrong to say; collective."""
+    for rank, one in enumerate(of_all(ranks, wrong)):
+        if one:
+            host = f" on {ranks.peers[rank].host}" if ranks.peers else ""
+            raise UserError(f"rank {rank}{host}: {one}" if ranks.world > 1 else one)
 
 
 def limit_waits(seconds: float) -> None:
@@ -167,3 +207,18 @@ def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
         raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+def on_all(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Do something on every rank; where it fails on one, all raise what the first such rank raised. Collective."""
+    result: Any = None
+    error: UserError | Fault | None = None
+    try:
+        result = work()
+    except (UserError, Fault) as raised:
+        error = raised
+    for said in of_all(ranks, error):
+        if said is not None:
+            raise said
+    found: T = result
+    return found

@@ -45,6 +45,14 @@ def set_caches() -> None:
         os.environ.setdefault(name, str(compiled_folder(folder)))
 
 
+def booted() -> str:
+    """What no other machine is called by, nor this one after its next start; its name where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0))

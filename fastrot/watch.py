@@ -1,6 +1,7 @@
 """Processes beside and above this one: a killed launcher leaves no orphans, a lost rank is seen."""
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from multiprocessing import parent_process
 from pathlib import Path
 
 from fastrot.errors import Fault
+
+_GRACE_S = 20  # for a training to stop with a checkpoint: less than launchers leave
 
 
 def _stat(pid: int) -> list[str]:
@@ -59,12 +62,15 @@ def _python_ancestors() -> list[Process]:
 
 
 def die_with_launcher() -> None:
-    """End this process when a launcher above it is gone: a killed launcher leaves no orphans."""
+    """Ask this process to stop when a launcher above it is gone, and end it where it has not after a while: a killed
+    launcher leaves no orphans, and a training its checkpoint."""
     watched = _python_ancestors()
 
     def wait() -> None:
         while all(process.lives for process in watched):
             time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE_S)
 
     if watched:
         _end_after(wait)

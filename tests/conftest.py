@@ -1,12 +1,14 @@
 """What tests share: small image folders, and running fastrot as a user does."""
 
 import fcntl
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,6 +79,18 @@ def write_folder(root: Path, classes: int = 3, per_class: int = 4, side: int = 4
             seed = label * per_class + i
             draw(side + 5 * (seed % 4), side + 7 * (seed % 3), seed).save(folder / f"{i}.jpg", quality=90)
     return root
+
+
+def write_shards(folder, out) -> None:
+    """Two shards of a folder's images in row order, labels beside them."""
+    rows = [(label, path) for label, name in enumerate(sorted(folder.iterdir())) for path in sorted(name.iterdir())]
+    for number, part in enumerate((rows[:5], rows[5:])):
+        with tarfile.open(out / f"shard-{number}.tar", "w") as shard:
+            for at, (label, path) in enumerate(part):
+                for kind, data in (("jpg", path.read_bytes()), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"{number}{at:03}.{kind}")
+                    member.size = len(data)
+                    shard.addfile(member, io.BytesIO(data))
 
 
 def runnable_decoders() -> list[str]:

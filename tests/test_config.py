@@ -242,8 +242,11 @@ def test_text_keys_are_those_that_are_text():
     assert [key for key in configs.known_keys() if configs.is_text(key)] == [
         "data.train",
         "data.val",
+        "data.stage",
         "finetune.names",
+        "model.init",
         "run.out",
+        "run.mirror",
     ]
 
 

@@ -1,15 +1,13 @@
 """One stream: the same for every storage of the same images, every decoder, any ranks, and after a resume."""
 
 import hashlib
-import io
-import tarfile
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import runnable_decoders, write_folder
+from conftest import runnable_decoders, write_folder, write_shards
 from fastrot import config as configs
 from fastrot.data.build import crop_at, make_loader
 from fastrot.data.index import index
@@ -20,18 +18,6 @@ from fastrot.distributed import Ranks
 STEPS, RESUMED_AT, IMAGES = 20, 9, 7
 STORAGES = ("folder", "tar", "beton")
 HERE = Ranks(0, 1, 0, 1, torch.device("cpu"))
-
-
-def write_shards(folder, out) -> None:
-    """Two shards of a folder's images in row order, labels beside them."""
-    rows = [(label, path) for label, name in enumerate(sorted(folder.iterdir())) for path in sorted(name.iterdir())]
-    for number, part in enumerate((rows[:5], rows[5:])):
-        with tarfile.open(out / f"shard-{number}.tar", "w") as shard:
-            for at, (label, path) in enumerate(part):
-                for kind, data in (("jpg", path.read_bytes()), ("cls", str(label).encode())):
-                    member = tarfile.TarInfo(f"{number}{at:03}.{kind}")
-                    member.size = len(data)
-                    shard.addfile(member, io.BytesIO(data))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ from fastrot.commands.base import Command
 
 GROUPS = {
     "this machine": ("doctor", "warmup"),
-    "data": ("index", "pack", "tune"),
+    "data": ("index", "pack", "stage", "tune"),
     "training": ("train", "linear", "finetune", "detect", "segment"),
+    "on a cluster": ("launch",),
     "judging a backbone": ("features", "svm", "lowshot", "knn", "page"),
     "handing it on": ("predict", "export"),
     "runs that are there": ("runs", "verify"),

@@ -169,10 +169,11 @@ def plan(
     from fastrot.data.index import in_cache
     from fastrot.data.manifest import Manifest
     from fastrot.data.remarks import describe
+    from fastrot.data.stage import of_config
 
     def manifest(key: str, source: str | None) -> Manifest:
         if ranks is None:
-            return Manifest.load(in_cache(source, config.data.max_pixels, key))
+            return Manifest.load(in_cache(of_config(source, config.data.stage, key), config.data.max_pixels, key))
         from fastrot.data.build import open_manifest
 
         return open_manifest(source, config, ranks, key)

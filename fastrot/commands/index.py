@@ -34,7 +34,9 @@ def _run(args: argparse.Namespace) -> Result:
         by = "decode every image, quarantine what is damaged" if args.verify else "say what is in it"
         return plan(config, sources, None, [("data.train", source)], [("would", by)])
     from fastrot.data.contents import describe_source
+    from fastrot.data.stage import of_config
 
+    source = of_config(source, config.data.stage, "data.train")
     return describe_source(source, config.data.max_pixels, args.verify)
 
 

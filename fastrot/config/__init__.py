@@ -1,7 +1,7 @@
 """A run's settings: `fields` says what there is, `rules` what must hold between them, `read` how they are given."""
 
 from fastrot.config.fields import GRAPHING_MODES, Config, Data, Section, Tap
-from fastrot.config.read import command_of, flat, from_values, is_text, known_keys, load, table, to_yaml
+from fastrot.config.read import as_overrides, command_of, flat, from_values, is_text, known_keys, load, table, to_yaml
 
 __all__ = [
     "GRAPHING_MODES",
@@ -9,6 +9,7 @@ __all__ = [
     "Data",
     "Section",
     "Tap",
+    "as_overrides",
     "command_of",
     "flat",
     "from_values",

@@ -20,9 +20,14 @@ class Section(BaseModel):
 
 class Data(Section):
     train: str | None = None
-    """Training images: a folder of class folders, list:FILE with `path<TAB>label` lines, tar shards, voc:ROOT?split=S."""
+    """Training images: a folder of class folders, list:FILE with `path<TAB>label` lines, tar shards, NAME.beton,
+    voc:ROOT?split=S; or an address (s3://, gs://, http(s)://), with `stage`, or of shards or a .beton."""
     val: str | None = None
     """Held-out images, same forms; without it nothing is evaluated."""
+    stage: str | None = None
+    """A folder on each machine's own disk: where data.train and data.val are addresses (s3://, gs://, http(s)://), they
+    are copied below it once a machine, as fastrot stage does, and read there. Without it shards and .beton are read where
+    they are."""
     decode: Literal["auto", "dali", "turbo", "turbo_fast", "ffcv", "torch"] = "auto"
     """Decoder: dali; turbo, our own, on the CPU; turbo_fast, which scales large windows in the DCT; ffcv (its
     own pixels: area-averaged); torch (torchvision); or auto = dali on a GPU, turbo on a CPU, where they run,
@@ -80,6 +85,9 @@ class Rotation(Section):
 class Model(Section):
     arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
     """torchvision's ResNet; the task gives it its head."""
+    init: str | None = None
+    """Weights that a new run begins with: a run, a checkpoint, or any ResNet's file. The last layer is drawn all the same.
+    Default: all are drawn."""
     sync_batchnorm: bool = True
     """Batch norm over the views of all ranks (the recipe); false is another recipe."""
     norm_views: PositiveInt | None = None
@@ -151,10 +159,13 @@ class Engine(Section):
     """Replay forward and backward from a CUDA graph for each shape: the host launches nothing. auto: where there is a
     GPU and no norm to synchronise; collectives: over ranks with synchronised norms too, whose communication NCCL then
     captures (not yet seen on GPUs)."""
+    symmetric_memory: bool = False
+    """Synchronised norms of ranks that share a node read one another's memory over NVLink instead of asking NCCL (not
+    yet seen on GPUs)."""
     norm: Literal["torch", "fused", "fused_conv", "fused_chain"] = "torch"
     """Batch norm, addition and ReLU as torch's modules; or as one function of fewer passes (Triton on a GPU); or, in
-    a Bottleneck, as parts of its 1x1 convolutions besides; or these too where blocks meet, so that a block's last ReLU
-    and norm have their gradients from the block after it (compiled or recomputed, it is fused_conv)."""
+    a Bottleneck, as parts of its 1x1 convolutions besides; or these too where blocks meet, so that a block's last norm,
+    addition and ReLU are parts of the next block's first convolution (compiled or recomputed, it is fused_conv)."""
     stem_channels: Literal[3, 4] = 3
     """Channels of the views; the fourth is zero, and so is its filter: memory and tensor cores like fours."""
     recompute: bool = False
@@ -169,6 +180,9 @@ class Engine(Section):
 class Run(Section):
     out: str = "runs/rotation"
     """The run's folder: config, metrics, checkpoints; nothing is written outside it but named caches."""
+    mirror: str | None = None
+    """An address (s3://, gs://, a folder of a shared disk) where each checkpoint is copied to, beside the training; a run
+    whose folder is empty, or older, goes on from there."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Of the stream and of the first weights."""
     max_steps: PositiveInt | None = None

@@ -1,6 +1,8 @@
 """A config read from YAML and dotted overrides, and written back."""
 
 import difflib
+import json
+import math
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -214,6 +216,19 @@ def flat(config: Config) -> dict[str, Any]:
         for section, body in config.model_dump(mode="json").items()
         for key, value in body.items()
     }
+
+
+def as_overrides(config: Config, sources: dict[str, str]) -> tuple[str, ...]:
+    """What is set as words section.key=value that `load` reads back; sources: as `load` gives them."""
+    values = flat(config)
+    return tuple(f"{key}={_written(key, values[key])}" for key, source in sources.items() if source != "default")
+
+
+def _written(key: str, value: Any) -> str:
+    if not is_text(key) or value is None:
+        return json.dumps(value)
+    plain = value and value != "null" and value[0] not in "\"'"
+    return str(value) if plain else yaml.safe_dump(value, default_style='"', width=math.inf).rstrip("\n")
 
 
 def table(config: Config, sources: dict[str, str]) -> list[tuple[str, str]]:

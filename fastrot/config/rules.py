@@ -64,6 +64,14 @@ def _in_how_it_runs(config: Config) -> tuple[tuple[bool, str], ...]:
     data, optim, engine = config.data, config.optim, config.engine
     graphs = engine.cuda_graphs not in (False, "auto")
     return (
+        (
+            "://" in (data.stage or ""),
+            f"data.stage {data.stage} must be a folder on this machine's disk",
+        ),
+        (
+            (config.run.mirror or "").startswith(("http://", "https://")),
+            "run.mirror cannot be written by http; name s3://, gs:// or a folder of a shared disk",
+        ),
         (engine.zero == 1 and engine.kind == "plain", "engine.zero 1 is DeepSpeed's; engine.kind is plain"),
         (
             engine.zero == 1 and optim.name == "lars",

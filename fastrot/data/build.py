@@ -1,5 +1,6 @@
 """What a config says of data, built: manifests, the plan, a loader."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,21 @@ from fastrot.data.decode.nvjpeg import Hardware
 from fastrot.data.index import in_cache
 from fastrot.data.loader import DECODES_IN_FLIGHT, Loader
 from fastrot.data.loader_settings import Tuned
-from fastrot.data.manifest import Manifest, changed_files
+from fastrot.data.manifest import Manifest, changed_files, difference, place
 from fastrot.data.order import FullOrder, WindowOrder
 from fastrot.data.plan import Plan
+from fastrot.data.ranges import fit
+from fastrot.data.reading import states
+from fastrot.data.stage import of_config
 from fastrot.data.storage import FileStorage
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
+from fastrot.remote import is_remote
+from fastrot.sending import read_by_all
 
 FILES = "data.files"  # what --resume-anyway calls files that changed since they were indexed
 _CHANGED_SHOWN = 10  # of them named when a resume is refused
+_COMPARED = 1000  # files of a node with rank 0's
 
 
 def short_side(config: Config) -> int:
@@ -51,9 +58,53 @@ def plan_of(config: Config, manifest: Manifest) -> Plan:
     )
 
 
+def at_hand(source: str | None, config: Config, ranks: Ranks, key: str) -> str | None:
+    """A source as it is, or, where it is at a distance, its copy below data.stage: every rank makes sure of its machine's,
+    of which one copies. Raises, on all ranks, what one raised."""
+    if not is_remote(source):
+        return source
+    folder = config.data.stage
+    return distributed.on_all(ranks, lambda: of_config(str(source), folder, key))
+
+
 def open_manifest(source: str | None, config: Config, ranks: Ranks, key: str) -> Manifest:
     """Index a source on rank 0 and map the result on every rank."""
-    return Manifest.load(distributed.on_first(ranks, lambda: in_cache(source, config.data.max_pixels, key)))
+    source = at_hand(source, config, ranks, key)
+    return manifest_of_first(lambda: in_cache(source, config.data.max_pixels, key), str(source), ranks, key)
+
+
+def manifest_of_first(find: Callable[[], Path], source: str, ranks: Ranks, key: str) -> Manifest:
+    """The manifest that `find` names on rank 0: its rows, in this node's files. Collective.
+
+    Raises UserError on every rank where a node's files are not those of rank 0.
+    """
+    with read_by_all(ranks, find) as folder:
+        manifest = Manifest.load(folder)
+    return _on_this_node(manifest, source, ranks, key) if ranks.world > 1 else manifest
+
+
+def _on_this_node(manifest: Manifest, source: str, ranks: Ranks, key: str) -> Manifest:
+    """The same rows, where this node has the source, with the times of its files if they are copies.
+
+    A thousand files, evenly spread, are held against rank 0's; all are held against the manifest when they are read.
+    """
+    some = np.unique(np.linspace(0, len(manifest.name_ends) - 1, _COMPARED).astype(np.int64))
+    here, wrong = os.path.abspath(source), ""
+    there, theirs = distributed.on_first(ranks, lambda: (here, states(manifest.file_paths(some))))
+    if not ranks.first:
+        manifest = manifest.moved(there, here)
+        paths = manifest.file_paths(some)
+        ours = states(paths)
+        odd = np.flatnonzero(ours[:, 0] != theirs[:, 0])
+        if len(odd):
+            what = difference(ours[odd[0]].tolist(), theirs[odd[0]].tolist())
+            wrong = (
+                f"{key}: {len(odd):,} of {len(some):,} files are not those of rank 0; {place(paths[odd[0]], 0)}: {what}"
+            )
+        elif (ours != theirs).any():
+            manifest = manifest.with_times_of_now()
+    distributed.agree(ranks, wrong)
+    return manifest
 
 
 def admit_changed_files(manifest: Manifest, allowed: bool, say: Callable[[str], None]) -> bool:
@@ -88,7 +139,10 @@ def settings_of(config: Config, ranks: Ranks) -> Tuned:
 
 def storage_of(config: Config, manifest: Manifest, ranks: Ranks) -> FileStorage:
     """What reads these images, for a GPU's decoder into pinned memory."""
-    return FileStorage(manifest, config.data.readers, ranks.device.type == "cuda" and config.data.decode_on != "cpu")
+    data = config.data
+    pinned = ranks.device.type == "cuda" and data.decode_on != "cpu"
+    blocks = data.order == "window" and fit(manifest, data.window_rows * data.window_chunks)
+    return FileStorage(manifest, data.readers, pinned, blocks)
 
 
 def decoder_of(config: Config, manifest: Manifest, ranks: Ranks, batch: int, settings: Tuned) -> tuple[Decoder, str]:

@@ -7,6 +7,7 @@ what was left out). Nothing is pickled.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -77,8 +78,8 @@ class Manifest:
 
     def file_paths(self, files: NDArray[np.integer[Any]]) -> list[bytes]:
         """Absolute paths of these files, by their numbers in `file`."""
-        names, spans = self.names.tobytes(), self.name_spans(files)
-        return [names[start:end] for start, end in zip(*(span.tolist() for span in spans), strict=True)]
+        names, spans = memoryview(self.names), self.name_spans(files)
+        return [bytes(names[start:end]) for start, end in zip(*(span.tolist() for span in spans), strict=True)]
 
     def name_spans(self, files: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where these files' paths begin and end in `names`."""
@@ -93,11 +94,31 @@ class Manifest:
         if self.file_state is None:
             return ""
         now, was = (size, time_ns), tuple(self.file_state[file].tolist())
-        return "" if now == was else _difference(now, was)
+        return "" if now == was else difference(now, was)
 
     def with_files_as_they_are(self) -> "Manifest":
         """The same rows, in files whose size and time are those of now."""
         return replace(self, file_state=states(self.file_paths(np.arange(len(self.name_ends)))))
+
+    def with_times_of_now(self) -> "Manifest":
+        """The same rows, in copies of the files: sizes as indexed, times of now."""
+        if self.file_state is None:
+            return self
+        now = states(self.file_paths(np.arange(len(self.name_ends))))
+        return replace(self, file_state=np.stack([self.file_state[:, 0], now[:, 1]], axis=1))
+
+    def moved(self, old: str, new: str) -> "Manifest":
+        """The same rows of a source that lies at `new` in place of `old`, absolute paths."""
+        was, now = list(Path(old).parts), list(Path(new).parts)
+        while was and now and was[-1] == now[-1]:
+            del was[-1], now[-1]
+        if not was or not now:
+            return self
+        root, other = (os.path.join(os.fsencode(os.path.join(*parts)), b"") for parts in (was, now))
+        paths = self.file_paths(np.arange(len(self.name_ends)))
+        paths = [other + path[len(root) :] if path.startswith(root) else path for path in paths]
+        ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
+        return replace(self, names=np.frombuffer(b"".join(paths), np.uint8), name_ends=ends)
 
     def some(self, rows: NDArray[np.int64]) -> "Manifest":
         """These rows alone; their content follows from this one's and which rows they are."""
@@ -181,10 +202,11 @@ def changed_files(manifest: Manifest, most: int = 100_000) -> tuple[list[list[st
     else:  # a file that is one image has its size; a shard's images have an offset
         was = np.where((manifest.offset[row] == 0)[:, None] & (True, False), manifest.length[row][:, None], now)
     odd = np.flatnonzero((now != was).any(axis=1) | (now[:, 0] < 0)).tolist()
-    return [[place(paths[at], 0), _difference(now[at].tolist(), was[at].tolist())] for at in odd], len(files)
+    return [[place(paths[at], 0), difference(now[at].tolist(), was[at].tolist())] for at in odd], len(files)
 
 
-def _difference(now: Sequence[int], was: Sequence[int]) -> str:
+def difference(now: Sequence[int], was: Sequence[int]) -> str:
+    """Of a file's (size, time) from what they were, in words."""
     if now[0] < 0:
         return "gone" if now[0] == GONE else "no regular file any more"
     if now[0] != was[0]:

@@ -110,7 +110,7 @@ def find_file(path: str) -> tuple[Path, Path | None]:
     if given.is_file():
         return given, run_of(given)
     if not given.exists():
-        raise UserError(f"--checkpoint {path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder")
     if (given / "latest").exists():  # a run's checkpoints/
         given = given.parent
     candidates = [given / "backbone.safetensors"]
@@ -120,7 +120,7 @@ def find_file(path: str) -> tuple[Path, Path | None]:
     for file in candidates:
         if file.is_file():
             return file, run_of(file)
-    raise UserError(f"--checkpoint {path}: holds no backbone.safetensors; name a run folder, a checkpoint or a file")
+    raise UserError(f"{path}: holds no backbone.safetensors; name a run folder, a checkpoint or a file")
 
 
 def run_of(file: Path) -> Path | None:

@@ -20,8 +20,9 @@ _LESS_IS_BETTER = ("link_latency_s", "net_latency_s", "launch_s", "restart_s")
 
 @dataclass(frozen=True)
 class Demand:
-    """What a training asks. images, views: a step over all ranks; gradient_bytes: of all weights in fp32; norms: layers
-    that synchronise (0: none does); norm_channels: in all of them; bucket_mb: 0 averages in one piece after the
+    """What a training asks. images, views: a step over all ranks; gradient_bytes: of all weights in fp32; norms: messages
+    of synchronised norms in the forward pass, and as many in the backward pass (0: none is); norm_waits: of either those
+    that a step waits for, the others being on their way during a product; norm_channels: of all; bucket_mb: 0 averages in one piece after the
     backward pass; image_bytes: of a file, in the mean; memory_bytes: of one GPU; checkpoint_bytes: written at once; steps: of the schedule.
     launches: of kernels by the host, 0 where CUDA graphs replay them.  norm_ranks: that a norm synchronises; None: all.
     measured: a step where one was profiled; None takes the roofline of `rows`."""
@@ -31,6 +32,7 @@ class Demand:
     steps: int
     gradient_bytes: int
     norms: int
+    norm_waits: tuple[int, int]
     norm_channels: int
     bucket_mb: float
     image_bytes: float
@@ -101,17 +103,17 @@ def all_reduce_s(numbers: Numbers, size: float, nodes: int, gpus: int) -> float:
     return within + min(ring, tree)
 
 
-def norm_s(numbers: Numbers, channels: float, nodes: int, gpus: int, rings: bool) -> float:
-    """Seconds that a synchronised norm communicates, which latency rules: statistics gathered in the forward pass, sums
-    in the backward pass. By trees within and between nodes, or by rings, which sums go around twice."""
+def norm_s(numbers: Numbers, channels: float, nodes: int, gpus: int, rings: bool) -> tuple[float, float]:
+    """Seconds of a synchronised norm's messages, which latency rules: (statistics gathered in the forward pass, sums in
+    the backward pass). By trees within and between nodes, or by rings, which sums go around twice."""
     gathered, summed = 4 * (2 * channels + 1) * nodes * gpus, 4 * 2 * channels
     wire = numbers["net_bytes"] if nodes > 1 else numbers["link_bytes"]
     if rings:
-        hops = 3 * ((gpus - 1) * numbers["link_latency_s"] + (nodes - 1) * numbers["net_latency_s"])
-    else:
-        within, between = math.ceil(math.log2(gpus)), math.ceil(math.log2(nodes))
-        hops = 2 * (within * numbers["link_latency_s"] + between * numbers["net_latency_s"])
-    return hops + (gathered + 2 * summed) / wire
+        hops = (gpus - 1) * numbers["link_latency_s"] + (nodes - 1) * numbers["net_latency_s"]
+        return hops + gathered / wire, 2 * hops + 2 * summed / wire
+    within, between = math.ceil(math.log2(gpus)), math.ceil(math.log2(nodes))
+    hops = within * numbers["link_latency_s"] + between * numbers["net_latency_s"]
+    return hops + gathered / wire, hops + 2 * summed / wire
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,9 @@ def step_of(demand: Demand, hardware: Hardware, nodes: int, gpus: int, corner: C
         if demand.norms:
             channels = demand.norm_channels / demand.norms
             among = demand.norm_ranks or ranks
-            norms = (
-                turns
-                * demand.norms
-                * norm_s(n, channels, math.ceil(among / gpus), min(gpus, among), hardware.fabric == "gloo")
-            )
+            each = norm_s(n, channels, math.ceil(among / gpus), min(gpus, among), hardware.fabric == "gloo")
+            waits = demand.norm_waits if corner != "worst" else (demand.norms, demand.norms)  # products hide none
+            norms = turns * sum(seconds * times for seconds, times in zip(each, waits, strict=True))
         gradients = _exposed_s(demand, n, nodes, gpus, compute)
     data = _data_s(demand, hardware, n, nodes, gpus, norms + gradients)
     slowest = max(data, key=lambda name: data[name])

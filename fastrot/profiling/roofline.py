@@ -1,6 +1,7 @@
 """What a training step must compute and move, and how fast this device could: the roof over its speed."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any, Self
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torch.utils.module_tracker import ModuleTracker
 
+_MESSAGES = ("all_gather_into_tensor", "all_reduce")  # of norms: forward, backward
 _RAMP_S = 0.3  # of work before a GPU is timed: the clocks of an idle one are low
 _RAMP_GROUPS = 30  # groups of runs in that time: of 10 ms each
 
@@ -133,6 +135,22 @@ def step_rows(build: Callable[[], nn.Module], views: int, images: int, side: int
         *trace.rows,
         Row("update", "sgd", False, 4 * parameters, 5 * 4 * parameters),
     ]
+
+
+def norm_messages(rows: list[Row]) -> tuple[int, tuple[int, int]]:
+    """What synchronised norms say to other ranks in a step of these operations: (messages of the forward pass, of which
+    the backward pass has as many; those of each that are waited for with no product computed since)."""
+    sent, waited, flying = Counter[str](), Counter[str](), ""
+    for row in rows:
+        operation = row.operation.removeprefix("_c10d_functional::")
+        if operation in _MESSAGES:
+            sent[operation], flying = sent[operation] + 1, operation
+        elif operation == "wait_tensor":
+            waited[flying] += 1
+        elif row.flops:
+            flying = ""
+    forward, backward = (waited[operation] for operation in _MESSAGES)
+    return sent[_MESSAGES[0]], (forward, backward)
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:

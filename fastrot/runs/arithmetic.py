@@ -202,6 +202,22 @@ def refuse_graphs(config: Config, ranks: Ranks, micro_steps: int) -> None:
         )
 
 
+def refuse_symmetric_memory(config: Config, ranks: Ranks) -> None:
+    """Raise UserError where ranks whose norms are synchronised cannot read one another's memory."""
+    if not config.engine.symmetric_memory or not _norms_talk(config, ranks):
+        return
+    switch, among = "engine.symmetric_memory", ranks.world // norm_groups(config, ranks.world)
+    if ranks.device.type != "cuda":
+        raise UserError(f"{switch} needs CUDA devices, and there is none; set it to false")
+    if ranks.local_world % among:
+        raise UserError(
+            f"{switch}: norms are synchronised over {among} ranks, not all of which are on one node of "
+            f"{ranks.local_world}; set it to false, or model.norm_views so that a node holds whole groups"
+        )
+    if config.engine.compile:
+        raise UserError(f"{switch}: a compiler does not see what ranks read; set it or engine.compile to false")
+
+
 def refuse_tiny_maps(config: Config, ranks: Ranks) -> None:
     """Raise UserError where a 3 x 3 convolution of stride 2 meets 1 x 1 maps in 16 bits on a CPU: oneDNN leaves the
     weights' gradient unwritten outside the middle (torch 2.11)."""

@@ -17,6 +17,8 @@ from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST, StepSettings, make_engine
 from fastrot.engine.base import Engine
 from fastrot.engine.optimizers import build_optimizer
+from fastrot.errors import UserError
+from fastrot.models.backbone import load_backbone
 from fastrot.models.fused_conv import FUSED
 from fastrot.models.over_ranks import Group, neighbours
 from fastrot.models.recompute import recompute_blocks
@@ -30,6 +32,7 @@ from fastrot.runs.arithmetic import (
     rate_at,
     refuse_graphs,
     refuse_norm_views,
+    refuse_symmetric_memory,
     refuse_tiny_maps,
     uses_graphs,
 )
@@ -121,6 +124,7 @@ class Job:
         refuse_tiny_maps(config, ranks)
         refuse_norm_views(config, self.numbers)
         refuse_graphs(config, ranks, self.numbers.micro_steps)
+        refuse_symmetric_memory(config, ranks)
         self._bad = folder / "bad_images.jsonl" if folder else None
         self._deepspeed_config = deepspeed_config
         self.task = self.make_task()
@@ -143,7 +147,7 @@ class Job:
         config, n, e = self.config, self.numbers, self.config.engine
         for line in deviations(config, self.ranks):
             self.say(line)
-        model = self._model(neighbours(n.norm_groups, config.run.timeout)).to(self.ranks.device)
+        model = self._model(self._norm_group()).to(self.ranks.device)
         graphs = uses_graphs(config, self.ranks)
         settings = StepSettings(
             e.precision,
@@ -167,6 +171,16 @@ class Job:
             model.compile(dynamic=False, mode="default" if e.compile is True else e.compile)
         return engine
 
+    def _norm_group(self) -> Group | None:
+        """The ranks whose views batch norm sees together with this one's."""
+        timeout = self.config.run.timeout
+        group = neighbours(self.numbers.norm_groups, timeout)
+        if group is None or not self.config.engine.symmetric_memory:
+            return group
+        from fastrot.models.in_node import InNode
+
+        return InNode.of(group, self.ranks.device, timeout)
+
     @cached_property
     def memory(self) -> Memory:
         return estimate(self.config, self.numbers, self.ranks, self._model(None), self._dtype)
@@ -183,6 +197,15 @@ class Job:
     def build(self) -> None:
         """Make what a run needs now, so that what is wrong is said before it begins."""
         _ = self.loader, self.val_loader, self.engine, self._work
+
+    def begin_with(self, path: str) -> None:
+        """Give the network a backbone's weights; its last layer stays as drawn. Raises UserError."""
+        backbone, origin = load_backbone(path)
+        if origin.arch != self.config.model.arch:
+            raise UserError(f"model.init {path}: is a {origin.arch}; set model.arch={origin.arch}, or name another")
+        self.say(f"begins with {origin.says()}")
+        model, _, scalars = self.engine.state()
+        self.engine.load_state(model | backbone.state_dict(), {}, scalars)
 
     def make_task(self) -> Task:
         """What is learnt; another job learns another thing."""

@@ -125,17 +125,32 @@ def folders(root: Path) -> list[Path]:
     return sorted((p for p in root.glob("step-*") if _step(p) >= 0), key=_step)
 
 
+def newest_step(run: Path) -> int:
+    """Steps completed by the newest checkpoint, sound or not; -1 where there is none."""
+    return max(map(_step, folders(run / "checkpoints")), default=-1)
+
+
 def _step(folder: Path) -> int:
+    return step_of(folder.name)
+
+
+def step_of(name: str) -> int:
     """Steps completed by a checkpoint's name; -1 where it is no such name."""
-    match = _NAME.fullmatch(folder.name)
+    match = _NAME.fullmatch(name)
     return int(match[1]) if match else -1
+
+
+def newest(run: Path) -> Path | None:
+    """The newest sound checkpoint of a run."""
+    return next((one for one in reversed(folders(run / "checkpoints")) if not verify(one)), None)
 
 
 def find(resume: str, run: Path, say: Callable[[str], None]) -> Path | None:
     """The folder of the checkpoint to continue from; changes nothing.
 
     resume  auto: the newest sound one of this run, or None; never: None, refused where there is
-            one; or the path of a checkpoint or of a run folder.
+            one; or the path of a checkpoint or of a run folder, where a branch begins: once it has
+            checkpoints of its own it goes on from those, as with auto.
     say     called with a line for each checkpoint passed over.
     Raises UserError.
     """
@@ -144,12 +159,12 @@ def find(resume: str, run: Path, say: Callable[[str], None]) -> Path | None:
         if here:
             raise UserError(f"{run}: holds a run at {here[-1].name}; choose another run.out, or --resume auto")
         return None
-    if resume == "auto":
-        candidates = here
+    path = Path(resume)
+    if resume != "auto" and not path.exists():
+        raise UserError(f"--resume {resume}: no such folder; expected a checkpoint or a run folder, auto or never")
+    if resume == "auto" or (here and not path.resolve().is_relative_to(run.resolve())):
+        resume, candidates = "auto", here
     else:
-        path = Path(resume)
-        if not path.exists():
-            raise UserError(f"--resume {resume}: no such folder; expected a checkpoint or a run folder, auto or never")
         candidates = folders(path / "checkpoints") or [path]
     for folder in reversed(candidates):
         wrong = verify(folder)
@@ -160,7 +175,7 @@ def find(resume: str, run: Path, say: Callable[[str], None]) -> Path | None:
                     f"--resume {resume}: {run} holds {newer[-1].name}, which is newer; choose another run.out"
                 )
             return folder
-        if resume not in ("auto", "never") and len(candidates) == 1:
+        if resume != "auto" and len(candidates) == 1:
             raise UserError(f"--resume {resume}: not a sound checkpoint: {wrong}")
         say(f"{folder.name} is damaged ({wrong}); taking the one before")
     if candidates:
@@ -173,7 +188,7 @@ def find(resume: str, run: Path, say: Callable[[str], None]) -> Path | None:
 
 def standing(run: Path) -> str:
     """In a few words, what a run could go on from."""
-    sound = next((one for one in reversed(folders(run / "checkpoints")) if not verify(one)), None)
+    sound = newest(run)
     return f"{sound.name} stands, and --resume auto goes on from it" if sound else "there is no checkpoint yet"
 
 
@@ -205,10 +220,15 @@ def better(figure: float | None, best: float | None) -> bool:
 
 
 class Saver:
-    """Writes checkpoints beside the training: tensors are copied at once, files by a thread."""
+    """Writes checkpoints beside the training: tensors are copied at once, files by a thread.
 
-    def __init__(self, run: Path, keep_last: int, say: Callable[[str], None]):
-        self._root, self._keep, self._say = run / "checkpoints", keep_last, say
+    written  called by that thread with each folder that is whole.
+    """
+
+    def __init__(
+        self, run: Path, keep_last: int, say: Callable[[str], None], written: Callable[[Path], None] | None = None
+    ):
+        self._root, self._keep, self._say, self._written = run / "checkpoints", keep_last, say, written
         self._thread: threading.Thread | None = None
         self._failures = 0
         self._error: Exception | None = None
@@ -277,6 +297,8 @@ class Saver:
                 self._best = best
             self._thin_out()
             self._failures = 0
+            if self._written:
+                self._written(folder)
         except (OSError, SafetensorError) as error:
             self._failures += 1
             self._say(

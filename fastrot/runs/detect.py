@@ -23,6 +23,7 @@ from fastrot.models.detector import WithRegions
 from fastrot.runs import transfer
 from fastrot.runs.transfer import Learning
 from fastrot.runs.whole import Beside, WholeJob
+from fastrot.sending import read_by_all
 from fastrot.tasks.detect import DetectTask, Found
 from fastrot.tasks.detection_figures import COCO_BOXES, COCO_MASKS, VOC, coco_figures, voc_figures
 
@@ -140,16 +141,16 @@ def _read(source: str | None, config: Config, ranks: Ranks, name: str) -> Beside
     """Read on rank 0, mapped by all."""
     manifest = open_manifest(source, config, ranks, f"data.{name}")
 
-    def read() -> str:
+    def read() -> Path:
         cache = machine.cache_folder() / "objects"
         cache.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=cache))
         read_objects(manifest).save(folder)
-        return str(folder)
+        return folder
 
-    folder = Path(distributed.on_first(ranks, read))
-    objects = Objects.load(folder)
-    dist.barrier()  # every rank has mapped them: they need no name any more
+    with read_by_all(ranks, read) as folder:
+        objects = Objects.load(folder)
+        dist.barrier()  # every rank has mapped them: they need no name any more
     if ranks.first:
         remove(folder)
     return Beside(manifest.content, objects)

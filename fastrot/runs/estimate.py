@@ -12,6 +12,7 @@ from fastrot.config import Config
 from fastrot.data.build import sides
 from fastrot.engine import AUTOCAST
 from fastrot.errors import UserError
+from fastrot.models.over_ranks import Group
 from fastrot.models.resnet import TURNS, build_model
 from fastrot.profiling import roofline
 from fastrot.profiling.estimate import Demand, Plan, plan
@@ -35,20 +36,22 @@ def demand_of(config: Config, ranks: int, rows: int, image_bytes: float) -> Dema
     with torch.device("meta"):
         model = build_model(config.model.arch, TURNS, config.run.seed)
     fresh = partial(_network, config)
-    channels = [m.num_features for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    channels = sum(m.num_features for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
     refuse_norm_views(config, n)
     synchronised = n.norm_groups < ranks
     graphs = config.engine.cuda_graphs == "collectives" or (bool(config.engine.cuda_graphs) and not synchronised)
     rows_of_a_step = roofline.step_rows(fresh, images * n.views_per_image, images, side, dtype)
     maps = peak_of_step(fresh(), n.largest * n.views_per_image, config.engine.stem_channels, side, dtype)
     parameters = sum(p.numel() for p in model.parameters())
+    sent, waits = _norm_messages(config) if synchronised else (0, (0, 0))
     return Demand(
         images=n.images,
         views=n.images * n.views_per_image,
         steps=n.steps,
         gradient_bytes=4 * parameters,
-        norms=len(channels) if synchronised else 0,
-        norm_channels=sum(channels),
+        norms=sent,
+        norm_waits=waits,
+        norm_channels=channels,
         bucket_mb=config.engine.bucket_mb,
         image_bytes=image_bytes,
         memory_bytes=maps + state_bytes(config, n, model),
@@ -59,8 +62,14 @@ def demand_of(config: Config, ranks: int, rows: int, image_bytes: float) -> Dema
     )
 
 
-def _network(config: Config) -> torch.nn.Module:
-    return fitted(build_model(config.model.arch, TURNS, config.run.seed), config, over_ranks=None)
+def _network(config: Config, over_ranks: Group | None = None) -> torch.nn.Module:
+    return fitted(build_model(config.model.arch, TURNS, config.run.seed), config, over_ranks)
+
+
+def _norm_messages(config: Config) -> tuple[int, tuple[int, int]]:
+    """Of maps of any size, between ranks that need not be."""
+    synchronised = partial(_network, config, Group("", 2))
+    return roofline.norm_messages(roofline.step_rows(synchronised, 2, 1, 32, torch.float32))
 
 
 def estimate(

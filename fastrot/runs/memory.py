@@ -23,6 +23,8 @@ _ROOM = 0.9  # of what is left that a proposal takes: kernels have workspaces, a
 # glibc gives blocks above this back to the kernel; of smaller ones its heap took about twice the bytes (measured on
 # ResNets, 1.0 to 1.2 of gaps)
 _HEAP = 32 * 2**20
+# what the host's allocator, CUDA and NCCL, cuBLAS and cuDNN say in errors that they raise for other reasons too
+_RAN_OUT = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
 _LEAST = 2  # images a rank at once that engine.images_per_micro_step allows
 
 
@@ -191,8 +193,9 @@ def running_out_is_a_fault(memory: Memory) -> Iterator[None]:
     """What torch raises where memory ran out is a Fault of one line: batch, size, and what would fit."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "DefaultCPUAllocator" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        ran_out = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not ran_out and not any(words in str(error) for words in _RAN_OUT):
             raise
         fewer = max(_LEAST, memory.images // 2)
         raise Fault(

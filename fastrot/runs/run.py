@@ -9,13 +9,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastrot import distributed, machine, terminal
 from fastrot.config import Config, flat, to_yaml
-from fastrot.data.build import FILES, admit_changed_files, open_manifest, plan_of
+from fastrot.data.build import FILES, admit_changed_files, at_hand, manifest_of_first, open_manifest, plan_of
 from fastrot.data.manifest import Manifest
 from fastrot.data.remarks import describe
 from fastrot.distributed import Ranks
@@ -28,7 +28,9 @@ from fastrot.runs.epochs import Recorder
 from fastrot.runs.log import RunLog, read_status, write_refusal, write_status
 from fastrot.runs.loop import run
 from fastrot.runs.memory import admit, running_out_is_a_fault
+from fastrot.runs.mirror import Mirror, holds, take
 from fastrot.runs.stop import CTRL_C, Stop
+from fastrot.sending import read_by_all
 from fastrot.tasks import Task
 
 Chooser = Callable[[Manifest], Manifest]
@@ -90,11 +92,21 @@ def _folder(out: str, ranks: Ranks) -> Iterator[Path]:
         return handle
 
     handle = distributed.on_first(ranks, hold)
+    distributed.agree(ranks, _made(folder))
     try:
         yield folder
     finally:
         if ranks.first:
             os.close(handle)
+
+
+def _made(folder: Path) -> str:
+    """Why this node, which may not see rank 0's folder, cannot have one for its own bad images; or nothing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"run.out {folder}: cannot be written ({error.strerror})"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -116,14 +128,15 @@ class _Start:
 def _manifest(folder: Path, name: str, resumed: bool, config: Config, ranks: Ranks) -> tuple[Manifest, bool]:
     """The manifest of a run's images, and whether it is the run's own copy: that of a run that goes on over the same
     source."""
-    home, source = folder / "manifest" / name, getattr(config.data, name)
+    key = f"data.{name}"
+    home, source = folder / "manifest" / name, at_hand(getattr(config.data, name), config, ranks, key)
 
     def kept() -> bool:
         return resumed and (home / "meta.json").exists() and Manifest.load(home).source == source
 
     if distributed.on_first(ranks, kept):
-        return Manifest.load(home), True
-    return open_manifest(source, config, ranks, f"data.{name}"), False
+        return manifest_of_first(lambda: home, str(source), ranks, key), True
+    return open_manifest(source, config, ranks, key), False
 
 
 def _with_files_as_they_are(manifest: Manifest, allowed: bool, ranks: Ranks) -> tuple[Manifest, bool]:
@@ -157,13 +170,14 @@ def train(
     until = None if config.run.max_hours is None else time.monotonic() + 3600 * config.run.max_hours
     with _folder(config.run.out, ranks) as folder:
         log, begun = RunLog(folder if ranks.first else None), False
+        mirror = Mirror(config.run.mirror, folder, log.say) if config.run.mirror and ranks.first else None
         try:
             start = _admit(config, ranks, folder, resume, resume_anyway, deepspeed_config, make_job, more, choose, log)
             distributed.on_first(ranks, lambda: _begin(folder, start, log))
             begun = True
             distributed.limit_waits(config.run.timeout)
             with distributed.lost_peer_is_a_fault(ranks), running_out_is_a_fault(start.job.memory):
-                result = _run(start, folder, log, until)
+                result = _run(start, folder, log, until, mirror)
             if "stopped" in result:
                 log.status("stopped", **result)
                 raise _stopped(result["stopped"])
@@ -177,6 +191,8 @@ def train(
             raise said from None
         finally:
             log.close()
+            if mirror:
+                mirror.close(begun)
     if ranks.first:
         _show(result, start.job.task)
     return result
@@ -195,8 +211,7 @@ def _admit(
     log: RunLog,
 ) -> _Start:
     """All that may refuse a start, and the job built. Raises UserError."""
-    path = distributed.on_first(ranks, lambda: _find(resume, folder))
-    found = checkpoint.load(Path(path)) if path else None
+    found = _found(resume, folder, ranks, config.run.mirror)
     manifests, unkept = {}, {}
     for name in ("train", "val") if config.data.val else ("train",):
         manifest, kept = _manifest(folder, name, bool(found), config, ranks)
@@ -227,6 +242,8 @@ def _admit(
     if found:
         job.engine.load_state(found.model, found.optimizer, found.state.scalars)
         log.say(f"resumed from {found.path.name}: step {step:,} of {last:,}, stream position {position:,}")
+    elif config.model.init:
+        job.begin_with(config.model.init)
     return _Start(job, found, range(step, last), position, now, unkept)
 
 
@@ -287,18 +304,38 @@ def _record_failure(error: BaseException, folder: Path, ranks: Ranks, begun: boo
         log.say(f"{folder / 'STATUS.json'}: cannot be written ({unwritten.strerror})")
 
 
-def _find(resume: str, folder: Path) -> str | None:
-    path = checkpoint.find(resume, folder, _say)
-    return str(path) if path else None
+def _find(resume: str, folder: Path, mirror: str | None) -> Path | None:
+    if mirror and resume == "auto":
+        take(mirror, folder, _say)
+    if mirror and resume == "never" and (name := holds(mirror)):
+        raise UserError(f"run.mirror {mirror}: holds a run at {name}; choose another, or --resume auto")
+    return checkpoint.find(resume, folder, _say)
+
+
+def _found(resume: str, folder: Path, ranks: Ranks, mirror: str | None = None) -> checkpoint.Checkpoint | None:
+    """The checkpoint that rank 0 finds, on every rank. Raises UserError where another node holds a later one."""
+    path = distributed.on_first(ranks, lambda: _find(resume, folder, mirror))
+    newest = distributed.of_all(ranks, checkpoint.newest_step(folder))
+    if resume == "auto" and max(newest) > newest[0]:
+        rank = newest.index(max(newest))
+        raise UserError(
+            f"run.out {folder}: the node of rank {rank} holds step {newest[rank]:,}, that of rank 0 "
+            + (f"step {newest[0]:,}" if newest[0] >= 0 else "no checkpoint")
+            + "; put run.out on a disk that all nodes see, or start rank 0 there"
+        )
+    if path is None:
+        return None
+    with read_by_all(ranks, lambda: path) as here:
+        return replace(checkpoint.load(here), path=path)
 
 
 def _stopped(why: str) -> BaseException:
     return KeyboardInterrupt() if why == CTRL_C else Stopped(f"stopped by {why}")
 
 
-def _run(start: _Start, folder: Path, log: RunLog, until: float | None) -> dict[str, Any]:
+def _run(start: _Start, folder: Path, log: RunLog, until: float | None, mirror: Mirror | None) -> dict[str, Any]:
     job, steps = start.job, start.steps
-    saver = checkpoint.Saver(folder, job.config.run.keep_last, log.say)
+    saver = checkpoint.Saver(folder, job.config.run.keep_last, log.say, mirror.send if mirror else None)
     course, first, judge = job.course(steps.stop), job.ranks.first, next(iter(job.task.figures))
     best = distributed.on_first(job.ranks, lambda: saver.best)
     epochs = Recorder(

@@ -80,6 +80,7 @@ def begin(command: str, checkpoint: str | None, seed: int | None, config: Config
     for wrong, line in (
         (config.rotation.views != "one", "rotation.views must be one: an image is one view, and is not turned"),
         (config.rotation.shuffle_labels, "rotation.shuffle_labels is for pretraining"),
+        (config.model.init is not None, "model.init is for pretraining; name --checkpoint"),
         *(
             (getattr(config.engine, key) != off, f"engine.{key} is for pretraining")
             for key, off in _PRETRAINING.items()

@@ -34,7 +34,7 @@ class Found:
 @dataclass(frozen=True)
 class Place:
     """gpu: whether the parts run on a GPU, or rehearse on the CPU. bundle: the evidence's folder. work: scratch that
-    parts share. until: on the monotonic clock."""
+    parts share. until: on the monotonic clock, which processes share."""
 
     gpu: bool
     bundle: Path
@@ -46,13 +46,19 @@ class Place:
         """Seconds that a part may still give to what it calls."""
         return max(1.0, self.until - time.monotonic() - _LEAVE_S)
 
-    def call(self, words: Sequence[object], hide_gpu: bool = False) -> str | None:
-        """Run a program to its end, its output on ours; why it failed, or None."""
+    def call(self, words: Sequence[object], hide_gpu: bool = False, most: float = 1.0) -> str | None:
+        """Run a program to its end, its output on ours; why it failed, or None. Where no time is left it is not begun.
+
+        most: the share of that time that it may take; of what hangs, the rest is left to others.
+        """
+        if self.until - time.monotonic() < _LEAVE_S:
+            return f"{_name(words)} was not begun: no time was left"
         environment = os.environ | {"PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'kernels'}"}
         environment |= {"CUDA_VISIBLE_DEVICES": ""} if hide_gpu else {}
         print("$", *words, flush=True)
+        limit = most * self.left
         try:
-            code = subprocess.run(list(map(str, words)), cwd=CHECKOUT, env=environment, timeout=self.left).returncode
+            code = subprocess.run(list(map(str, words)), cwd=CHECKOUT, env=environment, timeout=limit).returncode
         except subprocess.TimeoutExpired as stopped:
             return f"{_name(words)} was stopped after {stopped.timeout:.0f} s"
         return f"{_name(words)} ended with code {code}" if code else None
@@ -68,16 +74,18 @@ class Place:
         return result
 
     def train(
-        self, name: str, *words: object, hide_gpu: bool = False, ranks: int = 1
+        self, name: str, *words: object, hide_gpu: bool = False, ranks: int = 1, most: float = 0.5
     ) -> tuple[list[dict[str, Any]], str | None]:
         """`fastrot train` into work/name: the lines of metrics.jsonl, and why it failed or None.
 
-        On the CPU CUDA graphs are played by the host.
+        On the CPU the host plays CUDA graphs and symmetric memory.
         """
         out = self.work / name
         module = "fastrot.cli" if self.gpu else "fastrot.selfcheck.stand_in"
         before = launcher(ranks) if ranks > 1 else [sys.executable]
-        failure = self.call([*before, "-m", module, "train", *words, f"run.out={out}", "run.loggers=[]"], hide_gpu)
+        failure = self.call(
+            [*before, "-m", module, "train", *words, f"run.out={out}", "run.loggers=[]"], hide_gpu, most
+        )
         lines = out / "metrics.jsonl"
         return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else [], failure
 
@@ -94,6 +102,9 @@ def launcher(ranks: int) -> list[str]:
 
 
 def _name(words: Sequence[object]) -> str:
-    """The program of a command: the script, or what follows -m."""
+    """The program of a command: the script, or what follows the last -m."""
     texts = list(map(str, words))
-    return next((text for text in texts if text.endswith(".py")), " ".join(texts[1:4]))
+    if script := next((text for text in texts if text.endswith(".py")), None):
+        return script
+    module = len(texts) - texts[::-1].index("-m") if "-m" in texts else 0
+    return " ".join(["fastrot" if texts[module].startswith("fastrot.") else texts[module], *texts[module + 1 :][:1]])

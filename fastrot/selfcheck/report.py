@@ -18,13 +18,21 @@ def write(bundle: Path) -> dict[str, Any]:
     environment = json.loads((bundle / "environment.json").read_text())
     device = environment["gpus"][0] if environment["gpus"] else "CPU (a rehearsal: no figure counts)"
     said = {"device": device, **_verdict(parts)}
+    name = f"in1k_fast_{name_of(environment['gpus'])}"
     if said["switches"] is not None:
-        arm = verdict.Arm(said["arm"], said["times_base"], said["times_base"], True)
-        said["config"] = f"in1k_fast_{name_of(environment['gpus'])}.yaml"
-        write_text(bundle / said["config"], verdict.fast_config(arm, device, said["images"]))
+        said["config"] = f"{name}.yaml"
+        _write_config(bundle, said, device, said["images"])
+    if several := said["several"]:
+        several["config"] = f"{name}_{several['ranks']}.yaml"
+        _write_config(bundle, several, f"{several['ranks']} x {device}", several["images"])
     write_text(bundle / "verdict.json", json.dumps(said, indent=1))
     write_text(bundle / "report.html", page(said, parts, environment))
     return said
+
+
+def _write_config(bundle: Path, chosen: dict[str, Any], device: str, images: int) -> None:
+    arm = verdict.Arm(chosen["arm"], chosen["times_base"], chosen["times_base"], True)
+    write_text(bundle / chosen["config"], verdict.fast_config(arm, device, images))
 
 
 def name_of(gpus: list[str]) -> str:
@@ -56,7 +64,23 @@ def _verdict(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "times_plain": line.get("times_plain"),
         "views_per_s": line.get("views_per_s"),
         "record_views_per_s": RECORD,
+        "several": _several(raw.get("ranks", {})),
         "wait_share": raw.get("end_to_end", {}).get("wait_share"),
+    }
+
+
+def _several(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """What pays over all GPUs, where there are several."""
+    if not (found := verdict.over_ranks(raw)):
+        return None
+    result, arm = found
+    line = result["switches"][arm.name]
+    return {
+        "ranks": result["ranks"],
+        "images": result["images"],
+        "arm": arm.name,
+        "times_base": arm.speed,
+        "views_per_s": line["views_per_s"],
     }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -35,9 +35,15 @@ ARMS = (
     "norm=fused_chain", "norm=fused_chain stem_channels=4 cuda_graphs=true", "norm=fused_conv compile=true", "norm=fused compile=true", "compile=reduce-overhead",
 )  # fmt: skip
 _IN_GRAPHS = "norm=fused_conv stem_channels=4 cuda_graphs=collectives"
-_RANKS_ARMS = (
-    "base", "sync_batchnorm=false", "norm_ranks=2", "norm=fused_conv", _IN_GRAPHS, "bucket_mb=0", "bucket_mb=5",
+_RANKS_ARMS = (  # those that were never seen to work come last: one that raises ends the others
+    "base", "sync_batchnorm=false", "norm_ranks=2", "norm=fused_conv", "bucket_mb=0", "bucket_mb=5", _IN_GRAPHS,
+    "norm=fused_conv symmetric_memory=true", f"{_IN_GRAPHS} symmetric_memory=true",
 )  # fmt: skip
+_RANKS_WAYS = {  # over ranks, each to learn as without
+    "engine.cuda_graphs=collectives": ["cuda_graphs=collectives"],
+    "engine.symmetric_memory=true": ["symmetric_memory=true"],
+    "both": ["cuda_graphs=collectives", "symmetric_memory=true"],
+}
 
 
 def at_once(place: Place) -> int:
@@ -63,7 +69,7 @@ def rotation(place: Place, found: Found) -> None:
 
 
 def kernels(place: Place, found: Found) -> None:
-    """bench/kernels.py: the four norm kernels and the four products, beside kernels/traffic.py's prediction."""
+    """bench/kernels.py: the four norm kernels and the five products, beside kernels/traffic.py's prediction."""
     size = ["--rounds", 5] if place.gpu else ["--rounds", 1, "--stages", 4]
     found.raw |= place.bench(found, "kernels", *size)
     found.failures += [f"{kernel}: {why}" for kernel, why in found.raw.get("missing", {}).items()]
@@ -146,7 +152,7 @@ def end_to_end(place: Place, found: Found) -> None:
         "end-to-end", f"data.train={drawn(place.work, many)}", f"data.crop={side}", f"model.arch={arch}",
         f"optim.images_per_step={at_once(place)}", "optim.epochs=1000", f"run.max_steps={steps}",
         f"run.log_every={steps // 4}", "optim.lr=0.01",
-        *(f"engine.{key}={str(value).lower()}" for key, value in keys.items()),
+        *(f"engine.{key}={str(value).lower()}" for key, value in keys.items()), most=1.0,
     )  # fmt: skip
     steady = [line for line in lines if "wait_share" in line][1:]  # the first compiles, captures, fills its buffers
     found.failures += [failure] if failure else []
@@ -216,31 +222,32 @@ def _features(place: Place, found: Found) -> None:
 
 def ranks(place: Place, found: Found) -> None:
     """bench/step.py over all GPUs, and over two: scaling, synchronised norms, buckets, NCCL's time, with all the images
-    that a card holds and with its share of the recipe's; and whether graphs that capture the norms' collectives learn
-    as steps without."""
+    that a card holds and with its share of the recipe's; and whether graphs that capture the norms' messages, and norms
+    that read memory, learn as steps without."""
     gpus = torch.cuda.device_count() if place.gpu else 2
     if gpus < 2:
         found.skipped.append("scaling, synchronised norms, buckets: need two GPUs, and there is one")
         return
     for world in sorted({2, gpus}, reverse=True):
+        arms = _RANKS_ARMS if world == gpus else ("base", "norm=fused_conv")
         for images in sorted({at_once(place), RECIPE_VIEWS // 4 // world}) if place.gpu else (2,):  # as --quick takes
-            _scaling(place, found, world, images)
-        _captured_collectives(place, found, world)
-    if place.gpu:  # sums by NVLink's shared memory, where this torch and these cards have it
-        _scaling(place, found, gpus, RECIPE_VIEWS // 4 // gpus, "ENABLE_INTRA_NODE_COMM=1")
+            _scaling(place, found, world, images, arms)
+        if world == gpus:
+            _as_without(place, found, world)
 
 
-def _scaling(place: Place, found: Found, world: int, images: int, *variables: str) -> None:
-    """Every arm over `world` ranks of so many images each; under these variables of torch's, two of them."""
+def _scaling(place: Place, found: Found, world: int, images: int, arms: Sequence[str]) -> None:
+    """bench/step.py's arms over `world` ranks of so many images each."""
     size = ["--rounds", 3, "--images", images] if place.gpu else ["--quick"]
-    arms = [arm for arm in _RANKS_ARMS if world > 2 or arm != "norm_ranks=2"]  # of two ranks that is both
-    if variables or not place.gpu:
-        arms = ["base", "norm=fused_conv"] if variables else ["base", "bucket_mb=5", _IN_GRAPHS]
+    arms = [arm for arm in arms if world > 2 or arm != "norm_ranks=2"]  # of two ranks that is both
+    arms = arms if place.gpu else ["base", "bucket_mb=5", *_RANKS_ARMS[-2:]]
     stand_in = () if place.gpu else ("-m", "fastrot.selfcheck.stand_in")
-    result = place.bench(found, "step", *size, "--only", *arms, before=("env", *variables, *launcher(world), *stand_in))
-    says = ", ".join([f"{world} ranks of {images} images", *variables])
-    found.failures += [f"{says}, {arm}: {why}" for arm, why in result.get("missing", {}).items()]
-    found.raw[says] = result
+    result = place.bench(found, "step", *size, "--only", *arms, before=(*launcher(world), *stand_in))
+    says = f"{world} ranks of {images} images"
+    for arm, why in result.get("missing", {}).items():
+        (found.skipped if why.startswith("UserError") else found.failures).append(f"{says}, {arm}: {why}")
+    if "switches" in result:
+        found.raw.setdefault("measured", []).append(result | {"images": images})
     for arm, line in result.get("switches", {}).items():
         talk = line["collectives"]
         told = f"{talk['messages']} messages a step, {1000 * talk['seconds']:.2f} ms in them"
@@ -256,17 +263,24 @@ def _scaling(place: Place, found: Found, world: int, images: int, *variables: st
         found.figures.append((f"{says}, of {world} times one's speed", f"{share:.0%}"))
 
 
-def _captured_collectives(place: Place, found: Found, world: int) -> None:
-    words, runs = [*small(place), "run.max_steps=5", "engine.kind=deepspeed"], []
+def _as_without(place: Place, found: Found, world: int) -> None:
+    words = [*small(place), "run.max_steps=5", "run.timeout=60", "engine.kind=deepspeed"]
     words += ["engine.norm=fused_conv"] if place.gpu else []
-    for graphs in ("false", "collectives"):
-        lines, failure = place.train(f"{world}-ranks-{graphs}", *words, f"engine.cuda_graphs={graphs}", ranks=world)
-        if failure:
-            found.failures.append(f"{world} ranks, engine.cuda_graphs={graphs}: {failure}")
-            return
-        runs.append([line["loss"] for line in lines])
-    apart = max(abs(got - want) / want for want, got in zip(*runs, strict=True))
-    line = f"{world} ranks, engine.cuda_graphs=collectives: losses {apart:.2%} from those without graphs"
-    found.figures.append((line.partition(": ")[0], line.partition(": ")[2]))
-    if not apart < SAME:
-        found.failures.append(f"{line}, more than {SAME:.1%}")
+    want: list[float] = []
+    for number, (way, keys) in enumerate({"": [], **_RANKS_WAYS}.items()):
+        says = f"{world} ranks{', ' * bool(way)}{way}"
+        lines, failure = place.train(f"{world}-ranks-{number}", *words, *(f"engine.{key}" for key in keys), ranks=world)
+        losses = [line["loss"] for line in lines]
+        want = want or losses
+        if failure or len(losses) != len(want):
+            found.failures.append(f"{says}: {failure or f'{len(losses)} losses for {len(want)}'}")
+            if not way:
+                return
+        elif way:
+            apart = max(abs(loss - without) / without for loss, without in zip(losses, want, strict=True))
+            line = f"losses {apart:.2%} from those without"
+            found.figures.append((says, line))
+            if apart < SAME:
+                found.raw.setdefault("proven", []).append(keys)
+            else:
+                found.failures.append(f"{says}: {line}, more than {SAME:.1%}")

@@ -1,4 +1,4 @@
-"""`fastrot` or a bench where there is no GPU, with CUDA graphs played on the host: as the tests do."""
+"""`fastrot` or a bench where there is no GPU, with CUDA graphs and symmetric memory played on the host: as the tests do."""
 
 import sys
 from contextlib import ExitStack
@@ -11,10 +11,12 @@ from fastrot.selfcheck.place import CHECKOUT
 def main(words: list[str]) -> int:
     """A command's words, or a script of bench/ and its words."""
     sys.path[:0] = [str(CHECKOUT / "tests"), str(CHECKOUT / "bench")]
-    played = import_module("workers.graphs").OnTheHost
+    played, memory = import_module("workers.graphs").OnTheHost, import_module("workers.shared_memory").played
     with ExitStack() as stack:
         stack.enter_context(mock.patch("fastrot.engine.graphs.Capture", lambda device: played()))
-        stack.enter_context(mock.patch("fastrot.runs.build.refuse_graphs", lambda *_: None))
+        stack.enter_context(memory())
+        for name in ("refuse_graphs", "refuse_symmetric_memory"):
+            stack.enter_context(mock.patch(f"fastrot.runs.build.{name}", lambda *_: None))
         if not words[0].endswith(".py"):
             code: int = import_module("fastrot.cli").main(words)
             return code

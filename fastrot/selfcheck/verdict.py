@@ -12,8 +12,9 @@ from fastrot.selfcheck.place import CHECKOUT
 # A switch of bench/step.py that leaves the recipe and is a key of the section engine; and what it is when not turned.
 SWITCHES: dict[str, Any] = {
     "channels_last": True, "compile": False, "norm": "torch", "stem_channels": 3, "cuda_graphs": False,
-    "recompute": False,
+    "recompute": False, "symmetric_memory": False,
 }  # fmt: skip
+TO_PROVE = {"cuda_graphs=collectives", "symmetric_memory=true"}  # over ranks
 NOISE = 0.01  # more switches must give more to pay
 
 
@@ -57,15 +58,28 @@ def arms_of(result: dict[str, Any]) -> list[Arm]:
     return arms
 
 
+def over_ranks(raw: dict[str, Any]) -> tuple[dict[str, Any], Arm] | None:
+    """Of the part `ranks`: the result over the most GPUs and images, and the arm that pays there, of those by whose ways
+    over ranks a training too has learnt what it does without."""
+    results = raw.get("measured", [])
+    if not results:
+        return None
+    widest = max(results, key=lambda one: (one["ranks"], one["images"]))
+    proven = [set(), *map(set, raw.get("proven", []))]
+    return widest, choose([arm for arm in arms_of(widest) if TO_PROVE & set(arm.name.split()) in proven])
+
+
 def engine_keys(arm: Arm) -> dict[str, Any]:
     """Every switch of the section engine, turned or not."""
     return SWITCHES | (arm.switches or {})
 
 
 def fast_config(arm: Arm, device: str, images: int) -> str:
-    """configs/in1k_fast.yaml with the arm's switches, as YAML. images: that the card holds at once."""
+    """configs/in1k_fast.yaml with the arm's switches, as YAML. device: where they pay; images: that a card holds at
+    once."""
     keys = engine_keys(arm)
-    keys["cuda_graphs"] = "auto" if keys["cuda_graphs"] else False  # over several ranks as far as they can be captured
+    if keys["cuda_graphs"] is True:
+        keys["cuda_graphs"] = "auto"  # over several ranks only without norms to synchronise
     overrides = [f"engine.{key}={yaml.safe_dump(value).split()[0]}" for key, value in keys.items()]
     overrides.append(f"engine.images_per_micro_step={images}")
     config, sources = configs.load(str(CHECKOUT / "configs" / "in1k_fast.yaml"), overrides)

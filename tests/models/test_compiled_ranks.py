@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from fastrot import distributed
-from fastrot.models.fused_conv import fuse_convs
+from fastrot.models.fused_conv import chain_blocks, fuse_convs
 from fastrot.models.fused_norm import fuse_norms
 from fastrot.models.over_ranks import neighbours
 from fastrot.models.resnet import build_model
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
+from fastrot.profiling.roofline import norm_messages, step_rows
 from workers.ranks import as_ranks
 from workers.steps import bottlenecks
 
@@ -25,6 +26,8 @@ KINDS = {
     "fused": lambda model: fuse_norms(model, neighbours(1, 60)),
     "fused_conv": lambda model: fuse_convs(model, neighbours(1, 60)),
 }
+# compiled, it is fused_conv
+CHAINED = {"fused_chain": lambda model: chain_blocks(model, neighbours(1, 60))}
 
 
 @pytest.fixture
@@ -71,11 +74,12 @@ class Said(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "kind, messages, waited_for", [("torch", 106, 106), ("fused", 106, 106), ("fused_conv", 98, 62)]
+    "kind, messages, waited_for",
+    [("torch", 106, 106), ("fused", 106, 106), ("fused_conv", 98, 62), ("fused_chain", 98, 47)],
 )
 def test_a_step_waits_at_once_for_so_many_messages_of_norms(two_ranks, kind, messages, waited_for):
     """Of ResNet-50's 53 norms, forward and backward. The other messages are on their way during a product."""
-    model = KINDS[kind](build_model("resnet50", 4, 0))
+    model = (KINDS | CHAINED)[kind](build_model("resnet50", 4, 0))
     with Said() as said:
         model(torch.randn(2, 3, 32, 32)).sum().backward()
     products = ("aten::convolution", "fastrot::pointwise_forward", "fastrot::pointwise_weight_gradient")
@@ -88,6 +92,11 @@ def test_a_step_waits_at_once_for_so_many_messages_of_norms(two_ranks, kind, mes
         elif name == "_c10d_functional::wait_tensor":
             exposed += idle
     assert (sent, exposed) == (messages, waited_for)
+    # as `fastrot estimate` counts them, without a step
+    each_way, waits = norm_messages(
+        step_rows(lambda: KINDS[kind](build_model("resnet50", 4, 0)), 2, 1, 32, torch.float32)
+    )
+    assert (2 * each_way, sum(waits)) == (messages, waited_for)
 
 
 def compiled_beside_plain(out):

@@ -183,6 +183,7 @@ def test_factors_new_or_old_and_conjugate_gradients_alone_reach_the_same_optimum
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 60), st.integers(0, 999), st.lists(st.floats(-7, 1), min_size=1, max_size=5))
+@example(6, 1, 261, [0.0])  # labels that cancel out: float32 sees no gradient to follow
 def test_ridges_of_all_costs_are_those_of_a_dense_solver(rows, features, seed, exponents):
     rng = np.random.default_rng(seed)
     x = normalised(rng.standard_normal((2 * rows, features))).view(2, rows, features)
@@ -199,7 +200,10 @@ def test_ridges_of_all_costs_are_those_of_a_dense_solver(rows, features, seed, e
             system = torch.eye(rows, dtype=torch.float64) + curve.mT[..., None] * k[:, None]  # [2, 3, rows, rows]
             want = torch.linalg.solve(system, (curve * labels).mT[..., None])[..., 0].mT
             rounding = (1e-5 if kernel.dense else 1e-12) * curve.norm(dim=1)  # float32's or float64's
-            assert (gradient(got - want) <= 1e-3 * gradient(curve * labels) + rounding).all()
+            start, left = gradient(curve * labels), gradient(got - want)
+            # the error of a float32 inner product
+            unseen = (2**-24 * (curve * (k.abs() @ curve)).sum(1)).sqrt() * kernel.dense
+            assert ((left <= 1e-3 * start + rounding) | ((start <= unseen) & (left <= start + rounding))).all()
 
 
 @pytest.mark.parametrize("dtype, far", [(torch.float64, 1e-8), (torch.float32, 1e-3)])

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import escape
 
+from conftest import ROOT
+from fastrot import config as configs
 from fastrot.errors import UserError
 from fastrot.profiling import collectives
 from fastrot.profiling.collectives import Timing, fit
@@ -28,6 +30,7 @@ from fastrot.profiling.estimate import (
 from fastrot.profiling.hardware import FOLDER, read
 from fastrot.profiling.roofline import Row
 from fastrot.runs import elsewhere
+from fastrot.runs.estimate import demand_of
 
 H100 = read("h100")
 N = Numbers.of(H100, "value")
@@ -40,8 +43,9 @@ SHORT = Measured(1e-3, 0.0, (1.0, 1.0), 0.0, 0.0, 1e-6, 1e9, 0.0)
 def demand(**changes) -> Demand:
     rows = (Row("conv", "convolution", False, 10**12, 10**9), Row("norm", "batch_norm", False, 10**8, 10**10))
     usual = {
-        "images": 1024, "views": 4096, "steps": 10_000, "gradient_bytes": 94_000_000, "norms": 53, "norm_channels": 26_560,
-        "bucket_mb": 25.0, "image_bytes": 110_000.0, "memory_bytes": 2e10, "checkpoint_bytes": 3e8, "rows": rows,
+        "images": 1024, "views": 4096, "steps": 10_000, "gradient_bytes": 94_000_000, "norms": 53, "norm_waits": (53, 53),
+        "norm_channels": 26_560, "bucket_mb": 25.0, "image_bytes": 110_000.0, "memory_bytes": 2e10,
+        "checkpoint_bytes": 3e8, "rows": rows,
     }  # fmt: skip
     return Demand(**{**usual, **changes})
 
@@ -208,12 +212,25 @@ def test_more_processes_than_cores_take_turns():
     taken = (0.64, 1.1 * 0.32, 1.1 * 0.32)  # two and four leave no core for the data path
     assert (alone.compute_s, two.compute_s, four.compute_s) == pytest.approx(taken)
     assert alone.bound == "compute" and four.seconds == pytest.approx((0.64 + 0.064) / 2, rel=1e-3)
-    normed = replace(one, norms=20, norm_channels=200)
+    normed = replace(one, norms=20, norm_waits=(20, 20), norm_channels=200)
     messages = [step_of(normed, here, 1, 4, corner).norms_s for corner in ("best", "value")]
-    waits = [norm_s(Numbers.of(here, corner), 10, 1, 4, rings=True) for corner in ("best", "value")]
+    waits = [sum(norm_s(Numbers.of(here, corner), 10, 1, 4, rings=True)) for corner in ("best", "value")]
     assert messages == pytest.approx([20 * waits[0], 2 * 20 * waits[1]])
     crowded = replace(one, measured=replace(step, crowding=1.5))
     assert step_of(crowded, here, 1, 4).seconds == pytest.approx(1.5 * four.seconds)
+
+
+@pytest.mark.parametrize("norm, messages, waits", [("torch", 53, (53, 53)), ("fused_conv", 49, (45, 17))])
+def test_a_step_waits_for_the_messages_that_no_product_hides(norm, messages, waits):
+    """62 of 98 of fused_conv, at worst all: what test_compiled_ranks counts in a step."""
+    config, _ = configs.load(str(ROOT / "configs" / "in1k.yaml"), [f"engine.norm={norm}"])
+    asked = demand_of(config, 8, 1_281_167, 110_000.0)
+    assert (asked.norms, asked.norm_waits) == (messages, waits)
+    gathered, summed = norm_s(N, asked.norm_channels / messages, 1, 8, rings=False)
+    assert step_of(asked, H100, 1, 8).norms_s == pytest.approx(waits[0] * gathered + waits[1] * summed)
+    worst = norm_s(Numbers.of(H100, "worst"), asked.norm_channels / messages, 1, 8, rings=False)
+    assert step_of(asked, H100, 1, 8, "worst").norms_s == pytest.approx(messages * sum(worst))
+    assert demand_of(config, 1, 1_281_167, 110_000.0).norms == 0
 
 
 def test_a_step_is_no_faster_than_its_launches():

@@ -269,3 +269,20 @@ def test_a_failed_write_leaves_nothing_behind_and_a_kills_leftovers_go_at_the_ne
 def full_disk(tensors, path):
     path.write_bytes(b"half")
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_branch_begins_elsewhere_and_then_goes_on_from_its_own(tmp_path):
+    begun, branch = tmp_path / "begun", tmp_path / "branch"
+    for run, steps in ((begun, (1, 2)), (branch, ())):
+        run.mkdir()
+        for step in steps:
+            save(saver(run), step)
+    first = begun / "checkpoints/step-00000001"
+    assert checkpoint.find(str(first), branch, SAID.append) == first
+    save(saver(branch), 2)
+    for words in (str(first), str(begun), "auto"):
+        assert checkpoint.find(words, branch, SAID.append) == branch / "checkpoints/step-00000002"
+    with pytest.raises(UserError, match="holds step-00000002, which is newer"):
+        checkpoint.find(str(first), begun, SAID.append)
+    with pytest.raises(UserError, match="no such folder"):
+        checkpoint.find(str(tmp_path / "none"), branch, SAID.append)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -179,6 +180,8 @@ def test_decoded_batches_wait_on_the_device_but_for_those_at_a_decoder_of_the_cp
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. And many words."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
         MemoryError("no memory for a batch"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_memory_that_runs_out_is_a_fault_of_one_line(error):
@@ -187,8 +190,13 @@ def test_memory_that_runs_out_is_a_fault_of_one_line(error):
     line = str(raised.value)
     assert "out of memory: a rank's 128 images of 224" in line and "images_per_micro_step=64 or less" in line
     assert "\n" not in line
-    with pytest.raises(RuntimeError, match="another"), running_out_is_a_fault(NEED):
-        raise RuntimeError("another")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError, dist.DistBackendError, NotImplementedError])
+def test_another_error_is_not_a_lack_of_memory(kind):
+    """A lost peer's by NCCL, or an illegal access, stay what they are."""
+    with pytest.raises(kind, match="another"), running_out_is_a_fault(NEED):
+        raise kind("another")
 
 
 def test_the_plan_comes_first_and_no_step_is_run_where_it_would_not_fit(images, fastrot, monkeypatch):

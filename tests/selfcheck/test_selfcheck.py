@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,8 @@ from hypothesis import strategies as st
 from conftest import ROOT
 from fastrot import config as configs
 from fastrot.selfcheck import correctness, report, run, speed, stand_in, verdict
-from fastrot.selfcheck.parts import PARTS, Part
-from fastrot.selfcheck.place import Found, Place
+from fastrot.selfcheck.parts import PARTS, Part, command
+from fastrot.selfcheck.place import Found, Place, launcher
 from fastrot.selfcheck.verdict import Arm
 
 GOOD = {"figures": [["speed", "3 views/s"]], "failures": [], "skipped": [], "raw": {}}
@@ -120,6 +121,19 @@ def test_a_part_run_again_takes_its_place_and_the_others_stay(tmp_path, monkeypa
     assert said["parts"] == {"good": "passed", "wrong": "passed"} and said["failed"] == []
 
 
+def test_a_parts_time_runs_from_its_start_and_what_it_calls_ends_before_it(tmp_path):
+    """Also the second that its process takes to import torch is the part's."""
+    words = command(PARTS[0], False, tmp_path, tmp_path, 60, tmp_path / "out")
+    assert 0 < time.monotonic() + 60 - float(words[words.index("--until") + 1]) < 10
+    place, done = Place(False, tmp_path, tmp_path, time.monotonic() + 1), tmp_path / "done"
+    assert place.call([sys.executable, "-c", f"open({str(done)!r}, 'w')"]).endswith("was not begun: no time was left")
+    assert not done.exists()
+    trains = [*launcher(8), "-m", "fastrot.cli", "train", "run.max_steps=5"]
+    assert [place.call(words).partition(" was")[0] for words in (trains, [*launcher(8), "bench/step.py", "--out"])] == [
+        "fastrot train", "bench/step.py",
+    ]  # fmt: skip
+
+
 def test_a_budget_cuts_a_parts_time_and_leaves_out_what_it_does_not_reach(tmp_path, monkeypatch):
     (cut,) = ran(tmp_path, "good", budget=60, limits={"good": 500})
     assert 50 < cut.limit_s <= 60 and cut.status == "passed"
@@ -148,6 +162,34 @@ def test_the_verdict_never_takes_a_slower_an_unequal_or_another_recipes_arm(arms
     assert all(chosen.speed >= arm.speed * (1 - verdict.NOISE) for arm in sure)
     assert not any(len(arm.switches) < len(chosen.switches) and arm.speed >= chosen.speed for arm in sure)
     configs.load(None, [f"engine.{k}={yaml.safe_dump(v).split()[0]}" for k, v in verdict.engine_keys(chosen).items()])
+
+
+def test_over_ranks_an_arm_pays_only_where_a_training_has_learnt_alike():
+    """Of the widest result; each way by itself, and both together."""
+    graphs, memory = "cuda_graphs=collectives", "symmetric_memory=true"
+    times = {"base": 1.0, "norm=fused_conv": 1.1, f"norm=fused_conv {graphs}": 1.3, f"norm=fused_conv {memory}": 1.2,
+             f"norm=fused_conv {graphs} {memory}": 1.5}  # fmt: skip
+    line = {"step": SPREAD | {"least_s": 1.0, "most_s": 1.0}, "base_step": SPREAD | {"least_s": 1.0}}
+    measured = [
+        {"ranks": ranks, "images": images, "switches": {name: line | {"times_base": t} for name, t in some.items()}}
+        for ranks, images, some in ((8, 16, {"base": 1.0}), (8, 128, times), (2, 128, {"base": 1.0}))
+    ]
+    for proven, chosen in (([], "norm=fused_conv"), ([[graphs]], f"norm=fused_conv {graphs}"),
+                           ([[memory]], f"norm=fused_conv {memory}"),
+                           ([[memory], [graphs, memory]], f"norm=fused_conv {graphs} {memory}")):  # fmt: skip
+        widest, arm = verdict.over_ranks({"measured": measured, "proven": proven})
+        assert (widest["images"], arm.name) == (128, chosen)
+        config = yaml.safe_load(verdict.fast_config(arm, "8 x H100", 128))["engine"]
+        assert config.get("cuda_graphs", False) == ("collectives" if graphs in chosen else False)
+        assert config.get("symmetric_memory", False) == (memory in chosen)
+    assert verdict.over_ranks({}) is None
+
+
+def test_the_documents_table_is_the_parts():
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `") and line.endswith(" |")]
+    parts = [f"| `{part.name}` | {part.says} | {part.gpu_s:,.0f} |" for part in PARTS]
+    assert [row for row in rows if row.split("`")[1] in {part.name for part in PARTS}] == parts
 
 
 def test_a_switch_pays_where_it_is_faster_in_every_round_and_more_of_them_by_more_than_the_noise():
@@ -238,7 +280,7 @@ class Told(Place):
 
     odd = None
 
-    def train(self, name, *words, hide_gpu=False, ranks=1):
+    def train(self, name, *words, hide_gpu=False, ranks=1, most=1.0):
         config, _ = configs.load(None, [*map(str, words), f"run.out={self.work / name}"], "train")
         steps, other = config.run.max_steps, name == self.odd
         folder = self.work / name / "checkpoints" / f"step-{steps:08d}"
@@ -255,9 +297,9 @@ class Told(Place):
         (correctness.losses, "losses-1", "bf16: the mean loss 100.00% from the CPU's"),
         (correctness.resume, "resume-0-again", "bf16, deepspeed: model.safetensors of the resumed run differ"),
         (
-            partial(speed._captured_collectives, world=2),
-            "2-ranks-collectives",
-            "losses 100.00% from those without graphs, more than 0.5%",
+            partial(speed._as_without, world=2),
+            "2-ranks-2",
+            "2 ranks, engine.symmetric_memory=true: losses 100.00% from those without, more than 0.5%",
         ),
         (speed.end_to_end, "end-to-end", "waits for data 2.00% of its time, more than 1%"),
     ],
@@ -279,7 +321,7 @@ def test_eight_gpus_are_asked_at_both_sizes_and_two_beside_them(tmp_path, monkey
         def bench(self, found, script, *words, before=()):
             world = int(before[-1].partition("=")[2])
             images, arms = words[words.index("--images") + 1], words[words.index("--only") + 1 :]
-            asked.append((world, images, before[1] if "=" in before[1] else ""))
+            asked.append((world, images))
             assert all(step.able(step.BASE | step.SWITCHES[arm], world, cuda=True) for arm in arms)
             talk = {"messages": 107, "seconds": 0.002}
             line = {"views_per_s": 700.0 * world, "communicate": SPREAD, "collectives": talk}
@@ -292,11 +334,12 @@ def test_eight_gpus_are_asked_at_both_sizes_and_two_beside_them(tmp_path, monkey
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     (tmp_path / "step.json").write_text(json.dumps({"raw": STEP | {"images": 128}}))
     speed.ranks(Eight(True, tmp_path, tmp_path / "work", 0.0), found)
-    assert asked == [(8, 16, ""), (8, 128, ""), (2, 64, ""), (2, 128, ""), (8, 16, "ENABLE_INTRA_NODE_COMM=1")]
+    assert asked == [(8, 16), (8, 128), (2, 64), (2, 128)]
     figures = dict(found.figures)
     assert figures["8 ranks of 128 images, of 8 times one's speed"] == "700%" and not found.failures
     assert figures["8 ranks of 16 images, norm_ranks=2"] == "5,600 views/s, 107 messages a step, 2.00 ms in them"
-    assert figures["2 ranks, engine.cuda_graphs=collectives"] == "losses 0.00% from those without graphs"
+    for way in ("engine.cuda_graphs=collectives", "engine.symmetric_memory=true", "both"):
+        assert figures[f"8 ranks, {way}"] == "losses 0.00% from those without"
 
 
 def test_a_decoder_that_writes_into_other_tensors_or_its_own_given_ones_is_seen():

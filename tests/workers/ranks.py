@@ -1,10 +1,11 @@
-"""Ranks without a launcher: forked from a process of theirs that has imported torch and DeepSpeed once."""
+"""Processes of tests, forked from one that has imported torch and DeepSpeed once; and ranks without a launcher."""
 
 import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from conftest import ROOT, free_port
@@ -12,7 +13,33 @@ from workers import narrow
 
 _TIME_OUT_S = 400
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["deepspeed", "workers.steps", "fastrot.runs.run", "fastrot.runs.finetune"])
+_CONTEXT.set_forkserver_preload(  # all of a test process's forks share it: nobody else may name another list
+    [
+        "deepspeed",
+        "torch._dynamo.repro.after_aot",
+        "torch.utils.tensorboard",
+        "workers.steps",
+        "fastrot.cli",
+        "fastrot.commands.train",
+        "fastrot.data.decode.turbo",
+        "fastrot.engine.deepspeed",
+        "fastrot.engine.plain",
+        "fastrot.runs.run",
+        "fastrot.runs.finetune",
+    ]
+)
+
+
+def forked(work: Callable, *arguments) -> BaseProcess:
+    """A process that runs work(*arguments), a function of a module."""
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))  # what is preloaded
+    try:
+        process = _CONTEXT.Process(target=work, args=arguments)
+        process.start()
+    finally:
+        os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
+    return process
 
 
 def as_ranks(world: int, work: Callable, *arguments, killed_when: Callable[[], bool] | None = None) -> str:
@@ -20,24 +47,18 @@ def as_ranks(world: int, work: Callable, *arguments, killed_when: Callable[[], b
 
     killed_when: then each gets a SIGKILL.
     """
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))  # what is preloaded
     with tempfile.TemporaryDirectory() as folder:
         logs, port = [Path(folder) / str(rank) for rank in range(world)], free_port()
-        processes = [
-            _CONTEXT.Process(target=_rank, args=(rank, world, port, log, narrow.is_on(), work, arguments))
-            for rank, log in enumerate(logs)
-        ]
+        processes: list[BaseProcess] = []
         try:
-            for process in processes:
-                process.start()
+            for rank, log in enumerate(logs):
+                processes.append(forked(_rank, rank, world, port, log, narrow.is_on(), work, arguments))
             while killed_when and not killed_when() and all(process.is_alive() for process in processes):
                 time.sleep(0.02)
             for process in processes:
                 process.kill() if killed_when else None
                 process.join(_TIME_OUT_S)
         finally:
-            os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
             for process in processes:
                 if process.is_alive():
                     process.kill()
