@@ -19,6 +19,7 @@ from fastrot.data.loader_settings import Tuned
 from fastrot.data.manifest import Manifest, changed_files, difference, place
 from fastrot.data.order import FullOrder, WindowOrder
 from fastrot.data.plan import Plan
+from fastrot.data.ranges import fit
 from fastrot.data.reading import states
 from fastrot.data.stage import of_config
 from fastrot.data.storage import FileStorage
@@ -138,7 +139,10 @@ def settings_of(config: Config, ranks: Ranks) -> Tuned:
 
 def storage_of(config: Config, manifest: Manifest, ranks: Ranks) -> FileStorage:
     """What reads these images, for a GPU's decoder into pinned memory."""
-    return FileStorage(manifest, config.data.readers, ranks.device.type == "cuda" and config.data.decode_on != "cpu")
+    data = config.data
+    pinned = ranks.device.type == "cuda" and data.decode_on != "cpu"
+    blocks = data.order == "window" and fit(manifest, data.window_rows * data.window_chunks)
+    return FileStorage(manifest, data.readers, pinned, blocks)
 
 
 def decoder_of(config: Config, manifest: Manifest, ranks: Ranks, batch: int, settings: Tuned) -> tuple[Decoder, str]:

@@ -1,10 +1,12 @@
 """Every launcher that can run here starts the same training: two ranks, and the same losses and weights bit for bit."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,49 @@ def test_srun(images, two, command, cluster, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert same(tmp_path / "r", two)
+
+
+def _asked(cluster: dict[str, str], *words: str) -> str:
+    return subprocess.run(words, env=cluster, capture_output=True, text=True).stdout.strip()
+
+
+def _until(done, says, seconds: float = 300) -> None:
+    until = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < until, says()
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("how", ["USR1", "TERM", "requeue"])
+def test_a_slurm_job_that_is_preempted_and_queued_again_ends_as_the_undisturbed_run(
+    images, two, command, cluster, tmp_path, how, fastrot
+):
+    """By a signal to its ranks, after which the script queues it again; or as preemption by requeue does it."""
+    run, job = tmp_path / "r", tmp_path / "job"
+    rendered = fastrot("launch", "--to", "slurm", "--nodes", "2", "--gpus", "0", "--out", job, *words(images, run))
+    assert rendered.code == 0, rendered.err
+    there = environment(command, SLURM_CONF=cluster["SLURM_CONF"], MASTER_ADDR="127.0.0.1")
+    assert subprocess.run(["sbatch", "--test-only", job], env=there, cwd=tmp_path, capture_output=True).returncode == 0
+    number = subprocess.run(
+        ["sbatch", "--parsable", job], env=there, cwd=tmp_path, capture_output=True, text=True
+    ).stdout.strip()
+
+    def said() -> str:
+        return "\n".join(
+            [_asked(there, "scontrol", "show", "job", number), *(log.read_text() for log in tmp_path.glob("*.log"))]
+        )
+
+    _until(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 2, said)
+    subprocess.run(
+        ["scontrol", "requeue", number] if how == "requeue" else ["scancel", f"--signal={how}", number], env=there
+    )
+    # out of the old start's way, whose end would else be taken for the new one's
+    _until(lambda: _asked(there, "squeue", "-h", "-j", number, "-o", "%t") == "PD", said)
+    _until(lambda: _asked(there, "sinfo", "-h", "-o", "%T").split() == ["idle"], said)
+    before = json.loads((run / "STATUS.json").read_text())
+    subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=there)  # not two minutes later
+    _until(lambda: json.loads((run / "STATUS.json").read_text())["state"] == "done", said)
+    if how != "requeue":
+        assert (before["state"], before["stopped"]) == ("stopped", f"SIG{how}") and before["steps"] < STEPS
+        assert "resumed from step-" in said()
+    assert same(run, two)
