@@ -101,6 +101,8 @@ def step(place: Place, found: Found) -> None:
     for name, what in (("times_plain", "times plain PyTorch"), ("times_base", "times base")):
         if name in line:
             found.figures.append((what, f"{line[name]:.2f}"))
+    if took := found.raw["switches"]["base"]["memory_gib"]:
+        found.figures.append(("memory of base's step", f"{took:.1f} GiB; {found.raw['estimated_gib']:.1f} by estimate"))
     rates = f"{roof['device_flops_per_s'] / 1e12:,.1f} TFLOP/s, {roof['device_bytes_per_s'] / 1e9:,.0f} GB/s"
     found.figures.append(("the device's products and copies", rates))
 
