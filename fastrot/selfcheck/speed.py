@@ -69,7 +69,7 @@ def rotation(place: Place, found: Found) -> None:
 
 
 def kernels(place: Place, found: Found) -> None:
-    """bench/kernels.py: the four norm kernels and the five products, beside kernels/traffic.py's prediction."""
+    """bench/kernels.py: the four norm kernels and the six products, beside kernels/traffic.py's prediction."""
     size = ["--rounds", 5] if place.gpu else ["--rounds", 1, "--stages", 4]
     found.raw |= place.bench(found, "kernels", *size)
     found.failures += [f"{kernel}: {why}" for kernel, why in found.raw.get("missing", {}).items()]
