@@ -116,6 +116,7 @@ def test_the_last_override_wins_and_sources_are_told(tmp_path):
         ("nonsense=1", "unknown key nonsense; sections: data, rotation"),
         ("optim.lr=fast", "optim.lr is 'fast'"),
         ("optim.lr=-1", "greater than 0"),
+        ("data.crop_by_epoch=::", "data.crop_by_epoch is ':'"),
         ("data.decode=opencv", "'nvimgcodec' or 'torch'"),
         ("run.max_steps=1.5", "run.max_steps is 1.5"),
         ("optim.lr", "expected section.key=value"),
