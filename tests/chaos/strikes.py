@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -70,6 +70,7 @@ class Running:
     """A start that runs, or ran."""
 
     def __init__(self, start: Start, process: BaseProcess, run: Path, small: Path, chance: random.Random):
+        Path(start.output).touch()  # it may be struck before it does so itself
         self.start, self.run, self.small, self.chance = start, run, small, chance
         self._process, self._began = process, time.monotonic()
         self.hung = self.was_training = False
@@ -281,7 +282,7 @@ class Full(NoDisk):
         assert os.path.ismount(running.small), "no disk of all may fill"
         disk = os.statvfs(running.small)
         room = running.chance.randrange(0, 600_000)
-        with (running.small / "filler").open("wb") as file:
+        with suppress(OSError), (running.small / "filler").open("wb", buffering=0) as file:  # the run writes beside it
             file.write(bytes(max(0, disk.f_bavail * disk.f_frsize - room)))
         return f"a disk with {room:,} bytes of room"
 

@@ -156,7 +156,7 @@ class Sweep:
         if self.chance.random() < 0.2:  # before it trains
             step, delay = None, self.chance.uniform(0, reference.begins_s)
         else:
-            step = (before or 0) + self.chance.randrange(14)
+            step = min((before or 0) + self.chance.randrange(14), STEPS - 2)
             delay = self.chance.uniform(0, 2 * reference.step_s)
         settings = strike.settings(self.chance, self.place.root)
         running = self._begin(how, settings.pop("words", []), **settings)
