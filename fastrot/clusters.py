@@ -50,7 +50,7 @@ def _slurm(start: Start) -> str:
         asked.append(f"time={max(1, round(60 * start.hours))}")  # 0 would be none
     asked += ["exclusive", f"signal=USR1@{_GRACE_S}", "requeue", "open-mode=append", f"output={start.name}-%j.log"]
     lines = ["#!/bin/bash", *(f"#SBATCH --{one}" for one in asked), ""]
-    step = "srun --kill-on-bad-exit=1 --cpu-bind=none"
+    step = "srun --kill-on-bad-exit=0 --wait=60 --cpu-bind=none"  # a rank that leaves first ends no other's last words
     if start.image.endswith(".sif"):
         step += f" apptainer exec {'--nv ' if start.gpus else ''}{shlex.quote(start.image)}"
     elif start.image:

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from fastrot.errors import Fault
 
-# launchers that are no Python; mpirun is two of these
-_LAUNCHERS = {"mpirun", "mpiexec", "orterun", "orted", "prterun", "prted", "mpiexec.hydra", "hydra_pmi_proxy"}
+_LAUNCHERS = {"mpirun", "mpiexec", "orterun", "orted", "prterun", "prted", "hydra_pmi_proxy"}  # that are no Python
 _GRACE_S = 20  # for a training to stop with a checkpoint: less than launchers leave
 
 
@@ -56,7 +55,11 @@ def _launchers_above() -> list[Process]:
             cmdline = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
         except OSError:
             break
-        if b"python" not in os.path.basename(cmdline) and "python" not in name and name.strip() not in _LAUNCHERS:
+        if (
+            b"python" not in os.path.basename(cmdline)
+            and "python" not in name
+            and name.strip().partition(".")[0] not in _LAUNCHERS
+        ):
             break
         line.append(Process.of(pid))
         pid = int((_stat(pid) or ["", "0"])[1])
