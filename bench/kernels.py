@@ -1,4 +1,4 @@
-"""How fast do the norm's four kernels move bytes and the four products multiply, beside what kernels/traffic.py predicts?"""
+"""How fast do the norm's four kernels move bytes and the five products multiply, beside what kernels/traffic.py predicts?"""
 
 import functools
 import statistics
@@ -82,6 +82,11 @@ def norms(layer: str, says: str, rows: int, channels: int, device: torch.device,
         yield Case(layer, f"norm: {name}{says}", many * x.numel(), 0.0, work[name], check)
 
 
+def unmasked(z: Tensor, _mask: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+    """A bit of the mask tells a value just above 0 from one just below."""
+    return z, *more
+
+
 def products(layer: str, rows: int, within: int, outer: int, device: torch.device) -> Iterator[Case]:
     x, dy, weight = drawn(rows, within, device), drawn(rows, outer, device), drawn(outer, within, device)
     affine = pointwise.affine(norm_reference.moments(x), torch.ones_like(weight[0]), torch.zeros_like(weight[0]), EPS)
@@ -89,11 +94,13 @@ def products(layer: str, rows: int, within: int, outer: int, device: torch.devic
     ones, zeros = torch.ones(outer, device=device), torch.zeros(outer, device=device)
 
     def of(x: Tensor, dy: Tensor, added: Tensor, module) -> dict[str, Callable[[], object]]:
-        moments = norm_reference.moments(dy)
-        _, mask = norm.apply_and_mask(dy, added, moments, ones, zeros, EPS)
-        joined = (x, back, dy, moments, EPS, mask, added, 1, 1, 1)
+        outer = pointwise.affine(norm_reference.moments(dy), ones, zeros, EPS)
+        made = (dy, back, outer, added, None)
+        _, mask, *_ = pointwise.joined_forward(*made)
+        joined = (x, back, [dy], [outer], mask, added, 1, 1, 1)
         return {
             "forward of a norm, moments": lambda: module.forward(x, weight, affine),
+            "joined forward, moments": lambda: unmasked(*module.joined_forward(*made)),
             "data gradient, sums": lambda: module.data_gradient(dy, weight, x, affine),
             "joined gradient, sums": lambda: module.joined_gradient(*joined),
             "weight gradient": lambda: module.weight_gradient(dy, x, affine),
@@ -102,7 +109,7 @@ def products(layer: str, rows: int, within: int, outer: int, device: torch.devic
     low, high, flops = x.numel(), dy.numel(), 2.0 * rows * within * outer
     few = tuple(one[:_FEW] for one in (x, dy, added))
     work, ours, theirs = of(x, dy, added, pointwise), of(*few, pointwise), of(*few, pointwise_reference)
-    moved = (low + high, high + 2 * low, low + 3 * high + high // 16, high + low)
+    moved = (low + high, 3 * high + high // 16 + low, high + 2 * low, low + 3 * high + high // 16, high + low)
     for name, values in zip(work, moved, strict=True):
         check = functools.partial(lambda name: (ours[name](), theirs[name]()), name)
         yield Case(layer, f"product: {name}", values, flops, work[name], check)

@@ -120,15 +120,18 @@ def separate(arm: str, block: Block) -> Iterator[Kernel]:
     yield from passes(layer, "input", gradients_added=3 * x)
 
 
-def together(block: Block, after: bool = False, before: bool = False) -> Iterator[Kernel]:
-    """As fastrot/models/fused_conv.py runs it; chained: from the block after it, to the block before it."""
+def together(block: Block, before: Block | None = None, after: Block | None = None) -> Iterator[Kernel]:
+    """As fastrot/models/fused_conv.py runs it, between blocks that it is chained with."""
     layer, x, mid, low, out, inputs, within, stride, first = block
 
     def product(what: str, values: int, flops: float, ours: bool = True) -> Kernel:
         return Kernel(layer, what, BF16 * values, flops, ours)
 
     one, three = 2.0 * mid * inputs, 2.0 * out * within
-    yield product("conv1: forward, moments", x + mid, one)
+    if before:
+        yield product("conv1: forward of the block before, moments", 3 * x + x // 16 + mid, one)
+    else:
+        yield product("conv1: forward, moments", x + mid, one)
     yield from passes(layer, "bn1", apply=2 * mid, sums=2 * mid, gradients=3 * mid)
     yield from convolution(layer, "conv2", mid, low, 9 * within)
     yield from passes(layer, "bn2", moments=low, gradients=3 * low)
@@ -136,13 +139,14 @@ def together(block: Block, after: bool = False, before: bool = False) -> Iterato
     yield product("conv3: weight gradient", out + low, three)
     yield product("conv3: data gradient, bn2's sums", out + 2 * low, three)
     if after:
-        yield from passes(layer, "bn3", apply_and_mask=3 * out + out // 16, gradient=3 * out)
+        yield from passes(layer, "bn3", gradient=3 * out)
     else:
         yield from passes(layer, "bn3", apply=3 * out, sums=3 * out, gradients=5 * out)
     yield product("conv1: weight gradient", mid + x, one, ours=False)
     thin, short = x // stride**2, 2.0 * out * inputs
     if before:
-        yield product("conv1: data gradient, joined", mid + thin + 2 * x + x // 16, one)
+        seen = 2 * x if before.first else x  # what its norms took
+        yield product("conv1: data gradient, joined", mid + thin + seen + x + x // 16, one)
     elif first:
         yield product("conv1: data gradient", mid + x, one, ours=False)
     else:
@@ -151,7 +155,7 @@ def together(block: Block, after: bool = False, before: bool = False) -> Iterato
         return
     yield from passes(layer, "shortcut", **({"rows_copied": 2 * thin} if stride > 1 else {}))
     yield product("shortcut: forward, moments", thin + out, short)
-    yield from passes(layer, "its norm", apply=2 * out, sums=2 * out, gradients=3 * out)
+    yield from passes(layer, "its norm", **({} if after else {"apply": 2 * out, "sums": 2 * out}), gradients=3 * out)
     yield product("shortcut: weight gradient", out + thin, short, ours=False)
     yield product("shortcut: data gradient", out + thin, short, ours=False)
     yield from passes(layer, "input", **({} if before else {"gradients_added": 3 * thin}))
@@ -172,10 +176,10 @@ def kernels(arm: str) -> Iterator[Kernel]:
     pixels, last = 3 * SIDE**2, STAGES[-1][0] * WIDER
     yield Kernel("views", "rotate_views", pixels / 4 + BF16 * pixels)
     yield from stem(arm, pixels, STAGES[0][0] * (SIDE // 2) ** 2)
-    every = list(blocks())
-    for block in every:
+    every = [None, *blocks(), None]
+    for before, block, after in zip(every, every[1:], every[2:], strict=False):
         if arm == "fused_chain":
-            yield from together(block, after=block != every[-1], before=block != every[0])
+            yield from together(block, before, after)
         else:
             yield from together(block) if arm == "fused_conv" else separate(arm, block)
     yield from passes("head", "avgpool", forward=50 * last, backward=50 * last)

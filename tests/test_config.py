@@ -244,6 +244,7 @@ def test_text_keys_are_those_that_are_text():
         "data.val",
         "data.stage",
         "finetune.names",
+        "model.init",
         "run.out",
         "run.mirror",
     ]

@@ -20,12 +20,14 @@ class Section(BaseModel):
 
 class Data(Section):
     train: str | None = None
-    """Training images: a folder of class folders, list:FILE with `path<TAB>label` lines, tar shards, voc:ROOT?split=S."""
+    """Training images: a folder of class folders, list:FILE with `path<TAB>label` lines, tar shards, NAME.beton,
+    voc:ROOT?split=S; or an address (s3://, gs://, http(s)://), with `stage`, or of shards or a .beton."""
     val: str | None = None
     """Held-out images, same forms; without it nothing is evaluated."""
     stage: str | None = None
     """A folder on each machine's own disk: where data.train and data.val are addresses (s3://, gs://, http(s)://), they
-    are copied below it once a machine, as fastrot stage does, and read there."""
+    are copied below it once a machine, as fastrot stage does, and read there. Without it shards and .beton are read where
+    they are."""
     decode: Literal["auto", "dali", "turbo", "turbo_fast", "ffcv", "torch"] = "auto"
     """Decoder: dali; turbo, our own, on the CPU; turbo_fast, which scales large windows in the DCT; ffcv (its
     own pixels: area-averaged); torch (torchvision); or auto = dali on a GPU, turbo on a CPU, where they run,
@@ -162,8 +164,8 @@ class Engine(Section):
     yet seen on GPUs)."""
     norm: Literal["torch", "fused", "fused_conv", "fused_chain"] = "torch"
     """Batch norm, addition and ReLU as torch's modules; or as one function of fewer passes (Triton on a GPU); or, in
-    a Bottleneck, as parts of its 1x1 convolutions besides; or these too where blocks meet, so that a block's last ReLU
-    and norm have their gradients from the block after it (compiled or recomputed, it is fused_conv)."""
+    a Bottleneck, as parts of its 1x1 convolutions besides; or these too where blocks meet, so that a block's last norm,
+    addition and ReLU are parts of the next block's first convolution (compiled or recomputed, it is fused_conv)."""
     stem_channels: Literal[3, 4] = 3
     """Channels of the views; the fourth is zero, and so is its filter: memory and tensor cores like fours."""
     recompute: bool = False

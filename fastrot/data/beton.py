@@ -16,8 +16,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrot.data.reading import again, refusal
+from fastrot.data.reading import again, opened, refusal
 from fastrot.errors import UserError
+from fastrot.remote import absolute
 
 JPEG, RAW = 0, 1
 MOST_SIDE = 65500  # libjpeg's limit; the format's own is 65535
@@ -73,8 +74,10 @@ def read_table(path: str | bytes | os.PathLike[str]) -> Table:
 
 
 def _opened(path: str | bytes | os.PathLike[str]) -> Table:
-    with open(path, "rb") as file:
-        return _read(file, os.fstat(file.fileno()).st_size)
+    with opened(os.fsencode(absolute(os.fsdecode(path)))) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        return _read(file, size)
 
 
 class _Wrong(Exception):

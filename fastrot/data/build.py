@@ -19,6 +19,7 @@ from fastrot.data.loader_settings import Tuned
 from fastrot.data.manifest import Manifest, changed_files, difference, place
 from fastrot.data.order import FullOrder, WindowOrder
 from fastrot.data.plan import Plan
+from fastrot.data.ranges import fit
 from fastrot.data.reading import states
 from fastrot.data.stage import of_config
 from fastrot.data.storage import FileStorage
@@ -58,12 +59,16 @@ def plan_of(config: Config, manifest: Manifest) -> Plan:
 
 
 def at_hand(source: str | None, config: Config, ranks: Ranks, key: str) -> str | None:
-    """A source as it is, or, where it is at a distance, its copy below data.stage: every rank makes sure of its machine's,
-    of which one copies. Raises, on all ranks, what one raised."""
+    """A source as it is, or, where it is at a distance, its copy below data.stage, made by the first rank of each machine.
+    Raises, on all ranks, what one raised. Collective."""
     if not is_remote(source):
         return source
-    folder = config.data.stage
-    return distributed.on_all(ranks, lambda: of_config(str(source), folder, key))
+
+    def here() -> str | None:
+        return of_config(source, config.data.stage, key)
+
+    made = distributed.on_all(ranks, lambda: here() if ranks.local_rank == 0 else None)
+    return distributed.on_all(ranks, lambda: made or here())
 
 
 def open_manifest(source: str | None, config: Config, ranks: Ranks, key: str) -> Manifest:
@@ -138,7 +143,10 @@ def settings_of(config: Config, ranks: Ranks) -> Tuned:
 
 def storage_of(config: Config, manifest: Manifest, ranks: Ranks) -> FileStorage:
     """What reads these images, for a GPU's decoder into pinned memory."""
-    return FileStorage(manifest, config.data.readers, ranks.device.type == "cuda" and config.data.decode_on != "cpu")
+    data = config.data
+    pinned = ranks.device.type == "cuda" and data.decode_on != "cpu"
+    blocks = data.order == "window" and fit(manifest, data.window_rows * data.window_chunks)
+    return FileStorage(manifest, data.readers, pinned, blocks)
 
 
 def decoder_of(config: Config, manifest: Manifest, ranks: Ranks, batch: int, settings: Tuned) -> tuple[Decoder, str]:

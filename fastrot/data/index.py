@@ -19,13 +19,13 @@ from fastrot.data import jpeg, png, scan
 from fastrot.data.coding import ODD, coding_of, coding_of_jpeg
 from fastrot.data.images import KINDS, kind_of, open_image, orientation_of, upright
 from fastrot.data.manifest import FORMAT, HEAD, Manifest, content_hash, place
-from fastrot.data.reading import GONE, states
+from fastrot.data.reading import GONE, opened, states
 from fastrot.data.scan import Track
-from fastrot.data.sources import open_source, rules_of, shards_of
+from fastrot.data.sources import in_place, open_source, rules_of, shards_of
 from fastrot.data.sources.listing import Listing
 from fastrot.errors import BadImage, UserError
 from fastrot.files import replacing
-from fastrot.remote import is_remote, shown
+from fastrot.remote import absolute, is_remote, shown
 
 _HASHED = 4096  # files that enter the storage hash at once
 
@@ -34,7 +34,7 @@ def in_cache(source: str | None, max_pixels: int, key: str, track: Track = termi
     """`index` in this machine's cache, progress shown; source: what `key` of the config names. Raises as it does."""
     if source is None:
         raise UserError(f"{key} is not set; name an image folder, as in {key}=/path, or list:FILE")
-    if is_remote(source):
+    if is_remote(source) and not in_place(source):
         raise UserError(f"{key}: {shown(source)} is not on this machine; fastrot stage {shown(source)} DIR")
     return index(source, machine.cache_folder() / "manifests", max_pixels, track)
 
@@ -53,7 +53,7 @@ def index(source: str, cache: Path, max_pixels: int, track: Track) -> Path:
     state = _states_of(source, paths)
     columns = (listing.file, listing.offset, listing.length, listing.labels) if listing else ()
     storage = _storage_hash(source, paths, state, columns, max_pixels)
-    key = hashlib.sha256(b"%d %b %d" % (FORMAT, os.fsencode(os.path.abspath(source)), max_pixels)).hexdigest()[:24]
+    key = hashlib.sha256(b"%d %b %d" % (FORMAT, os.fsencode(absolute(source)), max_pixels)).hexdigest()[:24]
     cached = cache / key
     if _holds(cached, storage):
         return _with_states(cached, state)
@@ -141,8 +141,8 @@ def scan_file(
     Raises OSError where the file cannot be read: that may pass, and is nothing its bytes say.
     """
     try:
-        with open(path, "rb") as shard:
-            file: BinaryIO = shard
+        with opened(path) as shard:
+            file = shard
             if length >= 0:
                 shard.seek(offset)
                 part = shard.read(length)

@@ -4,14 +4,19 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from contextlib import contextmanager
+from typing import BinaryIO, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrot.errors import Fault, UserError
+from fastrot.remote import Entry
+from fastrot.remote import file as far
+from fastrot.remote.file import file_at
 
 GONE, IRREGULAR = -1, -2  # a state of a name without a file, and of a folder, pipe or device
 _ASKING = 16  # threads that ask a file system
@@ -52,11 +57,25 @@ def refusal(line: str, error: OSError) -> UserError | Fault:
     return kind(f"{line} ({error.strerror or error})")
 
 
+def is_far(path: bytes) -> bool:
+    """Whether a file's name is an address: paths are absolute."""
+    return b"://" in path and not path.startswith(b"/")
+
+
+def state_of(entry: Entry) -> tuple[int, int]:
+    """Size and time of a file at a distance, as `states` has them; of one without a time, what changes with its bytes."""
+    return entry.size or 0, int((entry.time or zlib.crc32(entry.version.encode())) * 10**9)
+
+
 def states(paths: list[bytes]) -> NDArray[np.int64]:
     """Size in bytes and modification time in ns of each file, int64 [n, 2]; GONE or IRREGULAR where it has none.
 
     Raises UserError or Fault where the system cannot tell.
     """
+    if paths and is_far(paths[0]):
+        with ThreadPoolExecutor(_ASKING) as pool:
+            found = [state_of(entry) for _, entry in pool.map(file_at, map(os.fsdecode, paths))]
+        return np.array(found, np.int64)
     blocks = [paths[at : at + _BLOCK] for at in range(0, len(paths), _BLOCK)]
     with ThreadPoolExecutor(_ASKING) as pool:  # a network's file system answers many at once
         return np.concatenate([np.zeros((0, 2), np.int64), *pool.map(_states, blocks)])
@@ -94,6 +113,16 @@ def open_regular(path: str | bytes) -> int:
         os.close(handle)
         raise OSError(errno.EINVAL, "not a regular file", path)
     return handle
+
+
+@contextmanager
+def opened(path: bytes) -> Iterator[BinaryIO]:
+    """A regular file, here or at an address, for reading. Raises OSError; UserError or Fault of what is at a distance."""
+    if is_far(path):
+        yield far.opened(os.fsdecode(path))
+        return
+    with os.fdopen(open_regular(path), "rb") as file:
+        yield file
 
 
 def read_text_file(path: str | bytes) -> bytes:

@@ -24,6 +24,7 @@ from typing import Any
 
 from fastrot import terminal
 from fastrot.data.pieces import PIECE, Pieces, digest_of
+from fastrot.data.sources import in_place
 from fastrot.errors import UserError
 from fastrot.files import read_json, remove, write_text
 from fastrot.remote import Entry, Found, Piece, is_remote, locate, shown
@@ -31,6 +32,7 @@ from fastrot.remote.store import PARALLEL, Checksum
 
 HOME = ".stage"  # the folder of the record and the lock
 _RECORD = "record.json"
+_OURS = re.compile(r"\.stage/|(.*/)?\.(tmp|part)-")  # in a source that was staged itself
 _TRIES = 3  # of bytes that do not match their checksum
 
 
@@ -98,10 +100,12 @@ def staged(source: str, folder: Path, track: Track = terminal.track) -> str:
 
 
 def of_config(source: str | None, folder: str | None, key: str) -> str | None:
-    """`staged` as a config says it; a source on this machine as it is. key: of the config, that names the source."""
+    """`staged` as a config says it; a source on this machine, or one that is read where it is, as it is. key: of the config, that names the source."""
     if not is_remote(source):
         return source
     plain = shown(str(source))
+    if folder is None and in_place(str(source)):
+        return source
     if folder is None:
         raise UserError(
             f"{key}: {plain} is not on this machine; set data.stage to a folder on its disk, or fastrot stage {plain} DIR"
@@ -163,7 +167,8 @@ class _Staging:
     """One source on its way into one folder."""
 
     def __init__(self, found: Found, dest: Path, before: _Record | None):
-        self._store, self._files, self._dest = found.store, found.files, dest
+        self._store, self._dest = found.store, dest
+        self._files = {name: entry for name, entry in found.files.items() if not _OURS.match(name)}
         self._before = {row[0]: row for row in before.files} if before else {}
         self.whole: list[tuple[str, int, str, str]] = []
         self.fetched = 0

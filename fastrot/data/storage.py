@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from fastrot.data.images import KINDS
 from fastrot.data.manifest import Manifest
-from fastrot.data.reading import again, open_regular
+from fastrot.data.ranges import Ranges
+from fastrot.data.reading import again, is_far, open_regular
 from fastrot.errors import BadImage, Unreadable
 from fastrot_kernels import reader
 from fastrot_kernels.arenas import Arenas
@@ -48,17 +49,23 @@ class FileStorage:
     """Images as stretches of files. One that cannot be read, or is in a file that changed
     since it was indexed, comes back as Unreadable in its place.
 
+    Of files at a distance what cannot be read raises UserError or Fault: a store that fails says nothing of an image.
+
     readers  images read at once.  pinned  whether memory is page-locked, as a GPU's decoder likes it.
     Where the reader in C cannot be compiled Python reads, which is said; Python also reads again, and says what is
     wrong, where C did not find an image as expected.
+    blocks   of files at a distance: as for Ranges.
     """
 
-    def __init__(self, manifest: Manifest, readers: int = READERS, pinned: bool = False):
+    def __init__(self, manifest: Manifest, readers: int = READERS, pinned: bool = False, blocks: bool = False):
         self._manifest = manifest
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="read")
         self._arenas = Arenas(pinned)
         self._names = np.ascontiguousarray(manifest.names)
         self._reader: reader.Reader | None = None
+        self._ranges = Ranges(manifest, blocks) if is_far(manifest.path(0)) else None
+        if self._ranges:
+            return
         try:
             self._reader = reader.Reader(readers)
         except BuildError as error:
@@ -71,19 +78,43 @@ class FileStorage:
 
     def start(self, rows: NDArray[np.int64]) -> Reading:
         """Begin to read these rows; what it returns waits for them."""
+        if self._ranges:
+            return self._by_ranges(self._ranges, rows)
         return self._by_python(rows) if self._reader is None else self._by_c(self._reader, rows)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._reader:
             self._reader.close()
+        if self._ranges:
+            self._ranges.close()
+
+    def _by_ranges(self, made: Ranges, rows: NDArray[np.int64]) -> Reading:
+        arena, starts = self._room(rows)
+        bounds = zip(starts.tolist(), (starts + self._manifest.length[rows]).tolist(), strict=True)
+        found: list[Any] = [arena[start:end] for start, end in bounds]
+        wait, pending = made.start(rows, found.copy())
+
+        def finish() -> Buffers:
+            wait()
+            for at in np.flatnonzero(self._manifest.kind[rows] == _RAW).tolist():
+                found[at] = self._shaped(found[at], int(rows[at]))
+            return found
+
+        reading = Reading(self._manifest, rows, finish)
+        reading.pending = pending
+        return reading
+
+    def _room(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """One stretch of memory for these rows, and where in it each begins."""
+        aligned = -(-self._manifest.length[rows] // _APART) * _APART
+        ends = np.cumsum(aligned)
+        return self._arenas.take(int(ends[-1]) if len(ends) else 0), ends - aligned
 
     def _by_c(self, made: reader.Reader, rows: NDArray[np.int64]) -> Reading:
         order = np.argsort(self._manifest.file[rows], kind="stable")  # neighbours of a file together
         length = self._manifest.length[rows]
-        ends = np.cumsum(-(-length // _APART) * _APART)
-        starts = ends - -(-length // _APART) * _APART
-        arena = self._arenas.take(int(ends[-1]) if len(ends) else 0)
+        arena, starts = self._room(rows)
         started = made.start(self._requests(rows[order], arena.ctypes.data + starts[order]), (arena, self._names))
 
         def finish() -> Buffers:

@@ -1,28 +1,44 @@
 """A Bottleneck's training step by hand: its 1x1 convolutions take in and give out batch norm, on top of `fused`."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from itertools import chain, islice, pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import ResNet
 
-from fastrot.models.fused_norm import FusedBottleneck, fuse_norms, maps_of, rows_of
+from fastrot.models.fused_norm import FusedBottleneck, FusedNorm2d, fuse_norms, maps_of, rows_of
 from fastrot.models.over_ranks import Group, merging, summing
 from fastrot_kernels import norm, pointwise
 
-# stride, padding, dilation and groups of a convolution
-_Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+T = TypeVar("T")
+
+
+class Unjoined(NamedTuple):
+    """A block's result before its last norms, addition and ReLU, which the next block's first product does.
+
+    y         maps that conv3 gives, and the first norm takes.
+    residual  the block's input; or maps that its shortcut's convolution gives, and the second norm takes.
+    moments   of each norm.
+    """
+
+    y: Tensor
+    residual: Tensor | None = None
+    moments: Sequence[Tensor] = ()
+    norms: Sequence[FusedNorm2d] = ()
 
 
 class _Normed(NamedTuple):
-    """A convolution's weight, and its norm's weight, bias and eps."""
+    """A norm's weight, bias and eps."""
 
-    filters: Tensor
     gamma: Tensor
     beta: Tensor
     eps: float
+
+    def affine(self, moments: Tensor) -> Tensor:
+        return pointwise.affine(moments, self.gamma, self.beta, self.eps)
 
     def applied(self, y: Tensor, residual: Tensor | None, moments: Tensor, relu: bool) -> Tensor:
         return norm.apply(y, residual, moments, self.gamma, self.beta, self.eps, relu)
@@ -38,24 +54,29 @@ class _Normed(NamedTuple):
         return norm.gradients(dy, x, y, moments, self.gamma, self.beta, sums, self.eps, relu)
 
 
-class _Ahead:
-    """What the next block's backward pass finds out of a block's: the gradient before its last ReLU, bn3's sums."""
+class _Way(NamedTuple):
+    """How a block is computed.
 
-    gradient: Tensor | None = None
-    sums: Tensor | None = None
-
-
-class _Tail(NamedTuple):
-    """A block's last norm and ReLU, for the backward pass of the block after it: an attribute of its result.
-
-    y  the rows that bn3 takes in; moments and eps of it; mask  where the ReLU lets through, norm.apply_and_mask's.
+    conv2       stride, padding, dilation and groups of the 3x3 convolution.
+    stride      of the shortcut.
+    filters     how many convolutions: the shortcut's is the fourth.
+    before      how many norms the block before left to this one.
+    eps         of each norm: bn1, bn2; bn3 and the shortcut's where the next block does not do them; those before.
+    over_ranks  whose views the norms see together.
     """
 
-    y: Tensor
-    moments: Tensor
-    mask: Tensor
-    eps: float
-    ahead: _Ahead
+    conv2: tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+    stride: int
+    filters: int
+    before: int
+    eps: tuple[float, ...]
+    over_ranks: Group | None
+
+    def norms(self, parameters: Sequence[Tensor]) -> list[list[_Normed]]:
+        """bn1 and bn2; bn3 and the shortcut's; those before."""
+        weights = parameters[self.filters :]
+        each = [_Normed(*parts) for parts in zip(weights[::2], weights[1::2], self.eps, strict=True)]
+        return _cut(each, (2, len(each) - 2 - self.before, self.before))
 
 
 class _Step(torch.autograd.Function):
@@ -65,121 +86,154 @@ class _Step(torch.autograd.Function):
     that make them; bn2 and its ReLU are computed as conv3, and its gradients, read y2: that normalised map is never
     in memory. The gradient of x is summed where the product writes it, not by a pass of its own.
     What norms say to other ranks is on its way while what does not need it is computed: the shortcut's product, and
-    the weights' gradients of conv2 and conv3. The shortcut's norm shares a message of bn3's, and of bn2's.
+    the weights' gradients. The shortcut's norm shares a message of bn3's, and of bn2's or bn3's.
 
-    tail    of the block before, whose result x is: then the product goes on to the gradient before its ReLU, and to
-            bn3's sums. That gradient serves for x's, as the ReLU lets no more through a second time.
-    ahead   for the block after to fill; then y3 and the mask follow the moments. It counts where the gradient that
-            comes is the very one left there: no one else's was added.
-    conv2   stride, padding, dilation and groups of the 3x3 convolution.
-    stride  of the shortcut, where there is one.
-    eps     of each norm.
+    x, residual, moments  of an Unjoined. Where norms come with it, the first product makes its own input of them, and
+                          the one that makes that input's gradient goes on to before its ReLU and to the norms' sums.
+    Where the next block does bn3, the result is not maps but y3 and the shortcut's y, or x.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        tail: _Tail | None,
-        ahead: _Ahead | None,
-        conv2: _Geometry,
-        stride: int,
-        eps: tuple[float, ...],
-        over_ranks: Group | None,
-        *parameters: Tensor,
+        ctx: Any, x: Tensor, residual: Tensor | None, moments: Sequence[Tensor], way: _Way, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        n1, n2, n3, *shortcut = _by_three(parameters, eps)
-        w1, w2, w3 = _matrix(n1.filters, x.dtype), n2.filters.to(x.dtype), _matrix(n3.filters, x.dtype)
-        rows = rows_of(x)
-        y1, m1 = pointwise.forward(rows, w1, None)
+        (f1, f2, f3, *fd), over_ranks = parameters[: way.filters], way.over_ranks
+        (n1, n2), last, before = way.norms(parameters)
+        w1, w3, *wd = (_matrix(each, x.dtype) for each in (f1, f3, *fd))
+        w2 = f2.to(x.dtype)
+        rows, y1, m1, joined = _first_product(x, residual, moments, before, w1)
         merged1 = merging(over_ranks, m1)
         down: list[Tensor] = []
         md: list[Tensor] = []
-        for nd in shortcut:
-            wd, thinned = _matrix(nd.filters, x.dtype), rows_of(x[:, :, ::stride, ::stride])
-            yd, *md = pointwise.forward(thinned, wd, None)
-            down = [thinned, wd, yd]
+        if wd:
+            thinned = rows_of(maps_of(rows, x)[:, :, :: way.stride, :: way.stride])
+            yd, *md = pointwise.forward(thinned, wd[0], None)
+            down = [thinned, *wd, yd]
         [m1] = merged1()
         h1 = maps_of(n1.applied(y1, None, m1, True), x)
-        maps2 = F.conv2d(h1, w2, None, *conv2)
+        maps2 = F.conv2d(h1, w2, None, *way.conv2)
         y2 = rows_of(maps2)
         [m2] = merging(over_ranks, norm.moments(y2))()
-        a2 = pointwise.affine(m2, n2.gamma, n2.beta, n2.eps)
+        a2 = n2.affine(m2)
         y3, m3 = pointwise.forward(y2, w3, a2)
         m3, *md = merging(over_ranks, m3, *md)()
-        residual, moments = rows, [m1, m2, m3, *md]
-        for nd in shortcut:
-            residual = nd.applied(yd, None, md[0], False)
-        left = list(moments)
-        if ahead is None:
-            applied = n3.applied(y3, residual, m3, True)
+        shortcut = yd if wd else rows
+        if last:
+            n3, *nd = last
+            shortcut = nd[0].applied(yd, None, md[0], False) if nd else rows
+            result = [maps_of(n3.applied(y3, shortcut, m3, True), maps2)]
         else:
-            applied, mask = norm.apply_and_mask(y3, residual, m3, n3.gamma, n3.beta, n3.eps)
-            left += [y3, mask]
-        out = maps_of(applied, maps2)
-        before = () if tail is None else (tail.y, tail.moments, tail.mask)
-        ctx.save_for_backward(rows, w1, y1, h1, w2, y2, a2, w3, y3, out, *down, *moments, *parameters, *before)
-        ctx.conv2, ctx.stride, ctx.eps, ctx.over_ranks, ctx.ahead = conv2, stride, eps, over_ranks, ahead
-        ctx.before = None if tail is None else (tail.eps, tail.ahead)
-        ctx.mark_non_differentiable(*left)
-        ctx.set_materialize_grads(False)  # of what is left there is none: no zeros for them
-        return out, *left
+            result = [maps_of(y3, maps2), maps_of(shortcut, maps2)]
+        own = [m1, m2, m3, *md]
+        kept = (parameters, down, own, joined, result if last else [])
+        ctx.save_for_backward(rows, w1, y1, h1, w2, y2, a2, w3, y3, *chain(*kept))
+        ctx.way, ctx.kept = way, [len(some) for some in kept]
+        ctx.mark_non_differentiable(*own)
+        ctx.set_materialize_grads(False)  # of moments there is none: no zeros for them
+        return *result, *own
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_left: Tensor) -> tuple[Tensor | None, ...]:
-        rows, w1, y1, h1, w2, y2, a2, w3, y3, out, *rest = ctx.saved_tensors
-        rest, before = (rest, []) if ctx.before is None else (rest[:-3], rest[-3:])
-        norms, over_ranks = len(ctx.eps), ctx.over_ranks
-        down, (m1, m2, m3, *md), parameters = rest[: -4 * norms], rest[-4 * norms : -3 * norms], rest[-3 * norms :]
-        n1, n2, n3, *shortcut = _by_three(parameters, ctx.eps)
-        dy, done = rows_of(grad), ctx.ahead is not None and grad is ctx.ahead.gradient
-        kept = None if done else rows_of(out)
-        sums3 = ctx.ahead.sums if done else n3.sums(dy, y3, kept, m3, True)
-        [all3] = summing(over_ranks, sums3)()
-        dy3, dresidual = n3.gradients(all3, dy, y3, kept, m3, not done)
-        dresidual = dy if done else dresidual
-        if ctx.ahead is not None:
-            ctx.ahead.gradient = ctx.ahead.sums = None
-        sumsd = [nd.sums(dresidual, down[2], None, md[0], False) for nd in shortcut]
+    def backward(ctx: Any, grad: Tensor, *more: Tensor) -> tuple[Tensor | None, ...]:
+        rows, w1, y1, h1, w2, y2, a2, w3, y3, *rest = ctx.saved_tensors
+        parameters, down, (m1, m2, *m3), joined, out = _cut(rest, ctx.kept)
+        way, over_ranks = ctx.way, ctx.way.over_ranks
+        (n1, n2), last, before = way.norms(parameters)
+        if last:
+            dy3, added, sums3 = _through_last(last, over_ranks, rows_of(grad), rows_of(*out), [y3, *down[2:]], m3)
+        else:
+            dy3, added, sums3 = rows_of(grad), rows_of(more[0]), []
         g, sums2 = pointwise.data_gradient(dy3, w3, y2, a2)
-        summed = summing(over_ranks, sums2, *sumsd)
+        summed = summing(over_ranks, sums2, *sums3[1:])
         dw3 = pointwise.weight_gradient(dy3, y2, a2)
         all2, *alld = summed()
         dy2, _ = n2.gradients(all2, g, y2, None, m2, False)
-        back2 = (maps_of(dy2, out), h1, w2, None, *ctx.conv2[:3], False, [0, 0], ctx.conv2[3])
+        back2 = (maps_of(dy2, grad), h1, w2, None, *way.conv2[:3], False, [0, 0], way.conv2[3])
         dh1 = rows_of(torch.ops.aten.convolution_backward(*back2, [True, False, False])[0])
         sums1 = n1.sums(dh1, y1, None, m1, True)
         summed = summing(over_ranks, sums1)
         dw2 = torch.ops.aten.convolution_backward(*back2, [False, True, False])[1]
         [all1] = summed()
         dy1, _ = n1.gradients(all1, dh1, y1, None, m1, True)
-        gradients = [pointwise.weight_gradient(dy1, rows, None), *sums1, dw2, *sums2, dw3, *sums3]
-        if shortcut:
-            thinned, wd, yd = down
-            dyd, _ = shortcut[0].gradients(alld[0], dresidual, yd, None, md[0], False)
-            gradients += [pointwise.weight_gradient(dyd, thinned, None), *sumsd[0]]
-            added = dyd @ wd
-        else:
-            added = dresidual.clone() if done and not before else dresidual  # a gradient that came is not written to
-        stride = ctx.stride if shortcut else 1
+        dyd = last[1].gradients(alld[0], added, down[2], None, m3[1], False)[0] if alld else added
+        if down:
+            added = dyd @ down[1]
+        elif not last and not before:
+            added = added.clone()  # a gradient that came is not written to
+        stride = way.stride if down else 1
+        sums0: Sequence[Tensor] = ()
         if before:
-            y, moments, mask = before
-            (eps, ahead), (height, width) = ctx.before, h1.shape[2:]
-            g, ahead.sums = pointwise.joined_gradient(dy1, w1, y, moments, eps, mask, added, height, width, stride)
-            dx = ahead.gradient = maps_of(g, h1)
-        elif shortcut:
-            dx = maps_of(dy1 @ w1, h1)
-            dx[:, :, ::stride, ::stride].add_(maps_of(added, out))  # += would copy it to itself after
+            sums0, given = _through_joined(before, over_ranks, joined, dy1, w1, added, h1, stride)
         else:
-            dx = maps_of(added.addmm_(dy1, w1), h1)
-        mine = (value.view_as(p).to(p.dtype) for value, p in zip(gradients, parameters, strict=True))
-        return dx, None, None, None, None, None, None, *mine
+            dx = _input_gradient(way, dy1, w1, added, h1, grad)
+        dws = [pointwise.weight_gradient(dy1, rows, None), dw2, dw3]
+        dws += [pointwise.weight_gradient(dyd, thinned, None) for thinned in down[:1]]
+        gradients = [*dws, *chain(sums1, sums2, *sums3, *sums0)]
+        each = (value.view_as(p).to(p.dtype) for value, p in zip(gradients, parameters, strict=True))
+        return *(given() if before else (dx, None)), None, None, *each
 
 
-def _by_three(parameters: Sequence[Tensor], eps: tuple[float, ...]) -> list[_Normed]:
-    """Each convolution with its norm, of filters, gamma and beta in turn."""
-    each = zip(parameters[::3], parameters[1::3], parameters[2::3], eps, strict=True)
-    return [_Normed(*parts) for parts in each]
+def _first_product(
+    x: Tensor, residual: Tensor | None, moments: Sequence[Tensor], norms: list[_Normed], w1: Tensor
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """(a block's input as rows, y1, its moments, what `_through_joined` needs) of what the block before gave."""
+    if residual is None:
+        rows = rows_of(x)
+        return rows, *pointwise.forward(rows, w1, None), []
+    affines = [each.affine(m) for each, m in zip(norms, moments, strict=True)]
+    ys = [rows_of(each) for each in (x, residual)]
+    normed = affines[1] if len(affines) > 1 else None
+    rows, mask, y1, m1 = pointwise.joined_forward(ys[0], w1, affines[0], ys[1], normed)
+    return rows, y1, m1, [mask, *ys[: len(norms)], *affines, *moments]
+
+
+def _through_last(
+    norms: list[_Normed], over_ranks: Group | None, dy: Tensor, out: Tensor, ys: list[Tensor], moments: list[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Of a block that ends in maps: gradients of y3 and of the residual; this rank's sums of bn3 and the shortcut's norm."""
+    (n3, *nd), (y3, *yd), (m3, *md) = norms, ys, moments
+    sums3 = n3.sums(dy, y3, out, m3, True)
+    [all3] = summing(over_ranks, sums3)()
+    dy3, dresidual = n3.gradients(all3, dy, y3, out, m3, True)
+    return dy3, dresidual, [sums3, *(n.sums(dresidual, y, None, m, False) for n, y, m in zip(nd, yd, md, strict=True))]
+
+
+def _through_joined(
+    norms: list[_Normed],
+    over_ranks: Group | None,
+    joined: list[Tensor],
+    dy1: Tensor,
+    w1: Tensor,
+    added: Tensor,
+    like: Tensor,
+    stride: int,
+) -> tuple[Sequence[Tensor], Callable[[], list[Tensor]]]:
+    """This rank's sums of the norms that the first product took in; what is returned with them waits for all ranks',
+    and gives the gradients of what the block before gave."""
+    ([mask], ys, affines, moments), (height, width) = _cut(joined, (1, *3 * [len(norms)])), like.shape[2:]
+    g, sums = pointwise.joined_gradient(dy1, w1, ys, affines, mask, added, height, width, stride)
+    arrive = summing(over_ranks, *sums)
+
+    def gradients() -> list[Tensor]:
+        each = zip(norms, arrive(), ys, moments, strict=True)
+        given = [n.gradients(all_ranks, g, y, None, m, False)[0] for n, all_ranks, y, m in each]
+        return [maps_of(rows, like) for rows in (*given, g)][:2]
+
+    return sums.unbind(), gradients
+
+
+def _input_gradient(way: _Way, dy1: Tensor, w1: Tensor, added: Tensor, like: Tensor, low: Tensor) -> Tensor:
+    """Of maps that a block was given; added: the residual's, written to where the residual is those maps."""
+    if way.filters == 3:
+        return maps_of(added.addmm_(dy1, w1), like)
+    dx = maps_of(dy1 @ w1, like)
+    dx[:, :, :: way.stride, :: way.stride].add_(maps_of(added, low))  # += would copy it to itself after
+    return dx
+
+
+def _cut(each: Sequence[T], lengths: Sequence[int]) -> list[list[T]]:
+    """One after the other, so many."""
+    left = iter(each)
+    return [list(islice(left, length)) for length in lengths]
 
 
 def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -188,36 +242,44 @@ def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _FusedConvBottleneck(FusedBottleneck):
-    chained = False  # whether a block's backward pass begins that of the block before
+    joined = False  # whether its last norms are left to the block after it
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Any:
+        """Of maps, or what a block before left; maps, or what it leaves."""
         if not self.training:
             return super().forward(x)
-        kind, conv2 = x.device.type, self.conv2
-        pairs = [(self.conv1, self.bn1), (conv2, self.bn2), (self.conv3, self.bn3)]
+        pairs = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
         if self.downsample is not None:
             pairs.append(tuple(self.downsample))
-        parameters = [p for conv, bn in pairs for p in (conv.weight, bn.weight, bn.bias)]
-        if not x.is_meta and torch.is_autocast_enabled(kind):  # torch knows none on the meta device
-            x = x.to(torch.get_autocast_dtype(kind))
-        geometry, eps = (conv2.stride, conv2.padding, conv2.dilation, conv2.groups), tuple(bn.eps for _, bn in pairs)
-        # a compiler traces one block's backward pass without the other's, and no attributes
-        chained = self.chained and not torch.compiler.is_compiling()
-        tail, ahead = (getattr(x, "tail", None), _Ahead()) if chained else (None, None)
+        given = x if isinstance(x, Unjoined) else Unjoined(_autocast(x))
+        norms = [bn for _, bn in pairs]
+        # a compiler traces no such results
+        left = norms[2:] if self.joined and not torch.compiler.is_compiling() else []
+        used = [*norms[: len(norms) - len(left)], *given.norms]
+        parameters = [conv.weight for conv, _ in pairs] + [p for bn in used for p in (bn.weight, bn.bias)]
+        c = self.conv2
+        way = _Way(
+            (c.stride, c.padding, c.dilation, c.groups), self.stride, len(pairs), len(given.norms),
+            tuple(bn.eps for bn in used), self.bn1.over_ranks,
+        )  # fmt: skip
         parts: tuple[Tensor, ...] = _Step.apply(  # type: ignore[no-untyped-call]  # torch's apply
-            x, tail, ahead, geometry, self.stride, eps, self.bn1.over_ranks, *parameters
+            given.y, given.residual, given.moments, way, *parameters
         )
-        out, moments, left = parts[0], parts[1 : 1 + len(pairs)], parts[1 + len(pairs) :]
-        for (_, bn), each in zip(pairs, moments, strict=True):
+        (y, *residual), moments = _cut(parts, (len(parts) - len(pairs), len(pairs)))
+        for bn, each in zip(norms, moments, strict=True):
             bn.track(each)
-        if ahead is not None and out.requires_grad:
-            y, mask = left
-            out.tail = _Tail(y, moments[2], mask, self.bn3.eps, ahead)  # type: ignore[attr-defined]
-        return out
+        return Unjoined(y, residual[0], moments[2:], left) if left else y
 
 
-class _ChainedBottleneck(_FusedConvBottleneck):
-    chained = True
+class _JoinedBottleneck(_FusedConvBottleneck):
+    joined = True
+
+
+def _autocast(x: Tensor) -> Tensor:
+    kind = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(kind):  # torch knows none on the meta device
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def fuse_convs(model: ResNet, over_ranks: Group | None) -> ResNet:
@@ -233,11 +295,13 @@ def fuse_convs(model: ResNet, over_ranks: Group | None) -> ResNet:
 
 
 def chain_blocks(model: ResNet, over_ranks: Group | None) -> ResNet:
-    """fuse_convs, and a Bottleneck's backward pass goes on into the block before: its last ReLU and bn3's sums."""
+    """fuse_convs, and a Bottleneck's last norms, addition and ReLU done by the Bottleneck that follows, both ways."""
     fuse_convs(model, over_ranks)
-    for module in model.modules():
-        if type(module) is _FusedConvBottleneck:
-            module.__class__ = _ChainedBottleneck
+    layers = (model.layer1, model.layer2, model.layer3, model.layer4)
+    blocks = chain(*(each if isinstance(each, nn.Sequential) else [each] for each in layers))
+    for block, following in pairwise(blocks):
+        if type(block) is type(following) is _FusedConvBottleneck:
+            block.__class__ = _JoinedBottleneck
     return model
 
 

@@ -10,9 +10,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 
 class _Recomputed(nn.Module):
-    """A block that keeps its input alone; so nothing is there for the next block's backward pass to go on with."""
+    """A block that keeps its input alone, so none that the next block would make of what it leaves."""
 
-    chained = False
+    joined = False
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from fastrot.profiling.marks import Mark, between, mark
 from fastrot.profiling.roofline import Rates, Row
@@ -38,10 +39,11 @@ class Stopwatch:
         self._hooks = [network.register_forward_pre_hook(lambda *_: self._forward.append(mark()))]
         self._hooks += [child.register_forward_hook(self._ended) for child in ends.values()]
 
-    def _ended(self, _module: nn.Module, _input: Any, output: torch.Tensor) -> None:
+    def _ended(self, _module: nn.Module, _input: Any, output: Any) -> None:
         self._forward.append(mark())
-        if output.requires_grad:
-            output.register_hook(lambda _: self._backward.append(mark()))
+        first: torch.Tensor = tree_leaves(output)[0]  # of joined blocks what goes from one to the next is several
+        if first.requires_grad:
+            first.register_hook(lambda _: self._backward.append(mark()))
 
     def timed(self, backward: Callable[..., Any]) -> Callable[..., Any]:
         """The backward pass, at whose end a micro-step is summed up."""

@@ -4,7 +4,7 @@
 https; `address.py`: a source's files.
 """
 
-from fastrot.remote.address import Found, is_remote, locate, open_store
+from fastrot.remote.address import Found, absolute, addresses, is_remote, locate, open_store
 from fastrot.remote.store import Entry, Piece, Store, shown
 
-__all__ = ["Entry", "Found", "Piece", "Store", "is_remote", "locate", "open_store", "shown"]
+__all__ = ["Entry", "Found", "Piece", "Store", "absolute", "addresses", "is_remote", "locate", "open_store", "shown"]

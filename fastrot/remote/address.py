@@ -1,6 +1,7 @@
 """What a source at a distance is made of: a folder, a file, a range or pattern of files, or a list of names."""
 
 import fnmatch
+import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _WEB = ("http://", "https://")
 _LIST = "list:"
 _NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MAGIC = re.compile(r"\{\d+\.\.\d+\}|[*?[]")
 _FEW = 1000  # files of no known size that are asked for it
 
 
@@ -30,6 +32,23 @@ class Found:
 def is_remote(source: str | None) -> bool:
     """Whether a source names an address, not a path."""
     return source is not None and bool(_ADDRESS.match(source.removeprefix(_LIST)))
+
+
+def absolute(source: str) -> str:
+    """A path from the root on; an address as it is."""
+    return source if is_remote(source) else os.path.abspath(source)
+
+
+def addresses(spec: str) -> list[str]:
+    """The files of a range or a pattern at a distance, in order, a glob's by name. Raises UserError, Fault."""
+    match = _MAGIC.search(spec)
+    if not match:
+        return [spec]
+    folder = _whole(spec[: match.start()].rpartition("/")[0])
+    found = _named(open_store(folder), spec[len(folder.rstrip("/")) + 1 :])
+    if not found:
+        raise UserError(f"{spec}: no such file")
+    return [f"{folder.rstrip('/')}/{entry.name}" for entry in found]
 
 
 def open_store(address: str) -> Store:
@@ -50,8 +69,7 @@ def locate(source: str) -> Found:
     Raises UserError where there is nothing or a name would leave its folder; Fault where nobody answers.
     """
     prefix = _LIST if source.startswith(_LIST) else ""
-    address, query = source.removeprefix(prefix), ""
-    magic = re.compile(r"\{\d+\.\.\d+\}|[*?[]")
+    address, query, magic = source.removeprefix(prefix), "", _MAGIC
     if address.startswith(_WEB):  # no server has patterns, and a query may be a signature
         address, mark, query = address.partition("?")
         query, magic = mark + query, _NUMBERS
@@ -89,7 +107,8 @@ def _named(store: Store, pattern: str) -> list[Entry]:
     if not re.search(r"[*?[]", pattern):
         return [Entry(pattern)]
     deep = pattern.count("/")
-    return [e for e in store.find() if e.name.count("/") == deep and fnmatch.fnmatchcase(e.name, pattern)]
+    files = sorted(store.find(), key=lambda entry: os.fsencode(entry.name))
+    return [e for e in files if e.name.count("/") == deep and fnmatch.fnmatchcase(e.name, pattern)]
 
 
 def _checked(store: Store, entries: Iterable[Entry]) -> dict[str, Entry]:

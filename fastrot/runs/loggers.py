@@ -90,7 +90,7 @@ def _troubles(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        raise Trouble((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+        raise Trouble((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")) from error
 
 
 def _board(folder: Path, first_step: int, say: Callable[[str], None]) -> "_Board | None":

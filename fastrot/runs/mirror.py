@@ -55,9 +55,12 @@ class Mirror:
     def _copy(self, folder: Path) -> None:
         if folder != self._newest:
             return
-        files = sorted(folder.iterdir(), key=lambda file: (file.name == _WHOLE, file.name))
-        for file in files:
-            put(self._store, file.read_bytes(), f"{_ROOT}/{folder.name}/{file.name}")
+        try:
+            files = {file.name: file.read_bytes() for file in sorted(folder.iterdir(), key=lambda f: f.name == _WHOLE)}
+        except FileNotFoundError:
+            return  # the run has let it go: a newer one is to come
+        for name, data in files.items():
+            put(self._store, data, f"{_ROOT}/{folder.name}/{name}")
         self._put_all((*_NOTES, *_LOG, *_FACTS[:2]))
         self._thin_out(folder.name)
 

@@ -52,7 +52,7 @@ def tests(place: Place, found: Found) -> None:
         bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
         skips = [(case, skip.get("message")) for case in cases if (skip := case.find("skipped")) is not None]
         found.failures += [f"{file}::{case.get('name')}" for case in bad]
-        found.failures += [f"{file}: {stopped}"] if stopped and not bad else []
+        found.failures += [stopped] if stopped and not bad else []
         found.skipped += [f"{file}::{case.get('name')}: {why}" for case, why in skips]
         passed = len(cases) - len(bad) - len(skips)
         found.figures.append((file, f"{passed} passed, {len(bad)} failed, {len(skips)} skipped"))
@@ -130,7 +130,8 @@ def _judge(found: Found, says: str, kind: str, apart: NDArray[np.float32]) -> No
     found.raw[says] = apart.tolist()
     if apart.max() > worst or apart.mean() > mean:
         found.failures.append(
-            f"{says}: {apart.mean():.2f} levels from Pillow, image {apart.argmax()} {apart.max():.2f}"
+            f"{says}: {apart.mean():.3f} levels from Pillow, image {apart.argmax()} {apart.max():.2f}; "
+            f"more than {mean:g} or {worst:g}"
         )
 
 

@@ -54,8 +54,10 @@ def _guarded(look: Look, config: Config, local: int) -> Iterator[Check]:
     """A look that cannot be made is a row too: the others are what a person is waiting for."""
     try:
         yield from look(config, local)
-    except (OSError, ValueError, RuntimeError, UserError, Fault) as error:
-        yield Check(look.__name__.strip("_").replace("_", " "), BROKEN, f"{type(error).__name__}: {error}")
+    except (UserError, Fault) as error:
+        yield Check(look.__name__.replace("_", " "), BROKEN, str(error))
+    except (OSError, ValueError, RuntimeError) as error:
+        yield Check(look.__name__.replace("_", " "), BROKEN, f"cannot be looked at: {type(error).__name__}: {error}")
 
 
 def _of_all(checks: list[Check], ranks: Ranks) -> list[Check]:

@@ -102,6 +102,9 @@ def launcher(ranks: int) -> list[str]:
 
 
 def _name(words: Sequence[object]) -> str:
-    """The program of a command: the script, or what follows -m."""
+    """The program of a command: the script, or what follows the last -m."""
     texts = list(map(str, words))
-    return next((text for text in texts if text.endswith(".py")), " ".join(texts[1:4]))
+    if script := next((text for text in texts if text.endswith(".py")), None):
+        return script
+    module = len(texts) - texts[::-1].index("-m") if "-m" in texts else 0
+    return " ".join(["fastrot" if texts[module].startswith("fastrot.") else texts[module], *texts[module + 1 :][:1]])

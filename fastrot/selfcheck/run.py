@@ -68,8 +68,8 @@ def run(
             files.write_text(bundle / f"{part.name}.json", json.dumps(asdict(outcome), indent=1))
             outcomes.append(outcome)
             report.write(bundle)
-            for line in (f"  {outcome.status} in {terminal.duration(outcome.seconds)}", *outcome.failures):
-                say(f"  {line}", soft_wrap=True, markup=False)
+            for line in (f"{outcome.status} in {terminal.duration(outcome.seconds)}", *outcome.failures):
+                say(f"    {line}", soft_wrap=True, markup=False)
     return outcomes
 
 

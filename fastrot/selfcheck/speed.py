@@ -69,7 +69,7 @@ def rotation(place: Place, found: Found) -> None:
 
 
 def kernels(place: Place, found: Found) -> None:
-    """bench/kernels.py: the four norm kernels and the four products, beside kernels/traffic.py's prediction."""
+    """bench/kernels.py: the four norm kernels and the five products, beside kernels/traffic.py's prediction."""
     size = ["--rounds", 5] if place.gpu else ["--rounds", 1, "--stages", 4]
     found.raw |= place.bench(found, "kernels", *size)
     found.failures += [f"{kernel}: {why}" for kernel, why in found.raw.get("missing", {}).items()]
@@ -101,6 +101,8 @@ def step(place: Place, found: Found) -> None:
     for name, what in (("times_plain", "times plain PyTorch"), ("times_base", "times base")):
         if name in line:
             found.figures.append((what, f"{line[name]:.2f}"))
+    if took := found.raw["switches"]["base"]["memory_gib"]:
+        found.figures.append(("memory of base's step", f"{took:.1f} GiB; {found.raw['estimated_gib']:.1f} by estimate"))
     rates = f"{roof['device_flops_per_s'] / 1e12:,.1f} TFLOP/s, {roof['device_bytes_per_s'] / 1e9:,.0f} GB/s"
     found.figures.append(("the device's products and copies", rates))
 

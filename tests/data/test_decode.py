@@ -17,13 +17,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import DALI_RESIZES, cpu_decoder, draw, runnable_decoders
+from fastrot import config as configs
+from fastrot.data import build
 from fastrot.data.augment import central_boxes, crop_windows
 from fastrot.data.decode import make_decoder, nvjpeg
 from fastrot.data.decode.batch import Batch
 from fastrot.data.images import decode_upright
 from fastrot.data.index import index
+from fastrot.data.loader_settings import Tuned
 from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
+from fastrot.distributed import Ranks
 from fastrot.errors import BadImage, Fault, UserError
 from fastrot_kernels.build import BuildError
 
@@ -282,6 +286,19 @@ def test_the_hardware_decoder_takes_nearly_all_and_knows_how_large_they_are():
         "preallocate_height_hint": 400,
         "preallocate_width_hint": 5980,
     }
+
+
+def test_the_hardware_decoder_is_told_of_the_manifests_largest_image(images, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(build, "make_decoder", lambda *words: told.append(words[-1]))
+    config, _ = configs.load(None, [f"data.train={images}"])
+    manifest = Manifest.load(index(str(images), tmp_path, 178_000_000, lambda items, *_: items))
+    alone = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    build.decoder_of(config, manifest, alone, 4, Tuned(1, 2, 0.25, ""))
+    widths, heights = zip(
+        *(decode_upright(np.fromfile(path, np.uint8)).size for path in images.rglob("*.jpg")), strict=True
+    )
+    assert told == [nvjpeg.Hardware(0.25, max(heights), max(widths))] and max(heights) != max(widths)
 
 
 def test_the_wheels_nvjpeg_is_the_one_that_is_loaded(monkeypatch):

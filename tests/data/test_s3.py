@@ -4,10 +4,15 @@ import hashlib
 import os
 
 import pytest
+import torch
 import urllib3
 
+import fastrot as fastrot_library
 from conftest import metrics
+from data.test_tar import shard_folder
 from fastrot.data import stage
+from fastrot.data.index import index
+from fastrot.data.manifest import Manifest
 from fastrot.errors import UserError
 from fastrot.remote import store
 from fastrot.runs import checkpoint
@@ -97,3 +102,15 @@ def test_a_run_is_kept_in_s3_and_goes_on_from_there(s3, tmp_path, fastrot, image
     done = fastrot("train", *words, f"run.out={tmp_path / 'b'}", "run.max_steps=7")
     assert done.code == 0 and "run.mirror: step-00000005 brought from s3://pool/runs/one" in done.err
     assert len(metrics(tmp_path / "b")) == 7
+
+
+def test_shards_in_s3_are_read_in_place(s3, tmp_path, images):
+    manifest = Manifest.load(index(str(images), tmp_path, 10**8, lambda items, total, title: items))
+    shard_folder(manifest, tmp_path)
+    for path in tmp_path.glob("*.tar"):
+        s3.put_file(str(path), f"pool/{path.name}")
+    found = []
+    for source in (f"{tmp_path}/s-{{000..002}}.tar", "s3://pool/s-{000..002}.tar", "s3://pool/s-*.tar"):
+        with fastrot_library.Loader(fastrot_library.open(source), 5, 32, decode="turbo", device="cpu") as loader:
+            found.append(torch.cat([batch.pixels for batch in loader]))
+    assert found[0].equal(found[1]) and found[0].equal(found[2])

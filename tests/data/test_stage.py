@@ -141,7 +141,7 @@ def test_other_stores_and_a_shared_disk(tmp_path):
     for name, content in FILES.items():
         memory.pipe(f"/pool/{name}", content)
     stage.stage("memory://pool", tmp_path / "a")
-    stage.stage(str(tmp_path / "a"), tmp_path / "b")
+    assert stage.stage(str(tmp_path / "a"), tmp_path / "b")["files"] == len(FILES)
     assert held(tmp_path / "a") == held(tmp_path / "b") == FILES
     assert list(held(tmp_path / "b")) and stage.stage("memory://pool/b/*e", tmp_path / "c")["files"] == 1
     stage.stage(f"file://{tmp_path}/a/b/c/large.tar", tmp_path / "d")

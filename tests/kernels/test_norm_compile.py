@@ -20,9 +20,8 @@ KERNELS = [
     ("moments_kernel", SUMS, 64),
     ("merge_kernel", triton_norm.merge_shape(triton_norm.PROGRAMS), 128),
     ("update_running_kernel", {"BC": 256}, 64),
-    ("apply_kernel", {"RELU": False, "RESIDUAL": False, "MASK": False, **WHOLE}, 64),
-    ("apply_kernel", {"RELU": True, "RESIDUAL": True, "MASK": False, **WHOLE}, 64),
-    ("apply_kernel", {"RELU": True, "RESIDUAL": True, "MASK": True, **WHOLE}, 64),
+    ("apply_kernel", {"RELU": False, "RESIDUAL": False, **WHOLE}, 64),
+    ("apply_kernel", {"RELU": True, "RESIDUAL": True, **WHOLE}, 64),
     ("gradient_sums_kernel", {"RELU": True, "KEPT": False, **SUMS}, 84),
     ("gradient_sums_kernel", {"RELU": True, "KEPT": True, **SUMS}, 84),
     ("gradients_kernel", {"RELU": True, "KEPT": False, **WHOLE}, 84),
@@ -43,8 +42,7 @@ def kernel_names(name):
 def compiled(name, dtype, capability, constants):
     kernel = getattr(triton_norm, name)
     maps = MAPS | ({"out"} if name == "apply_kernel" else set())
-    kinds = dict.fromkeys(maps, dtype) | {"mask": "u8"}
-    pointers = {n: f"*{kinds.get(n, 'fp32')}" for n in kernel.arg_names if n not in NUMBERS | constants}
+    pointers = {n: f"*{dtype if n in maps else 'fp32'}" for n in kernel.arg_names if n not in NUMBERS | constants}
     signature = {n: pointers.get(n) or NUMBERS.get(n, "constexpr") for n in kernel.arg_names}
     # what a launch finds out by itself: torch aligns its memory, and the network's channels divide by 16
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in {*pointers, "C"}}
@@ -76,5 +74,4 @@ def test_it_compiles_without_spills(tmp_path, monkeypatch, capability, dtype, na
         programs = 65_536 // 256 // most if dtype == "bf16" else 2
         assert kernel.metadata.shared * programs <= 164 * 1024, "an A100's"
     if name in ("apply_kernel", "gradients_kernel"):
-        # a mask's bytes come of eight values that one thread holds, or two
-        assert stores == {"st.global.v4.b32"} | ({"st.global.b8"} if constants.get("MASK") else set())
+        assert stores == {"st.global.v4.b32"}

@@ -1,5 +1,6 @@
 """Products that take in a norm and give moments: plain torch against torch's own operations, Triton against plain."""
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -7,8 +8,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrot_kernels import norm, pointwise
-from fastrot_kernels.norm import reference as norms
-from fastrot_kernels.norm.interface import Norm
 from fastrot_kernels.norm.reference import moments as moments_of
 from fastrot_kernels.pointwise import reference, triton_pointwise
 
@@ -33,8 +32,16 @@ SHAPES = [
 ]
 
 
-# maps, height, width, stride of the shortcut, channels in, channels out: no tile is full, no side divides by the stride
-JOINED = [(2, 9, 8, 1, 20, 130), (3, 7, 9, 2, 70, 65), (2, 10, 11, 3, 16, 20), (1, 1, 1, 1, 3, 1)]
+# maps, height, width, stride of the shortcut, channels of their product, their channels, norms that go into them: no
+# tile is full, no side divides by the stride
+JOINED = [
+    (2, 9, 8, 1, 20, 130, 1),
+    (3, 7, 9, 2, 70, 65, 2),
+    (2, 10, 11, 3, 16, 20, 1),
+    (1, 5, 6, 1, 150, 12, 2),
+    (1, 1, 1, 1, 3, 1, 1),
+]
+LOW_AND_SLOW = [torch.bfloat16, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float32, torch.float16))]
 
 
 @pytest.fixture(autouse=True)
@@ -108,50 +115,75 @@ def test_plain_torch_is_norm_relu_and_convolution_in_float64(dtype):
     assert torch.equal(after, moments_of(y))
 
 
-def make_joined(maps, height, width, stride, inputs, outputs, dtype, device="cpu"):
-    """A map of `outputs` channels, made by norm, addition and ReLU, which a product of `inputs` and a shortcut read.
-
-    (dy, weight, x, moments, EPS, mask, added, height, width, stride), then (residual, gamma, beta).
-    """
+def make_joined(maps, height, width, stride, inputs, outputs, norms, dtype, device="cpu"):
+    """Maps of `outputs` channels, made of one norm and a residual or of two norms, that a product of `inputs` and a
+    shortcut read: (the arguments of joined_forward, those of joined_gradient, each norm's gamma and beta)."""
     generator = torch.Generator().manual_seed(outputs)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
     rows, fewer = maps * height * width, maps * -(-height // stride) * -(-width // stride)
-    x, residual = (draw(rows, outputs) * 2 + draw(outputs)).to(dtype), draw(rows, outputs).to(dtype)
-    gamma, beta, moments = draw(outputs), draw(outputs), moments_of(x)
-    _, mask = norms.apply_and_mask(x, residual, Norm(moments, gamma, beta, EPS, True))
-    dy, weight, added = draw(rows, inputs), draw(inputs, outputs) / inputs**0.5, draw(fewer, outputs)
-    tensors = [dy.to(dtype), weight.to(dtype), x, moments, EPS, mask, added.to(dtype)]
-    case = [t if isinstance(t, float) else t.to(device) for t in tensors]
-    return (*case, height, width, stride), (residual, gamma, beta)
+    x, residual = ((draw(rows, outputs) * 2 + draw(outputs)).to(dtype) for _ in range(2))
+    weights = [(draw(outputs), draw(outputs)) for _ in range(norms)]
+    xs = [x, residual][:norms]
+    affines = [pointwise.affine(moments_of(x), *each, EPS) for x, each in zip(xs, weights, strict=True)]
+    weight, dy, added = draw(inputs, outputs) / outputs**0.5, draw(rows, inputs), draw(fewer, outputs)
+    forward = (x, weight.to(dtype), affines[0], residual, affines[1] if norms == 2 else None)
+    _, mask, *_ = reference.joined_forward(*forward)
+    gradient = (dy.to(dtype), weight.to(dtype), xs, affines, mask, added.to(dtype), height, width, stride)
+    return forward, gradient, weights
 
 
 @pytest.mark.parametrize("kernels, device", KERNELS)
-@pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float32, torch.float16))]
-)
+@pytest.mark.parametrize("dtype", LOW_AND_SLOW)
 @pytest.mark.parametrize("shape", JOINED)
-def test_gradients_joined_agree_with_plain_torch(kernels, device, shape, dtype):
-    case, _ = make_joined(*shape, dtype, device)
-    ours, again, plain = (module.joined_gradient(*case) for module in (kernels, kernels, reference))
-    for part, (got, want) in enumerate(zip(ours, plain, strict=True)):
-        assert (got.shape, got.dtype) == (want.shape, want.dtype)
-        assert_near(got, want, 4 * (NEAR[dtype] if part == 0 else max(NEAR[dtype], 1e-3)), f"part {part}")
-    assert all(torch.equal(one, other) for one, other in zip(ours, again, strict=True))
+def test_joined_products_agree_with_plain_torch(kernels, device, shape, dtype):
+    forward, gradient, _ = make_joined(*shape, dtype, device)
+    for name, case in (("joined_forward", forward), ("joined_gradient", gradient)):
+        ours, again, plain = (getattr(module, name)(*case) for module in (kernels, kernels, reference))
+        for part, (got, want) in enumerate(zip(ours, plain, strict=True)):
+            assert (got.shape, got.dtype) == (want.shape, want.dtype)
+            if got.dtype != torch.uint8:
+                near = NEAR[dtype] if got.dtype == dtype else max(NEAR[dtype], 1e-3)
+                assert_near(got, want, 4 * near, f"{name}, part {part}")
+        assert all(torch.equal(one, other) for one, other in zip(ours, again, strict=True))
+
+
+@pytest.mark.parametrize("kernels, device", KERNELS)
+@pytest.mark.parametrize("dtype", LOW_AND_SLOW)
+@pytest.mark.parametrize("shape", JOINED)
+def test_a_mask_says_where_the_relu_lets_through(kernels, device, shape, dtype):
+    (x, *rest), *_ = make_joined(*shape, dtype, device)
+    x[-1, 0] = torch.nan
+    z, mask, y, moments = kernels.joined_forward(x, *rest)
+    assert z[-1, 0].isnan() and y[-1].isnan().all() and not y[:-1].isnan().any() and moments[1:].isnan().all()
+    through = ~(z.cpu() <= 0).numpy()
+    assert z.numel() == 1 or 0.2 < through.mean() < 0.8
+    assert np.array_equal(mask.cpu().numpy(), np.packbits(through, axis=1, bitorder="little"))
 
 
 @pytest.mark.parametrize("dtype", NEAR)
-@pytest.mark.parametrize("shape", JOINED[:3])
-def test_gradients_joined_are_autograds_in_float64(shape, dtype):
-    (dy, weight, x, _, _, _, added, height, width, stride), norm_of = make_joined(*shape, dtype)
-    case, _ = make_joined(*shape, dtype)
-    residual, gamma, beta = leaves = [t.double().requires_grad_() for t in norm_of]
-    y = F.relu(F.batch_norm(x.double(), None, None, gamma, beta, True, 0.1, EPS) + residual)
-    thin = y.view(-1, height, width, y.shape[1])[:, ::stride, ::stride].reshape(added.shape)
-    ((y @ weight.double().t() * dy.double()).sum() + (thin * added.double()).sum()).backward()
-    g, sums = reference.joined_gradient(*case)
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
-    assert_near(g.double(), residual.grad, tolerance, "g")
-    assert_near(sums.double(), torch.stack([leaves[1].grad, leaves[2].grad]), tolerance, "dgamma, dbeta")
+@pytest.mark.parametrize("shape", JOINED[:4])
+def test_joined_products_are_autograds_in_float64(shape, dtype):
+    """Maps, their product and its moments; gradients of all that went into the maps, by way of norm.gradients."""
+    forward, (dy, weight, xs, affines, mask, added, height, width, stride), weights = make_joined(*shape, dtype)
+    x, residual = (each.double().requires_grad_() for each in (forward[0], forward[3]))
+    leaves = [tuple(each.double().requires_grad_() for each in pair) for pair in weights]
+    made = [F.batch_norm(y, None, None, *pair, True, 0.1, EPS) for y, pair in zip((x, residual), leaves, strict=False)]
+    want = F.relu(sum(made if len(made) == 2 else [*made, residual]))
+    product = want @ weight.double().t()
+    thin = want.view(-1, height, width, want.shape[1])[:, ::stride, ::stride].reshape(added.shape)
+    ((product * dy.double()).sum() + (thin * added.double()).sum()).backward()
+    z, _, y, moments = reference.joined_forward(*forward)
+    g, sums = reference.joined_gradient(dy, weight, xs, affines, mask, added, height, width, stride)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    assert_near(z.double(), want.detach(), tolerance, "z")
+    assert_near(y.double(), product.detach(), tolerance, "y")
+    assert torch.equal(moments, moments_of(y))
+    for at, leaf, pair, right, mine in zip(xs, (x, residual), weights, leaves, sums, strict=False):
+        assert_near(mine.double(), torch.stack([each.grad for each in right]), tolerance, "dgamma, dbeta")
+        dx, _ = norm.gradients(g, at, None, moments_of(at), *pair, mine, EPS, False)
+        assert_near(dx.double(), leaf.grad, 2 * tolerance, "dx")
+    if len(xs) == 1:
+        assert_near(g.double(), residual.grad, tolerance, "g")
 
 
 @pytest.mark.parametrize("kernels, device", KERNELS)
@@ -201,9 +233,10 @@ def test_the_operations_are_what_torch_asks_of_operations(normed):
 
 
 @pytest.mark.parametrize("shape", JOINED)
-def test_gradients_joined_are_an_operation(shape):
-    case, _ = make_joined(*shape, torch.bfloat16)
-    torch.library.opcheck(pointwise.joined_gradient, case, test_utils=("test_schema", "test_faketensor"))
+def test_joined_products_are_operations(shape):
+    forward, gradient, _ = make_joined(*shape, torch.bfloat16)
+    for op, case in ((pointwise.joined_forward, forward), (pointwise.joined_gradient, gradient)):
+        torch.library.opcheck(op, case, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(

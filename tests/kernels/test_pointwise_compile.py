@@ -12,15 +12,18 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastrot_kernels.pointwise import triton_pointwise
+from fastrot_kernels.pointwise import triton_joined, triton_pointwise, triton_tiles
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 KERNELS = [
     ("forward_kernel", {"NORMED": False}),
     ("forward_kernel", {"NORMED": True}),
+    ("joined_forward_kernel", {"NORMED": False}),
+    ("joined_forward_kernel", {"NORMED": True}),
     ("data_gradient_kernel", {}),
-    ("joined_gradient_kernel", {"STRIDE": 1}),
-    ("joined_gradient_kernel", {"STRIDE": 2}),
+    ("joined_gradient_kernel", {"NORMS": 1, "STRIDE": 1}),
+    ("joined_gradient_kernel", {"NORMS": 2, "STRIDE": 1}),
+    ("joined_gradient_kernel", {"NORMS": 1, "STRIDE": 2}),
     ("weight_gradient_kernel", {}),
 ]
 # each generation and each width of tiles once; the rest is slow
@@ -30,15 +33,15 @@ PRODUCTS = [
     for capability in (80, 90, 100)
     for product in [("bf16", 64), ("bf16", 256), ("tf32", 64), ("tf32", 256), ("ieee", 64)]
 ]
-MAPS = {"x", "weight", "dy", "y", "g", "added"}
-NUMBERS = dict.fromkeys(("M", "N", "K", "split", "height", "width"), "i32") | {"eps": "fp32"}
+MAPS = {"x", "weight", "dy", "y", "g", "added", "residual", "joined", "other"}
+NUMBERS = dict.fromkeys(("M", "N", "K", "split", "height", "width"), "i32")
 # Of a multiprocessor, and what a launch keeps of it; bytes. Source: CUDA C++ Programming Guide, compute capabilities.
 SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 
 def compiled(name, dtype, capability, constants, how):
-    kernel = getattr(triton_pointwise, name)
+    kernel = getattr(triton_joined if name.startswith("joined") else triton_pointwise, name)
     kinds = dict.fromkeys(MAPS, dtype) | {"mask": "u8"}
     pointers = {n: f"*{kinds.get(n, 'fp32')}" for n in kernel.arg_names if n not in NUMBERS | constants}
     signature = {n: pointers.get(n) or NUMBERS.get(n, "constexpr") for n in kernel.arg_names}
@@ -61,17 +64,18 @@ def machine_code(folder, kernel) -> tuple[dict[str, int], list[str]]:
     return resources, re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", code, re.M)
 
 
-@pytest.mark.skipif(bool(triton_pointwise.INTERPRETED), reason="TRITON_INTERPRET is set: nothing to compile")
+@pytest.mark.skipif(bool(triton_tiles.INTERPRETED), reason="TRITON_INTERPRET is set: nothing to compile")
 @pytest.mark.parametrize("name, constants", KERNELS)
 @pytest.mark.parametrize("capability, precision, columns", PRODUCTS)
 def test_it_compiles_without_spills(tmp_path, monkeypatch, capability, precision, columns, name, constants):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # compile, do not find
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision != "ieee")
     low = precision == "bf16"
-    kind = {False: "plain", True: "normed", None: name.removesuffix("_kernel")}[constants.get("NORMED")]
-    how = triton_pointwise.tile(kind, columns, torch.bfloat16 if low else torch.float32, capability // 10)
+    kind = name.removesuffix("_kernel")
+    kind = {False: "plain", True: "normed"}[constants["NORMED"]] if kind == "forward" else kind
+    how = triton_tiles.tile(kind, columns, torch.bfloat16 if low else torch.float32, capability // 10)
     options = {key: value for key, value in how.items() if key not in ("BM", "BN", "BK")}
-    constants = {"PRECISION": triton_pointwise.precision(), **constants} | {key: how[key] for key in ("BM", "BN", "BK")}
+    constants = {"PRECISION": triton_tiles.precision(), **constants} | {key: how[key] for key in ("BM", "BN", "BK")}
     kernel = compiled(name, "bf16" if low else "fp32", capability, constants, options)
     resources, instructions = machine_code(tmp_path, kernel)
     assert resources["LOCAL"] == 0 and not [op for op in instructions if op.startswith(("LDL", "STL"))], resources
@@ -88,5 +92,8 @@ def test_it_compiles_without_spills(tmp_path, monkeypatch, capability, precision
     if low:
         maps = [op for op in instructions if op.startswith(("LDGSTS.", "STG."))]
         narrow = [op for op in maps if not op.endswith("128")]
-        assert maps and len(narrow) == {"forward_kernel": 3, "weight_gradient_kernel": 0}.get(name, 2)  # of the sums
-        assert sum(op.startswith("SHFL") for op in instructions) <= 64
+        # but sums, and a mask's bytes, each of eight values that one thread holds
+        bytes = [op for op in narrow if op.endswith("U8")]
+        sums = 3 if "forward" in name else 2 * constants.get("NORMS", name != "weight_gradient_kernel")
+        assert maps and len(narrow) - len(bytes) == sums and bool(bytes) == (name == "joined_forward_kernel")
+        assert sum(op.startswith("SHFL") for op in instructions) <= 66

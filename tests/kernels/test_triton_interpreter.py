@@ -14,14 +14,14 @@ from conftest import ROOT
 TESTS = Path(__file__).parent.parent
 QUICK = {
     "kernels/test_rotate_views.py": 66,
-    "kernels/test_norm.py": 29,
-    "kernels/test_pointwise.py": 14,
+    "kernels/test_norm.py": 25,
+    "kernels/test_pointwise.py": 20,
     "kernels/test_pool.py": 9,
 }
 ALL = {
     "kernels/test_rotate_views.py": 132,
-    "kernels/test_norm.py": 55,
-    "kernels/test_pointwise.py": 25,
+    "kernels/test_norm.py": 43,
+    "kernels/test_pointwise.py": 43,
     "kernels/test_pool.py": 15,
     "models/test_fused_conv.py": 12,
     "models/test_fused_chain.py": 2,

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from fastrot import distributed
-from fastrot.models.fused_conv import fuse_convs
+from fastrot.models.fused_conv import chain_blocks, fuse_convs
 from fastrot.models.fused_norm import fuse_norms
 from fastrot.models.over_ranks import neighbours
 from fastrot.models.resnet import build_model
@@ -26,6 +26,8 @@ KINDS = {
     "fused": lambda model: fuse_norms(model, neighbours(1, 60)),
     "fused_conv": lambda model: fuse_convs(model, neighbours(1, 60)),
 }
+# compiled, it is fused_conv
+CHAINED = {"fused_chain": lambda model: chain_blocks(model, neighbours(1, 60))}
 
 
 @pytest.fixture
@@ -72,11 +74,12 @@ class Said(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "kind, messages, waited_for", [("torch", 106, 106), ("fused", 106, 106), ("fused_conv", 98, 62)]
+    "kind, messages, waited_for",
+    [("torch", 106, 106), ("fused", 106, 106), ("fused_conv", 98, 62), ("fused_chain", 98, 47)],
 )
 def test_a_step_waits_at_once_for_so_many_messages_of_norms(two_ranks, kind, messages, waited_for):
     """Of ResNet-50's 53 norms, forward and backward. The other messages are on their way during a product."""
-    model = KINDS[kind](build_model("resnet50", 4, 0))
+    model = (KINDS | CHAINED)[kind](build_model("resnet50", 4, 0))
     with Said() as said:
         model(torch.randn(2, 3, 32, 32)).sum().backward()
     products = ("aten::convolution", "fastrot::pointwise_forward", "fastrot::pointwise_weight_gradient")

@@ -20,7 +20,7 @@ from conftest import ROOT
 from fastrot import config as configs
 from fastrot.selfcheck import correctness, report, run, speed, stand_in, verdict
 from fastrot.selfcheck.parts import PARTS, Part, command
-from fastrot.selfcheck.place import Found, Place
+from fastrot.selfcheck.place import Found, Place, launcher
 from fastrot.selfcheck.verdict import Arm
 
 GOOD = {"figures": [["speed", "3 views/s"]], "failures": [], "skipped": [], "raw": {}}
@@ -128,6 +128,10 @@ def test_a_parts_time_runs_from_its_start_and_what_it_calls_ends_before_it(tmp_p
     place, done = Place(False, tmp_path, tmp_path, time.monotonic() + 1), tmp_path / "done"
     assert place.call([sys.executable, "-c", f"open({str(done)!r}, 'w')"]).endswith("was not begun: no time was left")
     assert not done.exists()
+    trains = [*launcher(8), "-m", "fastrot.cli", "train", "run.max_steps=5"]
+    assert [place.call(words).partition(" was")[0] for words in (trains, [*launcher(8), "bench/step.py", "--out"])] == [
+        "fastrot train", "bench/step.py",
+    ]  # fmt: skip
 
 
 def test_a_budget_cuts_a_parts_time_and_leaves_out_what_it_does_not_reach(tmp_path, monkeypatch):

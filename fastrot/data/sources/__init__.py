@@ -7,6 +7,7 @@ from fastrot.data.scan import Track
 from fastrot.data.sources import beton, coco, filelist, folder, joined, segmentation, tar, voc
 from fastrot.data.sources.listing import Listing
 from fastrot.errors import UserError
+from fastrot.remote import absolute, is_remote, shown
 
 _SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _BY_PREFIX = {
@@ -52,10 +53,15 @@ def shards_of(spec: str) -> list[bytes] | None:
     Raises UserError where one is missing.
     """
     if _is_beton(spec):
-        if not exists(spec):
+        if not is_remote(spec) and not exists(spec):
             raise UserError(f"{spec}: cannot be read (No such file or directory)")
-        return [os.fsencode(os.path.abspath(spec))]
+        return [os.fsencode(absolute(spec))]
     return tar.shards_of(spec) if _is_shards(spec) else None
+
+
+def in_place(spec: str) -> bool:
+    """Whether a source at an address is read there, by ranges: a manifest that keeps it must hold no secret."""
+    return is_remote(spec) and shown(spec) == spec and (_is_shards(spec) or _is_beton(spec))
 
 
 def rules_of(spec: str) -> str:

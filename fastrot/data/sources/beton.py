@@ -6,6 +6,7 @@ import numpy as np
 
 from fastrot.data import beton
 from fastrot.data.sources.listing import Listing
+from fastrot.remote import absolute
 
 
 def open_source(name: str) -> Listing:
@@ -16,7 +17,7 @@ def open_source(name: str) -> Listing:
     table = beton.read_table(name)
     raw = table.mode == beton.RAW
     return Listing(
-        [os.fsencode(os.path.abspath(name))],
+        [os.fsencode(absolute(name))],
         np.zeros(len(raw), np.int64),
         table.offset,
         table.length,

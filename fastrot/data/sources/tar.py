@@ -27,15 +27,17 @@ from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import groupby
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrot.data.reading import again, exists, open_regular, refusal
+from fastrot.data.reading import again, exists, opened, refusal, states
 from fastrot.data.scan import Track, workers_pool
 from fastrot.data.sources.folder import EXTENSIONS
 from fastrot.data.sources.listing import Listing
 from fastrot.errors import Fault, UserError
+from fastrot.remote import addresses, is_remote
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LARGE = 1 << 30  # bytes above which processes beat threads
@@ -55,7 +57,7 @@ def open_source(spec: str, track: Track) -> Listing:
     Fault where a worker dies or a disk fails.
     """
     files = shards_of(spec)
-    large = len(files) > 1 and sum(os.path.getsize(path) for path in files) > _LARGE
+    large = len(files) > 1 and int(states(files)[:, 0].sum()) > _LARGE
     images: list[NDArray[np.int64]] = []  # [n, 4] a shard: file, offset, length, label
     skipped: Counter[str] = Counter()
     faults: list[list[str]] = []
@@ -75,7 +77,9 @@ def open_source(spec: str, track: Track) -> Listing:
 
 
 def shards_of(spec: str) -> list[bytes]:
-    """Absolute paths of the shards, in order. Raises UserError where one is missing."""
+    """Absolute paths, or addresses, of the shards, in order. Raises UserError where one is missing."""
+    if is_remote(spec):
+        return [os.fsencode(address) for address in addresses(spec)]
     return [os.fsencode(os.path.abspath(name)) for name in _expand(spec)]
 
 
@@ -125,12 +129,11 @@ def _list(path: bytes) -> tuple[NDArray[np.int64], Counter[str], list[list[str]]
     members = list(_members(path, shard, skipped, faults))
     plain = {member.key for member in members if member.kind == _IMAGE}
     rows: dict[int, tuple[int, int, int]] = {}
-    handle = open_regular(path)
-    try:
+    with opened(path) as file:
         for sample in _together(members):
             images = [member for member in sample if member.kind == _IMAGE]
             known = len(faults)
-            label = _label(handle, shard, sample, faults)
+            label = _label(file, shard, sample, faults)
             if not images and label is not None:
                 faults += [[f"{shard}:{member.name}", "a label without an image"] for member in sample]
             elif not images and len(faults) == known:
@@ -140,8 +143,6 @@ def _list(path: bytes) -> tuple[NDArray[np.int64], Counter[str], list[list[str]]
                     faults.append([f"{shard}:{image.name}", "a second image of its key"])
                 else:
                     rows[image.number] = image.offset, image.size, -1 if label is None else label
-    finally:
-        os.close(handle)
     return np.array([rows[number] for number in sorted(rows)], np.int64).reshape(-1, 3), skipped, faults
 
 
@@ -178,11 +179,18 @@ def _together(members: list[_Member]) -> Iterator[list[_Member]]:
 
 def _contents(path: bytes, shard: str, faults: list[list[str]]) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarInfo]]:
     """(member, the member whose bytes it has) of a shard, as far as it can be read. Raises OSError."""
+    with opened(path) as file:
+        yield from _contents_of(file, shard, faults)
+
+
+def _contents_of(
+    file: BinaryIO, shard: str, faults: list[list[str]]
+) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarInfo]]:
     try:
-        tar = tarfile.open(path, "r:")  # noqa: SIM115 -- closed below; here only its own refusal is caught
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 -- closed below; here only its own refusal is caught
     except _BROKEN as error:
-        with open(path, "rb") as file:
-            tool = _COMPRESSED.get(file.read(2))
+        file.seek(0)
+        tool = _COMPRESSED.get(file.read(2))
         what = f"is compressed; unpack it first: {tool} {shard}" if tool else f"is no tar file ({error})"
         raise UserError(f"{shard}: {what}") from None
     by_name: dict[str, tarfile.TarInfo] = {}
@@ -202,14 +210,14 @@ def _contents(path: bytes, shard: str, faults: list[list[str]]) -> Iterator[tupl
             faults.append([shard, f"cannot be read to its end ({error})"])
 
 
-def _label(handle: int, shard: str, sample: list[_Member], faults: list[list[str]]) -> int | None:
+def _label(file: BinaryIO, shard: str, sample: list[_Member], faults: list[list[str]]) -> int | None:
     """What the labels of one sample say, or None."""
     for kind in _LABELS:
         said: set[int] = set()
         for member in sample:
             if member.kind == kind:
                 try:
-                    number = _number(handle, member)
+                    number = _number(file, member)
                 except (ValueError, RecursionError):
                     faults.append([f"{shard}:{member.name}", "its label is not an integer"])
                     continue
@@ -223,11 +231,12 @@ def _label(handle: int, shard: str, sample: list[_Member], faults: list[list[str
     return None
 
 
-def _number(handle: int, member: _Member) -> int | None:
+def _number(file: BinaryIO, member: _Member) -> int | None:
     """The number that a label's bytes say; None where they say none. Raises ValueError, RecursionError."""
     if member.size > _LARGEST_LABEL:
         raise ValueError
-    text = os.pread(handle, member.size, member.offset)
+    file.seek(member.offset)
+    text = file.read(member.size)
     if len(text) < member.size:  # cut: 12 of 123
         raise ValueError
     text = text.removeprefix(codecs.BOM_UTF8).strip()

@@ -1,4 +1,4 @@
-"""What every implementation of the seven operations takes and offers; `op` says what each computes."""
+"""What every implementation of the six operations takes and offers; `op` says what each computes."""
 
 from typing import NamedTuple, Protocol
 
@@ -25,8 +25,6 @@ class Kernels(Protocol):
     def update_running(self, running_mean: Tensor, running_var: Tensor, moments: Tensor, momentum: float) -> None: ...
 
     def apply(self, x: Tensor, residual: Tensor | None, norm: Norm) -> Tensor: ...
-
-    def apply_and_mask(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]: ...
 
     def gradient_sums(self, dy: Tensor, x: Tensor, y: Tensor | None, norm: Norm) -> Tensor: ...
 

@@ -69,22 +69,6 @@ def _(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
-@operation("fastrot::norm_apply_and_mask")
-def apply_and_mask(
-    x: Tensor, residual: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """What `apply` gives, through ReLU, and where it lets a gradient through, a bit a value: uint8 [M, ceil(C / 8)].
-
-    Channel c of a row is bit c % 8 of byte c // 8: set where the result is above 0, or not a number.
-    """
-    return kernels_for(x).apply_and_mask(x, residual, Norm(moments, weight, bias, eps, True))
-
-
-@apply_and_mask.register_fake
-def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[0], (x.shape[1] + 7) // 8, dtype=torch.uint8)
-
-
 @operation("fastrot::norm_gradient_sums")
 def gradient_sums(
     dy: Tensor, x: Tensor, y: Tensor | None, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool

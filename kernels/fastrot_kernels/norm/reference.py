@@ -1,4 +1,4 @@
-"""The truth: the seven operations in plain torch, on any device."""
+"""The truth: the six operations in plain torch, on any device."""
 
 import torch
 from torch import Tensor
@@ -31,12 +31,6 @@ def apply(x: Tensor, residual: Tensor | None, norm: Norm) -> Tensor:
     if residual is not None:
         z += residual.float()
     return (F.relu(z) if norm.relu else z).to(x.dtype)
-
-
-def apply_and_mask(x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    y = apply(x, residual, norm)
-    through = F.pad(~(y <= 0), (0, -y.shape[1] % 8)).view(len(y), -1, 8)
-    return y, (through << torch.arange(8, device=y.device)).sum(2, dtype=torch.uint8)
 
 
 def gradient_sums(dy: Tensor, x: Tensor, y: Tensor | None, norm: Norm) -> Tensor:

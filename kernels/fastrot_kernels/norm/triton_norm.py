@@ -1,4 +1,4 @@
-"""The seven operations in Triton: each map is read as often as the arithmetic needs and written once; sums are
+"""The six operations in Triton: each map is read as often as the arithmetic needs and written once; sums are
 taken in a fixed order, so results are equal bit for bit from run to run."""
 
 import torch
@@ -50,25 +50,15 @@ def update_running(running_mean: Tensor, running_var: Tensor, moments: Tensor, m
 
 
 def apply(x: Tensor, residual: Tensor | None, norm: Norm) -> Tensor:
+    rows, channels = x.shape
     out = torch.empty_like(x)
-    _apply(x, residual, norm, out, None)
-    return out
-
-
-def apply_and_mask(x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    out, mask = torch.empty_like(x), x.new_empty(x.shape[0], triton.cdiv(x.shape[1], 8), dtype=torch.uint8)
-    _apply(x, residual, norm, out, mask)
-    return out, mask
-
-
-def _apply(x: Tensor, residual: Tensor | None, norm: Norm, out: Tensor, mask: Tensor | None) -> None:
-    (rows, channels), added, masked = x.shape, residual is not None, mask is not None
-    tile = block_shape(channels)
+    added, tile = residual is not None, block_shape(channels)
     with torch.cuda.device_of(x):
         apply_kernel[_tiles(rows, channels)](
-            x, residual if added else x, norm.moments, norm.weight, norm.bias, out, mask if masked else out,
-            rows, channels, norm.eps, RELU=norm.relu, RESIDUAL=added, MASK=masked, **tile, num_warps=WARPS,
+            x, residual if added else x, norm.moments, norm.weight, norm.bias, out, rows, channels, norm.eps,
+            RELU=norm.relu, RESIDUAL=added, **tile, num_warps=WARPS,
         )  # fmt: skip
+    return out
 
 
 def gradient_sums(dy: Tensor, x: Tensor, y: Tensor | None, norm: Norm) -> Tensor:
@@ -97,8 +87,8 @@ def gradients(dy: Tensor, x: Tensor, y: Tensor | None, norm: Norm, sums: Tensor)
 
 
 def block_shape(channels: int, values: int = VALUES_PER_PROGRAM) -> dict[str, int]:
-    """A tile's rows and channels: at most 128 channels, two memory lines of 16-bit values; at least a byte of a mask."""
-    width = min(128, max(8, triton.next_power_of_2(channels)))
+    """A tile's rows and channels: at most 128 channels, two memory lines of 16-bit values."""
+    width = min(128, triton.next_power_of_2(channels))
     return {"BM": values // width, "BC": width}
 
 
@@ -243,13 +233,11 @@ def apply_kernel(
     weight,  # [C]
     bias,  # [C]
     out,  # [M, C]
-    mask,  # uint8 [M, C / 8 or the next whole number], written if MASK
     M,
     C,
     eps,
     RELU: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    MASK: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -268,16 +256,7 @@ def apply_kernel(
         z += tl.load(residual + base + offset, mask=inside, other=0.0).to(tl.float32)
     if RELU:
         z = tl.where(z <= 0, 0.0, z)  # a NaN stays one
-    stored = z.to(out.dtype.element_ty)
-    tl.store(out + base + offset, stored, mask=inside)
-    if MASK:
-        seen = stored.to(tl.float32)
-        through = (seen > 0) | (seen != seen)
-        bits = tl.reshape(through.to(tl.int32), (BM, BC // 8, 8)) << tl.arange(0, 8)[None, None, :]
-        byte = (tl.program_id(0) % blocks) * (BC // 8) + tl.arange(0, BC // 8)
-        bytes = tl.cdiv(C, 8)
-        place = mask + first.to(tl.int64) * bytes + r[:, None] * bytes + byte[None, :]
-        tl.store(place, tl.sum(bits, 2).to(tl.uint8), mask=(first + r < M)[:, None] & (byte < bytes)[None, :])
+    tl.store(out + base + offset, z.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

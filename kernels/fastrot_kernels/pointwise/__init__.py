@@ -4,6 +4,13 @@ A product takes in the norm and ReLU of the map it reads, and gives the moments 
 [3, C]), so that neither costs a pass over memory. Where nothing is taken in, plain torch does the data's gradient.
 """
 
-from fastrot_kernels.pointwise.op import affine, data_gradient, forward, joined_gradient, weight_gradient
+from fastrot_kernels.pointwise.op import (
+    affine,
+    data_gradient,
+    forward,
+    joined_forward,
+    joined_gradient,
+    weight_gradient,
+)
 
-__all__ = ["affine", "data_gradient", "forward", "joined_gradient", "weight_gradient"]
+__all__ = ["affine", "data_gradient", "forward", "joined_forward", "joined_gradient", "weight_gradient"]

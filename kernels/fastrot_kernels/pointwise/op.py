@@ -17,13 +17,16 @@ class Kernels(Protocol):
 
     def data_gradient(self, dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]: ...
 
+    def joined_forward(
+        self, x: Tensor, weight: Tensor, affine: Tensor, residual: Tensor, residual_affine: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
     def joined_gradient(
         self,
         dy: Tensor,
         weight: Tensor,
-        x: Tensor,
-        moments: Tensor,
-        eps: float,
+        xs: list[Tensor],
+        affines: list[Tensor],
         mask: Tensor,
         added: Tensor,
         height: int,
@@ -80,33 +83,53 @@ def _(dy: Tensor, weight: Tensor, x: Tensor, affine: Tensor) -> tuple[Tensor, Te
     return torch.empty_like(x), x.new_empty(2, x.shape[1], dtype=torch.float32)
 
 
+@operation("fastrot::pointwise_joined_forward")
+def joined_forward(
+    x: Tensor, weight: Tensor, affine: Tensor, residual: Tensor, residual_affine: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(z [M, K], where it is above 0, y = z @ weight.T [M, N], the moments of y [3, N]).
+
+    z is relu(norm(x) + residual) of x's dtype, rounded once; with residual_affine, relu(norm(x) + norm(residual)).
+    x, residual [M, K]. Where z is above 0, or not a number, its gradient passes: a bit a value, uint8
+    [M, ceil(K / 8)], channel c of a row in bit c % 8 of byte c // 8.
+    """
+    return kernels_for(x).joined_forward(x, weight, affine, residual, residual_affine)
+
+
+@joined_forward.register_fake
+def _(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (rows, inputs), outputs = x.shape, len(weight)
+    mask = x.new_empty(rows, (inputs + 7) // 8, dtype=torch.uint8)
+    return torch.empty_like(x), mask, x.new_empty(rows, outputs), x.new_empty(3, outputs, dtype=torch.float32)
+
+
 @operation("fastrot::pointwise_joined_gradient")
 def joined_gradient(
     dy: Tensor,
     weight: Tensor,
-    x: Tensor,
-    moments: Tensor,
-    eps: float,
+    xs: list[Tensor],
+    affines: list[Tensor],
     mask: Tensor,
     added: Tensor,
     height: int,
     width: int,
     stride: int,
 ) -> tuple[Tensor, Tensor]:
-    """(g = dy @ weight + added where the mask is set [M, K], float32 [2, K]: sums of g * xhat and of g).
+    """(g = dy @ weight + added where the mask is set [M, K], of each norm float32 [2, K]: sums of g * xhat and of g).
 
-    Of a map that a 1x1 convolution and a shortcut read: its gradient, rounded once, before the ReLU by which
-    norm.apply_and_mask made it of x, and the sums that norm.gradients asks for there. dy [M, N], moments of x [3, K].
+    Of `joined_forward`'s z, which a product and a shortcut read: its gradient, rounded once, before the ReLU, and the
+    sums that norm.gradients asks for. dy [M, N].
 
+    xs, affines    of the norm that went into z, or of the two.
     added          the shortcut's part [M, K], or of every stride-th row and column of the maps alone.
     height, width  of the maps.
     """
-    return kernels_for(x).joined_gradient(dy, weight, x, moments, eps, mask, added, height, width, stride)
+    return kernels_for(dy).joined_gradient(dy, weight, xs, affines, mask, added, height, width, stride)
 
 
 @joined_gradient.register_fake
-def _(dy: Tensor, weight: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(2, x.shape[1], dtype=torch.float32)
+def _(_: Tensor, weight: Tensor, xs: list[Tensor], *__: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(xs[0]), weight.new_empty(len(xs), 2, weight.shape[1], dtype=torch.float32)
 
 
 @operation("fastrot::pointwise_weight_gradient")
@@ -122,6 +145,7 @@ def _(dy: Tensor, x: Tensor, affine: Tensor | None) -> Tensor:
 
 _ROWS_BY_WEIGHT = (
     torch.ops.fastrot.pointwise_forward,
+    torch.ops.fastrot.pointwise_joined_forward,
     torch.ops.fastrot.pointwise_data_gradient,
     torch.ops.fastrot.pointwise_joined_gradient,
 )
