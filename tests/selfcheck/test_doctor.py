@@ -59,7 +59,7 @@ def test_what_the_config_asks_for_and_is_not_there_is_broken(images, fastrot, mo
 
     monkeypatch.setattr(software, "make_decoder", refuse)
     states = {name: one.state for name, one in rows(software.decoders).items()}
-    assert states == {"decoder dali": MISSING, "decoder torch": MISSING, "decoder turbo": SLOW,
+    assert states == {"decoder dali": MISSING, "decoder nvimgcodec": MISSING, "decoder torch": MISSING, "decoder turbo": SLOW,
                       "decoder turbo_fast": MISSING, "decoder ffcv": MISSING, "libjpeg": FINE}  # fmt: skip
     asked = rows(software.decoders, "data.decode=ffcv")["decoder ffcv"]
     assert asked == Check("decoder ffcv", BROKEN, "cannot be built (no compiler)", "apt-get install gcc")
