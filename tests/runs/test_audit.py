@@ -94,8 +94,14 @@ def test_the_recorder_goes_on_where_it_stopped_and_a_full_disk_ends_nothing(trai
     manifest = Manifest.load(trained / "manifest" / "train")
     plan, said = plan_of(load(str(trained / "config.yaml"), [])[0], manifest), []
 
-    def recorder(position):
-        return epochs.Recorder(tmp_path, plan, manifest.label, position, said.append)
+    def recorder(position, folder=tmp_path):
+        return epochs.Recorder(folder, plan, manifest.label, position, said.append)
+
+    (tmp_path / "old").mkdir()
+    late = recorder(ROWS + 3, tmp_path / "old")  # of a version that kept no record, in the middle of an epoch
+    late.passed(2 * ROWS)
+    late.finish(whole=True)
+    assert epochs.read(tmp_path / "old") == epochs.read(trained)[1:2]
 
     first = recorder(0)
     first.passed(2 * ROWS + 3)
