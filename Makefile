@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup demo demo-control test suite test-all gpu check docs figures lock clean
+.PHONY: setup demo demo-control test suite test-all chaos gpu check docs figures lock clean
 
 setup: $(VENV)/.ready
 
@@ -50,6 +50,10 @@ suite: setup
 
 test-all: check
 	$(PYTEST) -m "slow or not slow"
+
+# two hundred kills, signals and broken disks, a quarter of an hour on an idle core; needs the right to mount
+chaos: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos --kills 200 --seed 1
 
 # every test and figure of a GPU machine, into results/
 gpu: setup

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import parent_process
 from pathlib import Path
 
@@ -66,9 +67,10 @@ def _launchers_above() -> list[Process]:
     return line
 
 
+@cache
 def die_with_launcher() -> None:
     """Ask this process to stop when a launcher above it is gone, and end it where it has not after a while: a killed
-    launcher leaves no orphans, and a training its checkpoint."""
+    launcher leaves no orphans, and a training its checkpoint. As early as may be: who is gone by now is not missed."""
     watched = _launchers_above()
 
     def wait() -> None:

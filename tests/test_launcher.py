@@ -54,6 +54,7 @@ NODE_OF_TWO = {**SRUN, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_
         (TORCHRUN, ("its launcher", 3, 4, 1, 2, "a")),
         ({**NODE_OF_TWO, **TORCHRUN}, ("its launcher", 3, 4, 1, 2, "a")),  # srun starts a torchrun on each node
         ({**SRUN, **TORCHRUN}, ("its launcher", 3, 4, 1, 2, "a")),  # which has lost a node
+        ({**DEEPSPEED, "LOCAL_WORLD_SIZE": "1"}, ("its launcher", 3, 4, 1, 2, "a")),  # left by the process that started it
         ({**SRUN, **DEEPSPEED}, ("its launcher", 3, 4, 1, 2, "a")),
         ({"RANK": "0", "WORLD_SIZE": "1"}, None),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"},

@@ -205,12 +205,16 @@ class _Run:
                 DAMAGED,
                 f"is of other images than the checkpoints: content {manifest.content[:12]}, not {trained[:12]}",
             )
-        changed, looked = changed_files(manifest)
+        hashes = "every hash as it says" if sealed else "of a version that kept no hashes"
+        yield SOUND, f"{len(manifest):,} images, {hashes}"
+        try:
+            changed, looked = changed_files(manifest)
+        except (UserError, Fault) as error:
+            yield NOTED, f"its image files cannot be looked at now: {error}"
+            return
         if changed:
             first = ": ".join(changed[0])
             yield NOTED, f"{len(changed):,} of {looked:,} image files are not as the run saw them, the first: {first}"
-        hashes = "every hash as it says" if sealed else "of a version that kept no hashes"
-        yield SOUND, f"{len(manifest):,} images, {hashes}; {looked - len(changed):,} of {looked:,} files as indexed"
 
     def _stream(self) -> Iterator[tuple[str, str]]:
         """Each recorded epoch computed again from the config and the run's own manifest."""

@@ -32,10 +32,9 @@ from fastrot.errors import BadImage, Fault, UserError
 from fastrot_kernels.build import BuildError
 
 DECODERS = [*runnable_decoders(), DALI_RESIZES]
-MIXED = "dali, mixed"
-ON_GPU = pytest.param(
-    MIXED, marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-)
+MIXED, ITSELF = "dali, mixed", "nvimgcodec, on a GPU"
+_NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+ON_GPU = [pytest.param(name, marks=_NEEDS_GPU) for name in (MIXED, ITSELF)]
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options) -> np.ndarray:
@@ -60,6 +59,8 @@ def made(name):
     if name == MIXED:
         dali = pytest.importorskip("fastrot.data.decode.dali", reason="DALI is not installed", exc_type=ImportError)
         return dali.DaliDecoder(0, 2, 64, 2)
+    if name == ITSELF:
+        return make_decoder("nvimgcodec", "gpu", torch.device("cuda", 0), 2, 64, 2)[0]
     return cpu_decoder(name)
 
 
@@ -122,6 +123,8 @@ AGREEMENT = {
     "dali": (0.25, 0.002, 0.99),
     DALI_RESIZES: (0.25, 0.2, 0),
     MIXED: (2, 0.25, 0),
+    ITSELF: (2, 0.25, 0),
+    "nvimgcodec": (0.25, 0.002, 0.99),
     "ffcv": (6.6, 1.8, 0),
     "turbo": (0.25, 0.002, 0.99),
     "turbo_fast": (4, 0.07, 0.94),
@@ -148,7 +151,7 @@ def photographs(shared_data, tmp_path_factory):
     return decoded
 
 
-@pytest.mark.parametrize("name", [ON_GPU if name == MIXED else name for name in AGREEMENT])
+@pytest.mark.parametrize("name", [*(name for name in AGREEMENT if name not in (MIXED, ITSELF)), *ON_GPU])
 def test_decoders_agree_on_real_photographs(name, photographs):
     difference = (photographs("torch") - photographs(name)).abs().mean(dim=(1, 2, 3))
     equal = (difference == 0).float().mean()
@@ -160,7 +163,7 @@ def test_decoders_agree_on_real_photographs(name, photographs):
     assert difference.max() < worst and difference.mean() < mean and equal >= least_equal
 
 
-@pytest.mark.parametrize("name", [*DECODERS, ON_GPU])
+@pytest.mark.parametrize("name", [*DECODERS, *ON_GPU])
 @pytest.mark.parametrize("boxed", [False, True])
 def test_a_window_is_of_the_upright_image_whatever_its_orientation(name, boxed):
     """As the batch says: the bytes say 6, each, and no decoder reads it."""
