@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup demo demo-control test suite test-all gpu check docs figures lock clean
+.PHONY: setup demo demo-control test suite test-all fuzz gpu check docs figures lock clean
 
 setup: $(VENV)/.ready
 
@@ -50,6 +50,15 @@ suite: setup
 
 test-all: check
 	$(PYTEST) -m "slow or not slow"
+
+# every parser of a user's bytes, on RUNS inputs that coverage leads to; PARSER: some of them by name. The C ones need clang and
+# its compiler-rt (apt-get install clang libclang-rt-14-dev), the others atheris, which lies beside and is no dependency
+ATHERIS := build/fuzz/lib
+RUNS ?= 1000000
+SECONDS ?= 0
+fuzz: setup
+	@test -d $(ATHERIS) || $(BIN)/uv pip install -q --python $(BIN)/python --target $(ATHERIS) --only-binary :all: atheris==3.0.0
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(BIN)/python tests/fuzz $(PARSER) --runs $(RUNS) --seconds $(SECONDS)
 
 # every test and figure of a GPU machine, into results/
 gpu: setup
