@@ -31,7 +31,7 @@ def read(path: Path) -> dict[str, Any]:
         bundle = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError:
+    except (RecursionError, ValueError):
         bundle = None
     if not isinstance(bundle, dict) or not {"rounds", "figures", *_SAME} <= bundle.keys():
         raise UserError(f"{path}: no bundle of fastrot bench --out")

@@ -48,6 +48,15 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{_shown(where)}: {_shown(str(error))}; quote it") from None
 
 
+def read_yaml(path: str | Path, where: str) -> Any:
+    """What a YAML file says. Raises UserError, which begins with `where`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+    return _parse(text, where)
+
+
 def _section(name: str) -> type[Section]:
     return cast(type[Section], Config.model_fields[name].annotation)
 
@@ -134,12 +143,7 @@ def _in_file(path: str | None) -> dict[str, Any]:
     """{section.key: value} of a YAML file, or nothing. Raises UserError."""
     if path is None:
         return {}
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"--config {path}: {reason}") from None
-    tree = _parse(text, path) or {}
+    tree = read_yaml(path, f"--config {path}") or {}
     if not isinstance(tree, dict):
         raise UserError(f"--config {path}: expected sections ({', '.join(Config.model_fields)})")
     return dict(_renamed(key, value) for key, value in _flatten(tree).items())

@@ -59,7 +59,7 @@ class BadImages:
 
     def _read_what_other_ranks_found(self) -> None:
         if self._path is not None and self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             self._known |= {path for path, source in map(_entry, lines) if source == self._source}
 
 

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrot.data.images import UNKNOWN
-from fastrot.data.reading import GONE, states
+from fastrot.data.reading import GONE, mapped, states
 from fastrot.errors import UserError
-from fastrot.files import Sealed, as_words, read_json, replacing
+from fastrot.files import Damaged, Sealed, as_words, read_json, replacing
 
 FORMAT = 5  # 4 held no coding, 3 no orientation
 HEAD = 4096  # bytes of an image that enter the content hash
@@ -143,22 +143,34 @@ class Manifest:
         try:
             meta = vars(read_json(folder / "meta.json", _Meta))
             names = [name for name in (*COLUMNS, "names", "name_ends") if name not in _LATE]
-            kept: dict[str, Any] = {name: _mapped(folder / f"{name}.npy") for name in names}
+            kept: dict[str, Any] = {name: _view(folder / f"{name}.npy") for name in names}
             for late in _LATE:
                 path = folder / f"{late}.npy"
-                kept[late] = _mapped(path) if path.exists() else None
+                kept[late] = _view(path) if path.exists() else None
             for late in ("orientation", "coding"):
                 if kept[late] is None:
                     kept[late] = np.full(len(kept["file"]), UNKNOWN, np.uint8)
+            _refuse_misfits(kept)
             return cls(**kept, **meta)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{folder}: not a manifest that can be read ({error}); remove it") from None
 
 
-def _mapped(path: Path) -> NDArray[Any]:
+def _view(path: Path) -> NDArray[Any]:
     """An array on disk; a plain view of the mapping: numpy's memmap costs microseconds an index."""
-    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array.view(np.ndarray)
+    return mapped(path).view(np.ndarray)
+
+
+def _refuse_misfits(arrays: dict[str, NDArray[Any] | None]) -> None:
+    """Raises Damaged where kinds and shapes are not a manifest's; what stands in them is for `fastrot verify`, since there
+    may be much of it."""
+    rows, files = (arrays[name].shape[:1] for name in ("file", "name_ends"))  # type: ignore[union-attr]
+    for name, array in arrays.items():
+        if array is not None:
+            long = {"file_state": (*files, 2), "name_ends": files, "names": array.shape[:1]}.get(name, rows)
+            many = array.shape[1:] if name == "label" else ()
+            if array.dtype.kind not in "iu" or not len(long) or array.shape != (*long, *many):
+                raise Damaged(f"{name}.npy is {array.dtype} {list(array.shape)} beside {list(rows)} rows")
 
 
 def _when(time_ns: int) -> str:

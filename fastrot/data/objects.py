@@ -19,8 +19,10 @@ from pycocotools import mask as rle
 
 from fastrot.data.coco_json import CocoObject, read_coco
 from fastrot.data.manifest import Manifest
+from fastrot.data.reading import mapped
 from fastrot.data.sources import coco, parts_of, voc
 from fastrot.errors import UserError
+from fastrot.files import read_json
 
 _COLUMNS = ("first", "box", "label", "aside", "area", "masks", "mask_ends", "image_id")
 
@@ -114,8 +116,8 @@ class Objects:
     def load(cls, folder: Path) -> "Objects":
         """Map what was saved. Raises UserError where it is missing or damaged."""
         try:
-            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _COLUMNS}
-            return cls(**arrays, **json.loads((folder / "objects.json").read_text()))
+            arrays: dict[str, Any] = {name: mapped(folder / f"{name}.npy") for name in _COLUMNS}
+            return cls(**arrays, **read_json(folder / "objects.json", dict[str, Any]))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{folder}: not objects that can be read ({error}); remove it") from None
 
@@ -162,7 +164,7 @@ def _read_xml(file: Path, height: int, width: int) -> list[_Found]:
         return [_object_of(one) for one in root.iter("object")]
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; every image needs its annotation") from None
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # LookupError: of an encoding without a name
         raise UserError(f"{file}: not an annotation of VOC's ({error})") from None
 
 

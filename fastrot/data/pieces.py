@@ -75,13 +75,14 @@ class Pieces:
             same = False
         if not same:
             return self.forget()
+        numbers = {str(at): at for at in self._missing}
         with self.scratch.open("rb") as file:
             for line in lines:
                 number, _, crc = line.partition(" ")
-                if line.endswith("\n") and number.isdecimal() and int(number) in self._missing:
-                    file.seek(int(number) * PIECE)
+                if line.endswith("\n") and number in numbers:
+                    file.seek(numbers[number] * PIECE)
                     if str(zlib.crc32(file.read(PIECE))) == crc.strip():
-                        self._missing.discard(int(number))
+                        self._missing.discard(numbers[number])
 
 
 def digest_of(path: Path, kind: str) -> str:

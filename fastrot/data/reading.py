@@ -8,12 +8,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import BinaryIO, ParamSpec, TypeVar
+from pathlib import Path
+from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrot.errors import Fault, UserError
+from fastrot.files import Damaged
 from fastrot.remote import Entry
 from fastrot.remote import file as far
 from fastrot.remote.file import file_at
@@ -123,6 +125,17 @@ def opened(path: bytes) -> Iterator[BinaryIO]:
         return
     with open(path, "rb", opener=lambda path, _: open_regular(path)) as file:
         yield file
+
+
+def mapped(path: Path) -> np.memmap[Any, np.dtype[Any]]:
+    """The array of an .npy file, mapped to read. Raises OSError; Damaged, a ValueError, where it is none."""
+    try:
+        array: np.memmap[Any, np.dtype[Any]] = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # a header is an expression of Python's, whose parser raises nearly any type
+        raise Damaged(f"not a plain numpy array ({str(error).partition(chr(10))[0]})") from None
+    return array
 
 
 def read_text_file(path: str | bytes) -> bytes:

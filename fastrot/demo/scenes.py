@@ -128,7 +128,7 @@ def write(root: str | Path, train: int, val: int, seed: int) -> None:
     if record.is_file():
         try:
             found = json.loads(record.read_text())
-        except ValueError:
+        except (RecursionError, ValueError):
             found = "something unreadable"
         if found == parameters:
             return

@@ -55,7 +55,7 @@ def merged(ours: dict[str, Any], path: str, batch: dict[str, int], clip: float |
     """
     try:
         given = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise UserError(f"--deepspeed_config {path}: cannot be read as JSON ({error})") from None
     if not isinstance(given, dict):
         raise UserError(f"--deepspeed_config {path}: expected a JSON object")

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrot.data import reading
 from fastrot.errors import UserError
 from fastrot.files import read_json
 
@@ -66,8 +67,8 @@ def open_store(folder: str | Path) -> FeatureStore:
 def mapped(path: Path) -> np.memmap[Any, np.dtype[Any]]:
     """The array of a store's file, mapped to read. Raises UserError where it is none."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a plain numpy array ({error})") from None
+        array = reading.mapped(path)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     known: np.memmap[Any, np.dtype[Any]] = array.view(BFLOAT16) if array.dtype == np.dtype("V2") else array
     return known

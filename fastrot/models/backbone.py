@@ -1,9 +1,7 @@
 """A frozen backbone from any checkpoint: ours, or another library's; whole, or refused."""
 
-import json
 import pickle
 import shlex
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,13 +9,12 @@ from typing import Any
 
 import torch
 import torchvision
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
 from fastrot.errors import UserError
-from fastrot.files import read_json, sha256_of
+from fastrot.files import Damaged, as_json, read_json, sha256_of
 from fastrot.models.key_names import to_torchvision
 from fastrot.models.resnet import build_model
 
@@ -136,16 +133,15 @@ def read_state(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        return dict(_flat(torch.load(file, map_location="cpu", weights_only=True), ""))
     except pickle.UnpicklingError:
         raise UserError(
             f"{file}: holds objects other than tensors, which could execute; "
             "save its state dict alone (torch.save(model.state_dict(), ...)) where you trust it"
         ) from None
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # torch's unpickler raises any type on damaged files
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file}: cannot be read as weights ({line})") from None
-    return dict(_flat(loaded, ""))
 
 
 def _flat(tree: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -219,12 +215,12 @@ def training_log(origin: Origin) -> list[dict[str, Any]]:
         return []
     last = pretraining(origin).get("state", {}).get("step")
     out = []
-    for line in (Path(origin.run) / "metrics.jsonl").read_text().splitlines():
+    for line in (Path(origin.run) / "metrics.jsonl").read_text(errors="replace").splitlines():
         try:
-            values = json.loads(line)
-        except ValueError:
+            values = as_json(line.encode(), dict[str, Any])
+        except Damaged:
             continue  # the half line of a run that goes on
-        if last is None or values["step"] < last:
+        if last is None or (isinstance(values.get("step"), int) and values["step"] < last):
             out.append(values)
     return out
 

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fastrot.data.randomness import DRAW, philox
+from fastrot.data.reading import mapped
 from fastrot.errors import UserError
 from fastrot.probes.kernel import Gram, gram
 from fastrot.probes.precision import area_ap, step_ap
@@ -81,9 +82,9 @@ def published_targets(folder: Path, sample: int, k: int, shape: tuple[int, int])
     if not path.exists():
         return None
     try:
-        targets: NDArray[np.int8] = np.load(path, allow_pickle=False)
+        targets: NDArray[np.int8] = mapped(path)
     except ValueError as error:
-        raise UserError(f"{path}: not a plain numpy array ({error})") from None
+        raise UserError(f"{path}: {error}") from None
     if targets.shape != shape or not np.isin(targets, (-1, 0, 1)).all():
         raise UserError(f"{path}: expected {shape[0]} x {shape[1]} of -1, 0 and 1, found {targets.shape}")
     return targets.astype(np.int8)

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, ValidationError, model_validator
 
+from fastrot.config import read_yaml
 from fastrot.errors import UserError
 
 FOLDER = Path(__file__).parent / "nodes"
@@ -72,13 +72,11 @@ class Hardware(BaseModel):
 def read(name: str) -> Hardware:
     """By name (nodes/NAME.yaml beside this file) or path. Raises UserError with one line for each thing that is wrong."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
-    try:
-        return Hardware.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not path.exists():
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
-        raise UserError(f"--hardware {name}: no such file; known by name: {known}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--hardware {name}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--hardware {name}: no such file; known by name: {known}")
+    try:
+        return Hardware.model_validate(read_yaml(path, f"--hardware {name}"))
     except ValidationError as errors:
         lines = [f"--hardware {name}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in errors.errors()]
         raise UserError("\n".join(lines)) from None

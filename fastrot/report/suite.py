@@ -1,9 +1,7 @@
 """What a page is to run, read from YAML: probes on stored features, and trainings on the images."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -76,12 +74,7 @@ class Suite(Section):
 
 def load(path: str) -> Suite:
     """Read a suite and look that what it names can be run. Raises UserError: a line for each thing that is wrong."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--suite {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--suite {path}: not YAML ({str(error).splitlines()[0]})") from None
+    tree = config.read_yaml(path, f"--suite {path}")
     if not isinstance(tree, dict) or not tree.keys() & Suite.model_fields:
         keys = ", ".join(map(str, tree)) if isinstance(tree, dict) else "neither"
         raise UserError(

@@ -152,7 +152,7 @@ class _Run:
         try:
             for state, says in look():
                 yield Finding(what, state, says)
-        except (OSError, ValueError, UserError, Fault) as error:
+        except (OSError, RecursionError, ValueError, UserError, Fault) as error:
             yield Finding(what, DAMAGED, str(error).splitlines()[0])
 
     def _status(self) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """`fastrot estimate`: a config on machines that are not there, before anyone queues for them."""
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,14 @@ _FULL = 0.95  # of a GPU's memory, which a training cannot have
 _WHOLE = 3  # plans that are printed whole: of more, a line each
 
 
-def demand_of(config: Config, ranks: int, rows: int, image_bytes: float) -> Demand:
-    """What one of so many ranks must do for a step of the config, on a data set of `rows` images."""
+Messages = Callable[[], tuple[int, tuple[int, int]]]
+
+
+def demand_of(config: Config, ranks: int, rows: int, image_bytes: float, messages: Messages) -> Demand:
+    """What one of so many ranks must do for a step of the config, on a data set of `rows` images.
+
+    messages: counts what synchronised norms send each way, and are waited for at best and at worst.
+    """
     n = arithmetic(config, ranks, rows)
     dtype = AUTOCAST.get(config.engine.precision, torch.float32)
     side, images = max(sides(config)), -(-n.images // n.ranks)
@@ -43,7 +50,7 @@ def demand_of(config: Config, ranks: int, rows: int, image_bytes: float) -> Dema
     rows_of_a_step = roofline.step_rows(fresh, images * n.views_per_image, images, side, dtype)
     maps = peak_of_step(fresh(), n.largest * n.views_per_image, config.engine.stem_channels, side, dtype)
     parameters = sum(p.numel() for p in model.parameters())
-    sent, waits = _norm_messages(config) if synchronised else (0, (0, 0))
+    sent, waits = messages() if synchronised else (0, (0, 0))
     return Demand(
         images=n.images,
         views=n.images * n.views_per_image,
@@ -66,7 +73,7 @@ def _network(config: Config, over_ranks: Group | None = None) -> torch.nn.Module
     return fitted(build_model(config.model.arch, TURNS, config.run.seed), config, over_ranks)
 
 
-def _norm_messages(config: Config) -> tuple[int, tuple[int, int]]:
+def norm_messages(config: Config) -> tuple[int, tuple[int, int]]:
     """Of maps of any size, between ranks that need not be."""
     synchronised = partial(_network, config, Group("", 2))
     return roofline.norm_messages(roofline.step_rows(synchronised, 2, 1, 32, torch.float32))
@@ -92,8 +99,10 @@ def estimate(
     found = profiled(profile, config) if profile else None
     machine = found.on(machine) if found else machine
 
+    messages = cache(partial(norm_messages, config))  # the same for any number of ranks
+
     def demand(ranks: int) -> Demand:
-        one = demand_of(config, ranks, rows, image_kib * 1024)
+        one = demand_of(config, ranks, rows, image_kib * 1024, messages)
         if found is None:
             return one
         return replace(one, measured=found.step_over_ranks if one.norms else found.step)

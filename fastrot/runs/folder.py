@@ -32,6 +32,8 @@ def state(folder: Path) -> str:
 
 def _holds(pid: Any, lock: Path) -> bool:
     """Whether a process of this host has a file open; of another user's process, whether it is there."""
+    if not isinstance(pid, int):
+        return False
     try:
         handles = list(Path(f"/proc/{pid}/fd").iterdir())
     except PermissionError:

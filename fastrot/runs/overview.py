@@ -86,7 +86,7 @@ def overview(run: Path, name: str) -> Overview:
     except UserError as error:
         wrong = str(error).splitlines()[0].removeprefix("--config ")
     try:
-        lines = read_lines(run / "metrics.jsonl").lines
+        lines = [line for line in read_lines(run / "metrics.jsonl").lines if _plain(line)]
     except OSError:
         lines = []
     try:
@@ -94,6 +94,7 @@ def overview(run: Path, name: str) -> Overview:
     except (OSError, ValueError):
         made_by = {}
     status, newest = read_status(run), lines[-1] if lines else {}
+    status = status if _plain(status) else {}
     trained = [one for one in lines if "loss" in one]
     held_out: dict[str, float] = {}
     for line in lines:
@@ -108,6 +109,13 @@ def overview(run: Path, name: str) -> Overview:
         status.get("views_per_s") or (trained[-1].get("views_per_s") if trained else None), str(status.get("time", "")),
         config, wrong, lines, made_by,
     )  # fmt: skip
+
+
+def _plain(said: dict[str, Any]) -> bool:
+    """Whether the figures that are shown of a line, or of STATUS.json, are numbers."""
+    named = {"step", "steps", "of", "epoch", "views_per_s"}
+    shown = [value for name, value in said.items() if name in named or name.startswith("held_out_")]
+    return all(value is None or (isinstance(value, int | float) and abs(value) < 2**63) for value in shown)
 
 
 def judged_by(figures: dict[str, float]) -> str | None:
@@ -135,7 +143,8 @@ def compared(a: Overview, b: Overview) -> dict[str, Any]:
 def _machine(environment: dict[str, Any]) -> dict[str, Any]:
     """Machine and versions, without what is each start's own."""
     kept = {name: environment.get(name) for name in ("host", "python", "platform", "cores", "gpus", "ranks")}
-    return {**kept, **environment.get("versions", {})}
+    versions = environment.get("versions")
+    return kept | (versions if isinstance(versions, dict) else {})
 
 
 def row(one: Overview) -> list[str]:

@@ -1,7 +1,6 @@
 """`fastrot stream`: the steps of the exact stream, as the loader delivers them, printed and hashed without training."""
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from fastrot.data.plan import Sample, StreamHash
 from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.runs.arithmetic import Arithmetic, arithmetic
+from fastrot.runs.folder import read_lines
 
 Labels = NDArray[np.int64] | NDArray[np.int8]
 
@@ -92,9 +92,7 @@ def _replaced(delivered: Sample, planned: Sample, bad: Path) -> NDArray[np.int64
     differ = np.flatnonzero(delivered.rows != planned.rows)
     if not len(differ):
         return differ
-    listed = (
-        {json.loads(line)["row"] for line in bad.read_text(encoding="utf-8").splitlines()} if bad.exists() else set()
-    )
+    listed = {line.get("row") for line in read_lines(bad).lines} if bad.exists() else set()
     return differ[[row in listed for row in planned.rows[differ].tolist()]]
 
 

@@ -30,7 +30,7 @@ from fastrot.profiling.estimate import (
 from fastrot.profiling.hardware import FOLDER, read
 from fastrot.profiling.roofline import Row
 from fastrot.runs import elsewhere
-from fastrot.runs.estimate import demand_of
+from fastrot.runs.estimate import demand_of, norm_messages
 
 H100 = read("h100")
 N = Numbers.of(H100, "value")
@@ -223,7 +223,7 @@ def test_more_processes_than_cores_take_turns():
 def test_a_step_waits_for_the_messages_that_no_product_hides():
     """62 of fused_conv's 98, at worst all: what test_compiled_ranks counts in a step."""
     config, _ = configs.load(str(ROOT / "configs" / "in1k.yaml"), ["data.crop=32"])
-    asked = demand_of(config, 8, 1_281_167, 110_000.0)
+    asked = demand_of(config, 8, 1_281_167, 110_000.0, lambda: norm_messages(config))
     assert (asked.norms, asked.norm_waits) == (49, (45, 17))
     gathered, summed = norm_s(N, asked.norm_channels / 49, 1, 8, rings=False)
     assert step_of(asked, H100, 1, 8).norms_s == pytest.approx(45 * gathered + 17 * summed)

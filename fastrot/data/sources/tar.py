@@ -42,8 +42,8 @@ from fastrot.remote import addresses, is_remote
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LARGE = 1 << 30  # bytes above which processes beat threads
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"(\xb5": "unzstd"}
-# what tarfile raises on damaged headers, besides its own: sizes that no integer or memory holds
-_BROKEN = (tarfile.TarError, ValueError, OverflowError, MemoryError)
+# what tarfile raises on damaged headers, besides its own: sizes that no integer or memory holds, headers of headers
+_BROKEN = (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError)
 _MOST = 1 << 62  # bytes of a member
 _IMAGE = "image"
 _LABELS = (".cls", ".json")  # the first that says something decides
