@@ -357,8 +357,8 @@ def damage(run: Path, chance: random.Random) -> str:
     if not whole:
         return ""
     kinds = ["half a line of metrics", "best is []", "half a STATUS.json", "latest is gone", "half a checkpoint"]
-    if len(whole) > 1:
-        kinds += ["bit", "bit", "bit", "cut", "gone", "empty manifest"]
+    if len(whole) > 1 and chance.random() < 0.75:
+        kinds = ["bit", "cut", "gone", "empty manifest"]
     kind, newest = chance.choice(kinds), whole[-1]
     name = chance.choice(sorted(path.name for path in newest.iterdir()))
     match kind:

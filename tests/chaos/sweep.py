@@ -40,6 +40,7 @@ class Place:
     sources: dict[str, Path]
     decoders: list[str]
     bug: str = ""
+    ranks: tuple[int, ...] = (1, 2, 3)
     references: dict["Course", "Reference"] = field(default_factory=dict)
 
 
@@ -54,7 +55,7 @@ class Reference:
     step_s: float
 
 
-def make_place(root: Path, small: Path, bug: str = "") -> Place:
+def make_place(root: Path, small: Path, bug: str = "", ranks: tuple[int, ...] = (1, 2, 3)) -> Place:
     from fastrot.cli import main
 
     folder = write_folder(root / "folder")
@@ -67,7 +68,7 @@ def make_place(root: Path, small: Path, bug: str = "") -> Place:
         "tar": root / "shard-{0..1}.tar",
         "beton": root / "images.beton",
     }
-    return Place(root, small, sources, [name for name in runnable_decoders() if name in ("torch", "turbo", "pil")], bug)
+    return Place(root, small, sources, runnable_decoders(["torch", "turbo"]), bug, ranks)
 
 
 def newest_sound(run: Path) -> int | None:
@@ -123,7 +124,7 @@ class Sweep:
 
     def _draw(self) -> dict:
         return {
-            "ranks": self.chance.choice([1, 2, 3]),
+            "ranks": self.chance.choice(self.place.ranks),
             "engine": self.chance.choice(["plain", "deepspeed"]),
             "decode": self.chance.choice(self.place.decoders),
         }

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -106,6 +108,16 @@ def test_srun(images, two, command, cluster, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert same(tmp_path / "r", two)
+
+
+def test_a_batch_script_that_forgets_srun_is_one_process_and_says_so(images, command, cluster, tmp_path):
+    there = environment(command, SLURM_CONF=cluster["SLURM_CONF"])
+    line = shlex.join(["fastrot", "train", *words(images, tmp_path / "r"), "run.max_steps=1"])
+    step = ["sbatch", "--wait", "--nodes=2", "--ntasks=2", f"--output={tmp_path / 'log'}", f"--wrap={line}"]
+    assert subprocess.run(step, env=there, cwd=tmp_path, capture_output=True).returncode == 0
+    said = (tmp_path / "log").read_text()
+    assert len(re.findall(r"one process in Slurm job \d+; `srun fastrot ...` starts one for each task", said)) == 1
+    assert json.loads((tmp_path / "r/environment.json").read_text())["ranks"] == "1 on cpu"
 
 
 def _asked(cluster: dict[str, str], *words: str) -> str:
