@@ -97,9 +97,10 @@ def test_cards_that_others_use_or_that_fail(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda at: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)  # the first call asks the cards
     found = rows(software.gpus, device="cuda")
     assert found["GPUs"].state == FINE and "NVIDIA H200; driver 580.65" in found["GPUs"].says
-    assert "NCCL 2.28.9" in found["GPUs"].says
+    assert "NCCL 2.28.9, cuDNN 91900" in found["GPUs"].says
     assert found["GPU 0"].state == LOW and "120000 of 143771 MiB are taken" in found["GPU 0"].says
     assert found["GPU 1"].state == BROKEN and "2 memory errors" in found["GPU 1"].says
 
