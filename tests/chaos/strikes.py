@@ -14,7 +14,7 @@ from pathlib import Path
 
 from workers.launched import Start
 
-LOOKS_S = 0.005
+LOOKS_S = 0.01
 FILES = ("model.safetensors", "optimizer.safetensors", "backbone.safetensors", "state.json")
 # what ends a process that does not listen; not those that stop one, or that its system takes for itself
 DEADLY = [
@@ -129,9 +129,10 @@ class Running:
 
     def wait(self, happened: Callable[[], object], limit: float) -> bool:
         """Look until it has happened, the start is over or `limit` seconds have passed; whether it has happened."""
-        end = time.monotonic() + limit
-        while not (true := happened()) and not self.over and time.monotonic() < end:
+        looks = int(limit / LOOKS_S)  # looks, not seconds: all may have been stopped together for a while
+        while not (true := happened()) and not self.over and looks > 0:
             time.sleep(LOOKS_S)
+            looks -= 1
         return bool(true)
 
     def send(self, number: int, *pids: int) -> None:
@@ -142,7 +143,7 @@ class Running:
                 continue
 
     def join(self, limit: float) -> None:
-        self._process.join(limit)
+        self.wait(lambda: False, limit)
         self.hung = not self.over
         self.seconds = time.monotonic() - self._began
         if self.hung:
@@ -151,9 +152,10 @@ class Running:
 
     def orphans(self, limit: float) -> list[int]:
         """Who is left `limit` seconds later, and ends now."""
-        end = time.monotonic() + limit
-        while (left := holders(self.start.output)) and time.monotonic() < end:
+        looks = int(limit / LOOKS_S)
+        while (left := holders(self.start.output)) and looks > 0:
             time.sleep(LOOKS_S)
+            looks -= 1
         self.send(signal.SIGKILL, *left)
         return left
 
