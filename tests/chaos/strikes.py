@@ -75,6 +75,7 @@ class Running:
         self._process, self._began = process, time.monotonic()
         self.hung = self.was_training = False
         self.seconds = 0.0
+        self.complaints: list[str] = []
         self._notes: list[dict] = []
         self._read = 0
 
@@ -242,7 +243,9 @@ class Stalled(Strike):
         if running.start.ranks == 1:
             running.wait(lambda: False, 0.3)
         else:
-            running.wait(lambda: "run.timeout" in running.said(), 15)
+            heard = running.wait(lambda: "run.timeout" in running.said(), 30)
+            if not heard and not running.over and running.status.get("state") == "running":
+                running.complaints.append("nobody said that a rank is stopped")
         if running.start.ranks == 1 or running.chance.random() < 0.8:
             running.send(signal.SIGCONT, ranks[rank])  # else its launcher kills it, after half a minute
         return f"SIGSTOP of rank {rank}"
