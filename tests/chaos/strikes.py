@@ -14,7 +14,7 @@ from pathlib import Path
 
 from workers.launched import Start
 
-LOOKS_S = 0.005
+LOOKS_S = 0.01
 FILES = ("model.safetensors", "optimizer.safetensors", "backbone.safetensors", "state.json")
 # what ends a process that does not listen; not those that stop one, or that its system takes for itself
 DEADLY = [
@@ -75,6 +75,7 @@ class Running:
         self._process, self._began = process, time.monotonic()
         self.hung = self.was_training = False
         self.seconds = 0.0
+        self.complaints: list[str] = []
         self._notes: list[dict] = []
         self._read = 0
 
@@ -129,9 +130,10 @@ class Running:
 
     def wait(self, happened: Callable[[], object], limit: float) -> bool:
         """Look until it has happened, the start is over or `limit` seconds have passed; whether it has happened."""
-        end = time.monotonic() + limit
-        while not (true := happened()) and not self.over and time.monotonic() < end:
+        looks = int(limit / LOOKS_S)  # looks, not seconds: all may have been stopped together for a while
+        while not (true := happened()) and not self.over and looks > 0:
             time.sleep(LOOKS_S)
+            looks -= 1
         return bool(true)
 
     def send(self, number: int, *pids: int) -> None:
@@ -142,7 +144,7 @@ class Running:
                 continue
 
     def join(self, limit: float) -> None:
-        self._process.join(limit)
+        self.wait(lambda: False, limit)
         self.hung = not self.over
         self.seconds = time.monotonic() - self._began
         if self.hung:
@@ -151,9 +153,10 @@ class Running:
 
     def orphans(self, limit: float) -> list[int]:
         """Who is left `limit` seconds later, and ends now."""
-        end = time.monotonic() + limit
-        while (left := holders(self.start.output)) and time.monotonic() < end:
+        looks = int(limit / LOOKS_S)
+        while (left := holders(self.start.output)) and looks > 0:
             time.sleep(LOOKS_S)
+            looks -= 1
         self.send(signal.SIGKILL, *left)
         return left
 
@@ -240,7 +243,9 @@ class Stalled(Strike):
         if running.start.ranks == 1:
             running.wait(lambda: False, 0.3)
         else:
-            running.wait(lambda: "run.timeout" in running.said(), 15)
+            heard = running.wait(lambda: "run.timeout" in running.said(), 30)
+            if not heard and not running.over and running.status.get("state") == "running":
+                running.complaints.append("nobody said that a rank is stopped")
         if running.start.ranks == 1 or running.chance.random() < 0.8:
             running.send(signal.SIGCONT, ranks[rank])  # else its launcher kills it, after half a minute
         return f"SIGSTOP of rank {rank}"

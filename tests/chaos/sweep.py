@@ -183,8 +183,8 @@ class Sweep:
         return done
 
     def _judge(self, running: Running, before: int | None, strike: Strike, line: dict) -> list[str]:
-        found = []
         running.join(HANGS_S)
+        found = running.complaints
         if running.hung:
             found.append(f"hung for {HANGS_S} s")
         strike.undo(running)

@@ -12,7 +12,7 @@ class Found(Exception):
 
 
 # what a bug needs beside the strikes that always may be
-NEEDS = {"nobody waits in vain": {"rank stalls": 9.0}, "half lines stay": {"disk full": 9.0}}
+NEEDS = {"nobody waits in vain": {"rank stalls": 99.0}, "half lines stay": {"disk full": 99.0}}
 
 
 FEW = {"kill -9 of all": 2.0, "kill -9 inside a write": 2.0, "stop asked of the launcher": 1.0}
