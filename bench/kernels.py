@@ -1,4 +1,4 @@
-"""How fast do the norm's four kernels move bytes and the five products multiply, beside what kernels/traffic.py predicts?"""
+"""How fast do the norm's four kernels move bytes and the six products multiply, beside what kernels/traffic.py predicts?"""
 
 import functools
 import statistics
@@ -94,7 +94,10 @@ def products(layer: str, rows: int, within: int, outer: int, device: torch.devic
     ones, zeros = torch.ones(outer, device=device), torch.zeros(outer, device=device)
 
     def of(x: Tensor, dy: Tensor, added: Tensor, module) -> dict[str, Callable[[], object]]:
-        outer = pointwise.affine(norm_reference.moments(dy), ones, zeros, EPS)
+        moments = norm_reference.moments(dy)
+        outer = pointwise.affine(moments, ones, zeros, EPS)
+        sums = norm_reference.gradient_sums(added, dy, None, Norm(moments, ones, zeros, EPS, False))
+        backward = pointwise.backward_affine(sums, moments, ones, EPS)
         made = (dy, back, outer, added, None)
         _, mask, *_ = pointwise.joined_forward(*made)
         joined = (x, back, [dy], [outer], mask, added, 1, 1, 1)
@@ -103,13 +106,22 @@ def products(layer: str, rows: int, within: int, outer: int, device: torch.devic
             "joined forward, moments": lambda: unmasked(*module.joined_forward(*made)),
             "data gradient, sums": lambda: module.data_gradient(dy, weight, x, affine),
             "joined gradient, sums": lambda: module.joined_gradient(*joined),
+            "through a norm, data gradient": lambda: module.normed_gradient(added, weight, dy, backward, x, affine),
             "weight gradient": lambda: module.weight_gradient(dy, x, affine),
         }
 
     low, high, flops = x.numel(), dy.numel(), 2.0 * rows * within * outer
     few = tuple(one[:_FEW] for one in (x, dy, added))
     work, ours, theirs = of(x, dy, added, pointwise), of(*few, pointwise), of(*few, pointwise_reference)
-    moved = (low + high, 3 * high + high // 16 + low, high + 2 * low, low + 3 * high + high // 16, high + low)
+    bits = high // 16
+    moved = (
+        low + high,
+        3 * high + bits + low,
+        high + 2 * low,
+        low + 3 * high + bits,
+        3 * high + 2 * low,
+        high + low,
+    )
     for name, values in zip(work, moved, strict=True):
         check = functools.partial(lambda name: (ours[name](), theirs[name]()), name)
         yield Case(layer, f"product: {name}", values, flops, work[name], check)

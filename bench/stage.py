@@ -25,12 +25,12 @@ def content(number: int, size: int) -> bytes:
     return (number.to_bytes(8, "little") + NOISE * (size // len(NOISE) + 1))[:size]
 
 
-def serve(files: int, size: int, delay_ms: float) -> None:
+def serve(files: int, size: int, delay_ms: float, mb_per_s: float) -> None:
     """A server process: prints its address, ends with its standard input. The last file's first answers are a cut and a lie."""
     named = {f"f{number:05d}": content(number, size) for number in range(files)}
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in named.items())
     with serving(named | {"SHA256SUMS": sums.encode()}) as server:
-        server.delay_s = delay_ms / 1000
+        server.delay_s, server.mb_per_s = delay_ms / 1000, mb_per_s
         print(server.url, flush=True)
         for line in sys.stdin:
             server.faults[f"f{files - 1:05d}"] = json.loads(line)
@@ -47,10 +47,10 @@ def one_stream(address: str, files: int, dest: Path) -> None:
     client.close()
 
 
-def measured(files: int, size: int, delay_ms: float, rounds: int) -> dict:
+def measured(files: int, size: int, delay_ms: float, mb_per_s: float, rounds: int) -> dict:
     """MB/s of both over `rounds`, each into a new folder, the plain client's of the first thousand files; then a staging
     through a cut and a lie."""
-    words = [sys.executable, __file__, "--serve", str(files), str(size), str(delay_ms)]
+    words = [sys.executable, __file__, "--serve", str(files), str(size), str(delay_ms), str(mb_per_s)]
     speeds: dict[str, list[float]] = {"stage": [], "one_stream": []}
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         address = server.stdout.readline().strip()
@@ -78,6 +78,7 @@ def measured(files: int, size: int, delay_ms: float, rounds: int) -> dict:
         "files": files,
         "bytes_each": size,
         "delay_ms": delay_ms,
+        "mb_per_s_of_a_connection": mb_per_s or None,
         **found,
         "times": times,
         "cut_and_lie_survived": survived,
@@ -88,14 +89,21 @@ def main() -> None:
     options = harness.parser(__doc__)
     options.add_argument("--mb", type=int, default=1000, help="megabytes of each set")
     options.add_argument("--delay", type=float, default=20.0, help="milliseconds before each answer")
-    options.add_argument("--serve", nargs=3, type=float, metavar="N", help="what the bench starts: files, bytes, ms")
+    options.add_argument("--limit", type=float, default=50.0, help="MB/s of one connection, in the last set")
+    options.add_argument(
+        "--serve", nargs=4, type=float, metavar="N", help="what the bench starts: files, bytes, ms, MB/s"
+    )
     args = options.parse_args()
     if args.serve:
-        serve(int(args.serve[0]), int(args.serve[1]), args.serve[2])
+        files, size, *pace = args.serve
+        serve(int(files), int(size), *pace)
         return
-    sets = [(args.mb * 10, 100_000), (max(1, args.mb // 100), min(100, args.mb) * 1_000_000)]
+    shards = max(1, args.mb // 100), min(100, args.mb) * 1_000_000
     result = {"facts": harness.facts()}
-    result["sets"] = [measured(files, size, args.delay, args.rounds) for files, size in sets]
+    result["sets"] = [
+        measured(*files, args.delay, mb_per_s, args.rounds)
+        for files, mb_per_s in (((args.mb * 10, 100_000), 0), (shards, 0), (shards, args.limit))
+    ]
     harness.write(args.out, __doc__, result)
 
 

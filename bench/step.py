@@ -24,6 +24,7 @@ from fastrot.models.recompute import recompute_blocks
 from fastrot.models.resnet import pad_stem
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from fastrot.profiling import roofline
+from fastrot.profiling.memory import peak_of_step
 from fastrot.tasks.rotation import RotationTask
 from fastrot.terminal import track
 
@@ -336,6 +337,7 @@ def race(arguments, ranks: distributed.Ranks, clock, keep) -> dict:
         "ranks": ranks.world,
         "base": BASE,
         "roof": roof(arguments, device, step_s),
+        "estimated_gib": estimated_gib(arguments),
         "switches": {"base": line},
         "plain": {},
         "missing": {},
@@ -416,6 +418,12 @@ def gated_peer(arguments, compiled: bool, ranks: distributed.Ranks) -> tuple:
     loss = over_ranks(step(), ranks.world)
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
     return step, ([loss], norm)
+
+
+def estimated_gib(arguments) -> float:
+    """What fastrot says before a run that base's step holds at its height, beside the weights: its memory_gib."""
+    model, dtype = RotationTask.build_model(arguments.arch, 0), AUTOCAST[BASE["precision"]]
+    return peak_of_step(model, 4 * arguments.images, 3, arguments.side, dtype) / 2**30
 
 
 def roof(arguments, device: torch.device, step_s: float) -> dict:

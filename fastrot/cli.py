@@ -98,6 +98,10 @@ def _complain(error: UserError | Fault | Stopped | Unsound | str) -> None:
 def entry(argv: list[str] | None = None) -> None:
     """Run a command and leave. At once after a fault, since a stuck reader would hold up the exit; and under a
     launcher, where a library's thread that outlives the interpreter may abort a rank whose work is done."""
+    if "RANK" in os.environ:
+        from fastrot.watch import die_with_launcher  # with multiprocessing, which no --help waits for
+
+        die_with_launcher()
     code = main(argv)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import yaml
@@ -10,13 +10,14 @@ import yaml
 from fastrot.errors import UserError
 
 _PORT = 29_500  # a node of its own for each job: nobody else asks for it
+_INSTALL = "pip install '.[all]'"  # the folder that travels is a checkout
 _GRACE_S = 300  # before a time limit, to write a checkpoint
-_RESTARTS = 100  # of a job that was stopped or lost a node
+_RESTARTS = 3  # after errors, which a mistake in a config is too; a lost machine does not count
 
 
 @dataclass(frozen=True)
 class Start:
-    """What is started. nodes: host names, or as many empty ones; gpus: of each, 0 = one rank on its CPU; gpu: their
+    """What is started. name: small letters, digits and -, a letter first, two to 40; nodes: host names, or as many empty ones; gpus: of each, 0 = one rank on its CPU; gpu: their
     kind or ""; hours: the system's limit, None = its own; words: what follows
     `fastrot train`; image: a container's or ""."""
 
@@ -46,23 +47,21 @@ def _slurm(start: Start) -> str:
     if start.gpus:
         asked.append(f"gpus-per-node={start.gpu and start.gpu + ':'}{start.gpus}")
     if start.hours is not None:
-        asked.append(f"time={round(60 * start.hours)}")
+        asked.append(f"time={max(1, round(60 * start.hours))}")  # 0 would be none
     asked += ["exclusive", f"signal=USR1@{_GRACE_S}", "requeue", "open-mode=append", f"output={start.name}-%j.log"]
     lines = ["#!/bin/bash", *(f"#SBATCH --{one}" for one in asked), ""]
-    step, inside = ["srun", "--kill-on-bad-exit=1", "--cpu-bind=none"], []
+    step = "srun --kill-on-bad-exit=0 --wait=60 --cpu-bind=none"  # a rank that leaves first ends no other's last words
     if start.image.endswith(".sif"):
-        inside = ["apptainer", "exec", *(["--nv"] if start.gpus else []), start.image]
+        step += f" apptainer exec {'--nv ' if start.gpus else ''}{shlex.quote(start.image)}"
     elif start.image:
-        step += [
-            f"--container-image={start.image}",
-            "--container-mounts=/:/host,.:/workspace",
-            "--container-workdir=/workspace",
-        ]
+        step += (
+            f' --container-image={shlex.quote(start.image)} --container-mounts="$PWD:$PWD" --container-workdir="$PWD"'
+        )
     return "\n".join(
         [
             *lines,
             "trap : TERM USR1  # they are the ranks' to answer",
-            shlex.join([*step, *inside, "fastrot", "train", *start.words]),
+            f"{step} fastrot train {shlex.join(start.words)}",
             "code=$?",
             "# 75: stopped as asked, with a checkpoint",
             'if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
@@ -82,7 +81,6 @@ def _k8s(start: Start) -> str:
     """A TrainJob of Kubeflow Trainer v2 in its runtime `torch-distributed`, which gives torchrun its nodes and ranks."""
     if not start.image:
         raise UserError("--to k8s: name the container, as in --image registry/fastrot:1")
-    amounts = {"limits": {"nvidia.com/gpu": start.gpus}} if start.gpus else {}
     trainer: dict[str, Any] = {
         "image": start.image,
         "command": ["torchrun", "-m", "fastrot.train", *start.words],
@@ -90,8 +88,10 @@ def _k8s(start: Start) -> str:
         "numProcPerNode": max(1, start.gpus),
     }
     spec: dict[str, Any] = {"runtimeRef": {"name": "torch-distributed"}, "trainer": trainer}
-    if amounts:
-        trainer["resourcesPerNode"] = amounts
+    if start.gpus:
+        trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": start.gpus}}
+    if start.hours is not None:
+        spec["activeDeadlineSeconds"] = max(1, round(3600 * start.hours))
     return _yaml(
         {
             "apiVersion": "trainer.kubeflow.org/v1alpha1",
@@ -110,10 +110,12 @@ def _skypilot(start: Start) -> str:
         resources["accelerators"] = f"{start.gpu}:{start.gpus}"
     if start.image:
         resources["image_id"] = f"docker:{start.image}"
+    if start.hours is not None:  # it has no limit of its own
+        start = replace(start, words=(f"run.max_hours={start.hours:g}", *start.words))
     of_node = ("$SKYPILOT_NUM_NODES", "$SKYPILOT_NODE_RANK", '"$(echo "$SKYPILOT_NODE_IPS" | head -n1)"')
     task = {"name": start.name, "num_nodes": len(start.nodes), "resources": resources, "workdir": "."}
     if not start.image:
-        task["setup"] = "pip install ."
+        task["setup"] = _INSTALL
     return _yaml(task | {"run": _torchrun(start, *of_node)})
 
 
@@ -121,12 +123,12 @@ def _dstack(start: Start) -> str:
     command = _torchrun(start, "$DSTACK_NODES_NUM", "$DSTACK_NODE_RANK", "$DSTACK_MASTER_NODE_IP")
     task: dict[str, Any] = {"type": "task", "name": start.name, "nodes": len(start.nodes)}
     task |= {"image": start.image} if start.image else {"python": "3.12", "files": ["."]}
-    task["commands"] = [command] if start.image else ["pip install .", command]
+    task["commands"] = [command] if start.image else [_INSTALL, command]
     if start.gpus:
         task["resources"] = {"gpu": f"{start.gpu and start.gpu + ':'}{start.gpus}"}
-    task["retry"] = {"on_events": ["no-capacity", "interruption", "error"], "duration": "7d"}
+    task["retry"] = {"on_events": ["no-capacity", "interruption"], "duration": "7d"}
     if start.hours is not None:
-        task["max_duration"] = f"{round(60 * start.hours)}m"
+        task["max_duration"] = f"{max(1, round(60 * start.hours))}m"
     return _yaml(task)
 
 

@@ -19,6 +19,7 @@ _NAMES = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
 }  # fmt: skip
 _TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_DEEPSPEED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")  # it leaves LOCAL_WORLD_SIZE as it finds it
 _INNER = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # torchrun's and deepspeed's marks: their ranks are none of the outer's
 # what is the same for all ranks of a start, and not for the next start on the same hosts
 _STARTS = {"mpirun": ("PMIX_NAMESPACE",), "srun": ("SLURM_JOB_ID", "SLURM_STEP_ID")}
@@ -55,7 +56,7 @@ def find(environ: Mapping[str, str]) -> Place | None:
     outer = _outer(environ)
     if "RANK" not in environ and "WORLD_SIZE" not in environ:
         return outer
-    place = _place("its launcher", _TORCH, environ)
+    place = _place("its launcher", _DEEPSPEED if "LOCAL_SIZE" in environ else _TORCH, environ)
     if outer and not any(mark in environ for mark in _INNER) and _at_odds(place, outer):
         raise UserError(
             f"RANK {place.rank} of {place.world}, but {outer.by} says rank {outer.rank} of {outer.world}; unset RANK and "
@@ -93,7 +94,6 @@ def _place(by: str, names: tuple[str, str, str, str], environ: Mapping[str, str]
     rank, world = _number(environ, names[0], 0), _number(environ, names[1], 1)
     local_rank = _number(environ, names[2], 0)
     told = _slurm_local_world(environ) if by == "srun" else _number(environ, names[3], 0)
-    told = told or _number(environ, "LOCAL_SIZE", 0)  # deepspeed's
     local_world = told or world
     if not (0 <= rank < world and 0 <= local_rank < local_world <= world):
         raise UserError(

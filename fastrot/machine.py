@@ -164,6 +164,7 @@ _PACKAGES = (
     "triton",
     "deepspeed",
     "nvidia-dali-cuda130",
+    "ffcv",
     "numpy",
     "pillow",
     "safetensors",

@@ -28,9 +28,15 @@ def speaking(aloud: bool) -> Iterator[None]:
         _speaks.reset(before)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read is gone, as a launcher that was killed: what works on has its checkpoint to write."""
+        self.quiet = True
+
+
 def console() -> Console:
     """Standard error: standard output is for results."""
-    return Console(stderr=True, highlight=False, quiet=not _speaks.get())
+    return _Console(stderr=True, highlight=False, quiet=not _speaks.get())
 
 
 def progress_bar(out: Console) -> Progress:

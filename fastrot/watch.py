@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import parent_process
 from pathlib import Path
 
 from fastrot.errors import Fault
 
+_LAUNCHERS = {"mpirun", "mpiexec", "orterun", "orted", "prterun", "prted", "hydra_pmi_proxy"}  # that are no Python
 _GRACE_S = 20  # for a training to stop with a checkpoint: less than launchers leave
 
 
@@ -44,8 +46,8 @@ class Process:
         return self.lives and _stat(self.pid)[:1] in (["T"], ["t"])
 
 
-def _python_ancestors() -> list[Process]:
-    """The launchers above us: the unbroken line of Python processes."""
+def _launchers_above() -> list[Process]:
+    """The launchers above us: the unbroken line of Python processes and of MPI's."""
     line: list[Process] = []
     pid = os.getppid()
     while pid > 1:
@@ -54,17 +56,22 @@ def _python_ancestors() -> list[Process]:
             cmdline = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
         except OSError:
             break
-        if b"python" not in os.path.basename(cmdline) and "python" not in name:
+        if (
+            b"python" not in os.path.basename(cmdline)
+            and "python" not in name
+            and name.strip().partition(".")[0] not in _LAUNCHERS
+        ):
             break
         line.append(Process.of(pid))
         pid = int((_stat(pid) or ["", "0"])[1])
     return line
 
 
+@cache
 def die_with_launcher() -> None:
     """Ask this process to stop when a launcher above it is gone, and end it where it has not after a while: a killed
-    launcher leaves no orphans, and a training its checkpoint."""
-    watched = _python_ancestors()
+    launcher leaves no orphans, and a training its checkpoint. As early as may be: who is gone by now is not missed."""
+    watched = _launchers_above()
 
     def wait() -> None:
         while all(process.lives for process in watched):

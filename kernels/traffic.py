@@ -137,10 +137,10 @@ def together(block: Block, before: Block | None = None, after: Block | None = No
     yield from passes(layer, "bn2", moments=low, gradients=3 * low)
     yield product("conv3: forward of bn2, moments", low + out, three)
     yield product("conv3: weight gradient", out + low, three)
-    yield product("conv3: data gradient, bn2's sums", out + 2 * low, three)
     if after:
-        yield from passes(layer, "bn3", gradient=3 * out)
+        yield product("conv3: data gradient through bn3, bn2's sums", 3 * out + 2 * low, three)
     else:
+        yield product("conv3: data gradient, bn2's sums", out + 2 * low, three)
         yield from passes(layer, "bn3", apply=3 * out, sums=3 * out, gradients=5 * out)
     yield product("conv1: weight gradient", mid + x, one, ours=False)
     thin, short = x // stride**2, 2.0 * out * inputs
@@ -155,9 +155,12 @@ def together(block: Block, before: Block | None = None, after: Block | None = No
         return
     yield from passes(layer, "shortcut", **({"rows_copied": 2 * thin} if stride > 1 else {}))
     yield product("shortcut: forward, moments", thin + out, short)
-    yield from passes(layer, "its norm", **({} if after else {"apply": 2 * out, "sums": 2 * out}), gradients=3 * out)
+    if after:
+        yield product("shortcut: data gradient through its norm", 3 * out + thin, short)
+    else:
+        yield from passes(layer, "its norm", apply=2 * out, sums=2 * out, gradients=3 * out)
+        yield product("shortcut: data gradient", out + thin, short, ours=False)
     yield product("shortcut: weight gradient", out + thin, short, ours=False)
-    yield product("shortcut: data gradient", out + thin, short, ours=False)
     yield from passes(layer, "input", **({} if before else {"gradients_added": 3 * thin}))
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,15 +93,15 @@ def write_shards(folder, out) -> None:
                     shard.addfile(member, io.BytesIO(data))
 
 
-def runnable_decoders() -> list[str]:
-    """Names of the decoders that can run on this machine's CPU: tests' parameters."""
+def runnable_decoders(among: Iterable[str] | None = None) -> list[str]:
+    """Names of the decoders, by default of all, that can run on this machine's CPU: tests' parameters."""
     import torch
 
     from fastrot.data.decode import DECODERS, make_decoder
     from fastrot.errors import UserError
 
     names = []
-    for name in DECODERS:
+    for name in among or DECODERS:
         try:
             make_decoder(name, "cpu", torch.device("cpu"), 1, 1, 1)[0].close()
         except UserError as missing:

@@ -3,9 +3,12 @@
 import os
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastrot import distributed
+from fastrot.distributed import Peer, Ranks
 from fastrot.errors import UserError
 from fastrot.launcher import alone_in_job, find, first_host, settle
 
@@ -51,6 +54,7 @@ NODE_OF_TWO = {**SRUN, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_
         (TORCHRUN, ("its launcher", 3, 4, 1, 2, "a")),
         ({**NODE_OF_TWO, **TORCHRUN}, ("its launcher", 3, 4, 1, 2, "a")),  # srun starts a torchrun on each node
         ({**SRUN, **TORCHRUN}, ("its launcher", 3, 4, 1, 2, "a")),  # which has lost a node
+        ({**DEEPSPEED, "LOCAL_WORLD_SIZE": "1"}, ("its launcher", 3, 4, 1, 2, "a")),  # left by the process that started it
         ({**SRUN, **DEEPSPEED}, ("its launcher", 3, 4, 1, 2, "a")),
         ({"RANK": "0", "WORLD_SIZE": "1"}, None),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"},
@@ -143,8 +147,6 @@ def test_two_jobs_on_a_host_have_ports_of_their_own():
 
 
 def test_a_shell_in_a_job_is_one_process_and_says_so(monkeypatch, capfd):
-    from fastrot import distributed
-
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     for name, value in BATCH.items():
@@ -161,3 +163,34 @@ def test_a_command_says_a_contradiction_in_a_line(fastrot, monkeypatch):
         monkeypatch.setenv(name, value)
     done = fastrot("config")
     assert done.code == 2 and len(done.errors) == 1 and "unset" in done.errors[0]
+
+
+@pytest.mark.parametrize(
+    "seen, local_rank, in_step, gpu", [(8, 3, True, 3), (8, 3, False, 3), (1, 3, True, 0), (1, 3, False, None), (2, 3, True, None)]
+)  # fmt: skip
+def test_a_rank_takes_the_gpu_of_its_number_or_the_one_that_slurm_shows_it(monkeypatch, seen, local_rank, in_step, gpu):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setenv("SLURM_STEP_ID", "0") if in_step else monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    if gpu is None:
+        with pytest.raises(
+            UserError, match=f"^rank 5: no GPU {local_rank} here, only {seen}; start at most one rank a GPU$"
+        ):
+            distributed._gpu(5, local_rank)
+    else:
+        assert distributed._gpu(5, local_rank) == gpu
+
+
+@pytest.mark.parametrize(
+    "cpus, cores",
+    [
+        ([range(8), range(8)], [4, 4]),
+        ([range(4), range(4, 8)], [4, 4]),  # as srun and mpirun bind them
+        ([range(8), range(8), range(8)], [2, 2, 2]),
+        ([range(1), range(1)], [1, 1]),
+        ([range(8), range(6, 8)], [7, 1]),
+    ],
+)
+def test_ranks_share_the_cores_that_they_may_use_and_no_others(cpus, cores):
+    peers = [Peer("h", None, "here", frozenset(one)) for one in cpus] + [Peer("h", None, "there", frozenset(range(8)))]
+    ranks = [Ranks(rank, len(peers), rank, len(cpus), torch.device("cpu"), tuple(peers)) for rank in range(len(cpus))]
+    assert [one.cores for one in ranks] == cores

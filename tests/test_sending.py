@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import hosts_apart
 from conftest import metrics, write_folder
 from fastrot.cli import main
 from fastrot.data.manifest import Manifest
@@ -89,3 +90,24 @@ def test_every_node_gets_what_rank_0_has_and_what_does_not_fit_is_refused_in_a_l
     assert re.search(
         r"^rank 1 on .*: /dev/null/cache/sent/.*: cannot be written \(Not a directory\); set", said["cache"]
     )
+
+
+@pytest.mark.slow
+def test_two_hosts_with_a_network_and_disks_of_their_own_train_as_one_machine_does(hosts):
+    """The same paths on both, and nothing behind them is shared; the run is stopped, and goes on."""
+    if why := hosts_apart.missing():
+        pytest.skip(why)
+    shutil.move(hosts / "1/disk", hosts / "1/data")
+    for host in ("0", "1"):
+        (hosts / host / "home").mkdir()
+    words = [*WORDS[1:-1], "data.train=/srv/data/images", "run.out=/srv/run"]
+    as_ranks(2, main, [*WORDS[:-1], f"data.train={hosts / '0/data/images'}", f"run.out={hosts / 'run'}"])
+    with hosts_apart.joined():
+        disks = [hosts / "0", hosts / "1"]
+        for more in (["run.max_steps=3"], []):
+            ends = hosts_apart.train(disks, [*words, *more])
+            assert [end.returncode for end in ends] == [0, 0], "\n".join(end.stdout for end in ends)
+    assert "resumed from step-00000003: step 3 of 4" in ends[0].stdout
+    assert learnt(hosts / "0/run") == learnt(hosts / "run")
+    assert [path.name for path in (hosts / "1/run").iterdir()] == []
+    assert not list((hosts / "1/cache/sent").iterdir()) and not (hosts / "1/cache/manifests").exists()

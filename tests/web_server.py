@@ -16,7 +16,8 @@ class Server(ThreadingHTTPServer):
     faults     {name: [what happens to its first GET, to its second, ...]}: an HTTP status, `cut` (half of the body), `stall`
                (half, then nothing), `flip` (other bytes, as many), `short` (fewer bytes, as if that were all), or `refuse`.
     ranges     true, false (always the whole), or `lies`: another range than was asked for.
-    md5        send Content-MD5.  lists: whether folders have pages.  delay_s: before each answer.
+    md5        send Content-MD5.  lists: whether folders have pages.
+    delay_s    before each answer.  mb_per_s: most of one connection, 0: no limit.
     asked      [method, name, Range header] of each request.
     """
 
@@ -26,7 +27,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files, self.faults = files, defaultdict(list)
-        self.ranges, self.md5, self.lists, self.delay_s, self.password = True, False, True, 0.0, None
+        self.ranges, self.md5, self.lists, self.password = True, False, True, None
+        self.delay_s, self.mb_per_s = 0.0, 0.0
         self.asked, self.goes_on = [], threading.Event()
 
     @property
@@ -106,12 +108,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        self.wfile.write(body[: len(body) // 2] if fault else body)
+        self._write(body[: len(body) // 2] if fault else body)
         if fault:
             self.wfile.flush()
             if fault == "stall":
                 self.server.goes_on.wait()
             self.close_connection = True
+
+    def _write(self, body):
+        pace = self.server.mb_per_s
+        some = 250_000 if pace else len(body) or 1
+        for at in range(0, len(body), some):
+            time.sleep(some / 1e6 / pace if pace else 0)
+            self.wfile.write(body[at : at + some])
 
 
 @contextmanager

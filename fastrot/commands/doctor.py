@@ -13,14 +13,14 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Result | None:
-    from fastrot import machine, terminal
+    from fastrot import launcher, machine, terminal
     from fastrot.errors import Unsound
     from fastrot.files import finite
     from fastrot.selfcheck.doctor import BROKEN, examine
 
     config, _ = settings(args)
     machine.set_caches()
-    with among_ranks() if "RANK" in os.environ else nullcontext() as ranks:
+    with among_ranks() if launcher.find(os.environ) else nullcontext() as ranks:
         result = examine(config, ranks)
     if ranks is not None and not ranks.first:
         return None

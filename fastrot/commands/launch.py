@@ -36,9 +36,8 @@ def _run(args: argparse.Namespace) -> Result | None:
     if not config.data.train:
         raise UserError("data.train is not set; name the images as the nodes see them, as in data.train=/data/train")
     gpu, gpus = _gpus(args.gpus)
-    name = re.sub(r"[^a-z0-9]+", "-", Path(config.run.out).name.lower()).strip("-")[:40] or "fastrot"
     words = as_overrides(config, sources)
-    start = Start(name, _nodes(args.nodes), gpus, gpu, args.hours, words, args.image)
+    start = Start(name_of(Path(config.run.out).name), _nodes(args.nodes), gpus, gpu, args.hours, words, args.image)
     arithmetic(config, start.ranks, start.ranks)
     text = SYSTEMS[args.to].render(start)
     if args.out is None and not args.json:
@@ -51,6 +50,11 @@ def _run(args: argparse.Namespace) -> Result | None:
             raise UserError(f"--out {args.out}: cannot be written ({error.strerror})") from None
         terminal.console().print(f"{SYSTEMS[args.to].submit} {args.out}", soft_wrap=True, markup=False)
     return {"to": args.to, "ranks": start.ranks, "out": args.out, "text": text}
+
+
+def name_of(folder: str) -> str:
+    """A job's name, which every system takes."""
+    return re.sub("[^a-z0-9]+", "-", f"fastrot-{folder.lower()}")[:40].strip("-")
 
 
 def _nodes(text: str) -> tuple[str, ...]:

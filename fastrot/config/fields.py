@@ -28,12 +28,13 @@ class Data(Section):
     """A folder on each machine's own disk: where data.train and data.val are addresses (s3://, gs://, http(s)://), they
     are copied below it once a machine, as fastrot stage does, and read there. Without it shards and .beton are read where
     they are."""
-    decode: Literal["auto", "dali", "turbo", "turbo_fast", "ffcv", "torch"] = "auto"
+    decode: Literal["auto", "dali", "turbo", "turbo_fast", "ffcv", "nvimgcodec", "torch"] = "auto"
     """Decoder: dali; turbo, our own, on the CPU; turbo_fast, which scales large windows in the DCT; ffcv (its
-    own pixels: area-averaged); torch (torchvision); or auto = dali on a GPU, turbo on a CPU, where they run,
+    own pixels: area-averaged); nvimgcodec, the library under DALI's decoders by itself (on a GPU not yet seen); torch
+    (torchvision); or auto = dali on a GPU, turbo on a CPU, where they run,
     else the next, said in a line."""
     decode_on: Literal["auto", "gpu", "cpu"] = "auto"
-    """Where dali decodes: gpu is its `mixed` path; auto = gpu on a CUDA machine."""
+    """Where dali and nvimgcodec decode: gpu is DALI's `mixed` path; auto = gpu on a CUDA machine."""
     crop: Annotated[int, Field(ge=8, le=4096)] = 224
     """Side of a training and evaluation crop, pixels."""
     crop_by_epoch: dict[int, Annotated[int, Field(ge=8, le=4096)]] = {}

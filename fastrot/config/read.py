@@ -203,8 +203,10 @@ def _validated(values: dict[str, Any], sources: dict[str, str]) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as errors:
+        first: dict[str, Any] = {}  # a line a key
         for error in errors.errors():
-            key = ".".join(str(part) for part in error["loc"][:2])
+            first.setdefault(".".join(str(part) for part in error["loc"][:2]), error)
+        for key, error in first.items():
             wrong.append(f"{sources.get(key, 'default')}: {key} is {error['input']!r}: {error['msg']}")
     else:
         wrong += cross_field_errors(config)

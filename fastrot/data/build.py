@@ -59,12 +59,16 @@ def plan_of(config: Config, manifest: Manifest) -> Plan:
 
 
 def at_hand(source: str | None, config: Config, ranks: Ranks, key: str) -> str | None:
-    """A source as it is, or, where it is at a distance, its copy below data.stage: every rank makes sure of its machine's,
-    of which one copies. Raises, on all ranks, what one raised."""
+    """A source as it is, or, where it is at a distance, its copy below data.stage, made by the first rank of each machine.
+    Raises, on all ranks, what one raised. Collective."""
     if not is_remote(source):
         return source
-    folder = config.data.stage
-    return distributed.on_all(ranks, lambda: of_config(str(source), folder, key))
+
+    def here() -> str | None:
+        return of_config(source, config.data.stage, key)
+
+    made = distributed.on_all(ranks, lambda: here() if ranks.local_rank == 0 else None)
+    return distributed.on_all(ranks, lambda: made or here())
 
 
 def open_manifest(source: str | None, config: Config, ranks: Ranks, key: str) -> Manifest:

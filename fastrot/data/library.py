@@ -75,7 +75,7 @@ class Loader:
     seed    of the order and of every crop, flip and turn; nothing else draws.
     rank, ranks  this process among those that share each step; slices differ by one image at most.
     device  of the batches; default: the GPU, else the CPU.
-    decode  auto, dali, turbo, turbo_fast, ffcv or torch.
+    decode  auto, dali, turbo, turbo_fast, ffcv, nvimgcodec or torch.
     views   None: images as they are, for supervised training; "all": four turns of each; "one": a random turn of each.
     bad_images  a file, one for all ranks, that lists what could not be read or decoded; default: counted alone.
     options any other key of the config's section `data`, such as flip, scale, ratio, threads, prefetch, max_bad, mean.

@@ -123,7 +123,7 @@ def opened(path: bytes) -> Iterator[BinaryIO]:
     if is_far(path):
         yield far.opened(os.fsdecode(path))
         return
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open(path, "rb", opener=lambda path, _: open_regular(path)) as file:
         yield file
 
 

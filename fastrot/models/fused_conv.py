@@ -17,15 +17,19 @@ T = TypeVar("T")
 
 
 class Unjoined(NamedTuple):
-    """A block's result before its last norms, addition and ReLU, which the next block's first product does.
+    """A block's result before its last norms, addition and ReLU, which the next block's first product does; or maps.
 
+    residual  maps: the block's input, or what its shortcut's convolution gives, and the second norm takes. Its gradient
+              is that of the sum before the ReLU.
     y         maps that conv3 gives, and the first norm takes.
-    residual  the block's input; or maps that its shortcut's convolution gives, and the second norm takes.
+    backward  [norms, 4, C] of no value, whose gradient is each norm's pointwise.backward_affine: with the residual's,
+              the gradient of y, which the block makes as its product reads it.
     moments   of each norm.
     """
 
-    y: Tensor
-    residual: Tensor | None = None
+    residual: Tensor
+    y: Tensor | None = None
+    backward: Tensor | None = None
     moments: Sequence[Tensor] = ()
     norms: Sequence[FusedNorm2d] = ()
 
@@ -39,6 +43,9 @@ class _Normed(NamedTuple):
 
     def affine(self, moments: Tensor) -> Tensor:
         return pointwise.affine(moments, self.gamma, self.beta, self.eps)
+
+    def backward_affine(self, sums: Tensor, moments: Tensor) -> Tensor:
+        return pointwise.backward_affine(sums, moments, self.gamma, self.eps)
 
     def applied(self, y: Tensor, residual: Tensor | None, moments: Tensor, relu: bool) -> Tensor:
         return norm.apply(y, residual, moments, self.gamma, self.beta, self.eps, relu)
@@ -88,20 +95,26 @@ class _Step(torch.autograd.Function):
     What norms say to other ranks is on its way while what does not need it is computed: the shortcut's product, and
     the weights' gradients. The shortcut's norm shares a message of bn3's, and of bn2's or bn3's.
 
-    x, residual, moments  of an Unjoined. Where norms come with it, the first product makes its own input of them, and
-                          the one that makes that input's gradient goes on to before its ReLU and to the norms' sums.
-    Where the next block does bn3, the result is not maps but y3 and the shortcut's y, or x.
+    x, y, backward, moments  of an Unjoined. Where it has norms, the first product makes its own input of them, and the
+                             one that makes that input's gradient goes on to before its ReLU and to the norms' sums.
+    Where the next block does bn3, the result is not maps but three of an Unjoined.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, moments: Sequence[Tensor], way: _Way, *parameters: Tensor
+        ctx: Any,
+        x: Tensor,
+        y: Tensor | None,
+        _backward: Tensor | None,
+        moments: Sequence[Tensor],
+        way: _Way,
+        *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         (f1, f2, f3, *fd), over_ranks = parameters[: way.filters], way.over_ranks
         (n1, n2), last, before = way.norms(parameters)
         w1, w3, *wd = (_matrix(each, x.dtype) for each in (f1, f3, *fd))
         w2 = f2.to(x.dtype)
-        rows, y1, m1, joined = _first_product(x, residual, moments, before, w1)
+        rows, y1, m1, joined = _first_product(x, y, moments, before, w1)
         merged1 = merging(over_ranks, m1)
         down: list[Tensor] = []
         md: list[Tensor] = []
@@ -117,18 +130,18 @@ class _Step(torch.autograd.Function):
         a2 = n2.affine(m2)
         y3, m3 = pointwise.forward(y2, w3, a2)
         m3, *md = merging(over_ranks, m3, *md)()
-        shortcut = yd if wd else rows
+        own, shortcut = [m1, m2, m3, *md], yd if wd else rows
         if last:
             n3, *nd = last
-            shortcut = nd[0].applied(yd, None, md[0], False) if nd else rows
-            result = [maps_of(n3.applied(y3, shortcut, m3, True), maps2)]
+            residual = nd[0].applied(yd, None, md[0], False) if nd else rows
+            result = [maps_of(n3.applied(y3, residual, m3, True), maps2)]
         else:
-            result = [maps_of(y3, maps2), maps_of(shortcut, maps2)]
-        own = [m1, m2, m3, *md]
+            backward = m3.new_empty(way.filters - 2, 4, y3.shape[1])
+            result = [maps_of(shortcut, maps2), maps_of(y3, maps2), backward]
         kept = (parameters, down, own, joined, result if last else [])
         ctx.save_for_backward(rows, w1, y1, h1, w2, y2, a2, w3, y3, *chain(*kept))
         ctx.way, ctx.kept = way, [len(some) for some in kept]
-        ctx.mark_non_differentiable(*own)
+        ctx.mark_non_differentiable(*own, *result[1:2])
         ctx.set_materialize_grads(False)  # of moments there is none: no zeros for them
         return *result, *own
 
@@ -138,11 +151,13 @@ class _Step(torch.autograd.Function):
         parameters, down, (m1, m2, *m3), joined, out = _cut(rest, ctx.kept)
         way, over_ranks = ctx.way, ctx.way.over_ranks
         (n1, n2), last, before = way.norms(parameters)
+        added = rows_of(grad)
+        sums3: list[Tensor] = []
         if last:
-            dy3, added, sums3 = _through_last(last, over_ranks, rows_of(grad), rows_of(*out), [y3, *down[2:]], m3)
+            dy3, added, sums3 = _through_last(last, over_ranks, added, rows_of(*out), [y3, *down[2:]], m3)
+            g, sums2 = pointwise.data_gradient(dy3, w3, y2, a2)
         else:
-            dy3, added, sums3 = rows_of(grad), rows_of(more[0]), []
-        g, sums2 = pointwise.data_gradient(dy3, w3, y2, a2)
+            dy3, g, sums2 = pointwise.normed_gradient(added, w3, y3, more[1][0], y2, a2)
         summed = summing(over_ranks, sums2, *sums3[1:])
         dw3 = pointwise.weight_gradient(dy3, y2, a2)
         all2, *alld = summed()
@@ -154,36 +169,40 @@ class _Step(torch.autograd.Function):
         dw2 = torch.ops.aten.convolution_backward(*back2, [False, True, False])[1]
         [all1] = summed()
         dy1, _ = n1.gradients(all1, dh1, y1, None, m1, True)
-        dyd = last[1].gradients(alld[0], added, down[2], None, m3[1], False)[0] if alld else added
+        dwd = []
         if down:
-            added = dyd @ down[1]
+            thinned, wd, yd = down
+            if last:
+                dyd, _ = last[1].gradients(alld[0], added, yd, None, m3[1], False)
+                added = dyd @ wd
+            else:
+                dyd, added, _ = pointwise.normed_gradient(added, wd, yd, more[1][1], None, None)
+            dwd = [pointwise.weight_gradient(dyd, thinned, None)]
         elif not last and not before:
             added = added.clone()  # a gradient that came is not written to
-        stride = way.stride if down else 1
         sums0: Sequence[Tensor] = ()
         if before:
-            sums0, given = _through_joined(before, over_ranks, joined, dy1, w1, added, h1, stride)
+            stride = way.stride if down else 1
+            dx, sums0, arrive = _through_joined(before, over_ranks, joined, dy1, w1, added, h1, stride)
         else:
             dx = _input_gradient(way, dy1, w1, added, h1, grad)
-        dws = [pointwise.weight_gradient(dy1, rows, None), dw2, dw3]
-        dws += [pointwise.weight_gradient(dyd, thinned, None) for thinned in down[:1]]
-        gradients = [*dws, *chain(sums1, sums2, *sums3, *sums0)]
-        each = (value.view_as(p).to(p.dtype) for value, p in zip(gradients, parameters, strict=True))
-        return *(given() if before else (dx, None)), None, None, *each
+        dws = [pointwise.weight_gradient(dy1, rows, None), dw2, dw3, *dwd]
+        each = zip([*dws, *chain(sums1, sums2, *sums3, *sums0)], parameters, strict=True)
+        mine = (value.view_as(p).to(p.dtype) for value, p in each)
+        return dx, None, arrive() if before else None, None, None, *mine
 
 
 def _first_product(
-    x: Tensor, residual: Tensor | None, moments: Sequence[Tensor], norms: list[_Normed], w1: Tensor
+    x: Tensor, y: Tensor | None, moments: Sequence[Tensor], norms: list[_Normed], w1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(a block's input as rows, y1, its moments, what `_through_joined` needs) of what the block before gave."""
-    if residual is None:
-        rows = rows_of(x)
+    rows = rows_of(x)
+    if y is None:
         return rows, *pointwise.forward(rows, w1, None), []
-    affines = [each.affine(m) for each, m in zip(norms, moments, strict=True)]
-    ys = [rows_of(each) for each in (x, residual)]
+    ys, affines = [rows_of(y), rows], [each.affine(m) for each, m in zip(norms, moments, strict=True)]
     normed = affines[1] if len(affines) > 1 else None
-    rows, mask, y1, m1 = pointwise.joined_forward(ys[0], w1, affines[0], ys[1], normed)
-    return rows, y1, m1, [mask, *ys[: len(norms)], *affines, *moments]
+    made, mask, y1, m1 = pointwise.joined_forward(ys[0], w1, affines[0], rows, normed)
+    return made, y1, m1, [mask, *ys[: len(norms)], *affines, *moments]
 
 
 def _through_last(
@@ -206,19 +225,18 @@ def _through_joined(
     added: Tensor,
     like: Tensor,
     stride: int,
-) -> tuple[Sequence[Tensor], Callable[[], list[Tensor]]]:
-    """This rank's sums of the norms that the first product took in; what is returned with them waits for all ranks',
-    and gives the gradients of what the block before gave."""
+) -> tuple[Tensor, Sequence[Tensor], Callable[[], Tensor]]:
+    """(the gradient before the ReLU through which the first product made its input, this rank's sums of the norms
+    there, what waits for all ranks' and gives an Unjoined's `backward`)."""
     ([mask], ys, affines, moments), (height, width) = _cut(joined, (1, *3 * [len(norms)])), like.shape[2:]
     g, sums = pointwise.joined_gradient(dy1, w1, ys, affines, mask, added, height, width, stride)
     arrive = summing(over_ranks, *sums)
 
-    def gradients() -> list[Tensor]:
-        each = zip(norms, arrive(), ys, moments, strict=True)
-        given = [n.gradients(all_ranks, g, y, None, m, False)[0] for n, all_ranks, y, m in each]
-        return [maps_of(rows, like) for rows in (*given, g)][:2]
+    def backward() -> Tensor:
+        each = zip(norms, arrive(), moments, strict=True)
+        return torch.stack([n.backward_affine(all_ranks, m) for n, all_ranks, m in each])
 
-    return sums.unbind(), gradients
+    return maps_of(g, like), sums.unbind(), backward
 
 
 def _input_gradient(way: _Way, dy1: Tensor, w1: Tensor, added: Tensor, like: Tensor, low: Tensor) -> Tensor:
@@ -263,12 +281,12 @@ class _FusedConvBottleneck(FusedBottleneck):
             tuple(bn.eps for bn in used), self.bn1.over_ranks,
         )  # fmt: skip
         parts: tuple[Tensor, ...] = _Step.apply(  # type: ignore[no-untyped-call]  # torch's apply
-            given.y, given.residual, given.moments, way, *parameters
+            *given[:4], way, *parameters
         )
-        (y, *residual), moments = _cut(parts, (len(parts) - len(pairs), len(pairs)))
+        result, moments = _cut(parts, (len(parts) - len(pairs), len(pairs)))
         for bn, each in zip(norms, moments, strict=True):
             bn.track(each)
-        return Unjoined(y, residual[0], moments[2:], left) if left else y
+        return Unjoined(result[0], result[1], result[2], moments[2:], left) if left else result[0]
 
 
 class _JoinedBottleneck(_FusedConvBottleneck):

@@ -41,7 +41,7 @@ class Stopwatch:
 
     def _ended(self, _module: nn.Module, _input: Any, output: Any) -> None:
         self._forward.append(mark())
-        first: torch.Tensor = tree_leaves(output)[0]  # of joined blocks what goes from one to the next is several
+        first: torch.Tensor = tree_leaves(output)[0]  # a joined block gives several
         if first.requires_grad:
             first.register_hook(lambda _: self._backward.append(mark()))
 

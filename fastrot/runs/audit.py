@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from fastrot.runs.log import read_status
 from fastrot.runs.run import defining
 
 SOUND, NOTED, DAMAGED = "sound", "noted", "damaged"
+_REMOVAL_S = 5.0  # that the removal of a checkpoint may take
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,10 @@ def audit(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name a run's, as in run.out")
     resume: Path | None = None
+    stands = state(folder), read_status(folder)  # first: a run may end while the rest is read
     if is_run(folder):
-        of_checkpoints, resume = _checkpoints(folder)
-        findings = [*of_checkpoints, *_Run(folder, resume).findings()]
+        of_checkpoints, resume = _checkpoints(folder, stands[0] == "running")
+        findings = [*of_checkpoints, *_Run(folder, resume, *stands).findings()]
     elif (folder / "labels.npy").exists():
         findings = [_store(folder, folder.name)]
     elif (folder / "state.json").exists():
@@ -63,19 +66,19 @@ def audit(folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "sound": not damaged,
-        "state": state(folder),
+        "state": stands[0],
         "resume": resume.name if resume else None,
         "findings": [asdict(one) for one in findings],
     }
 
 
-def _checkpoints(run: Path) -> tuple[list[Finding], Path | None]:
+def _checkpoints(run: Path, running: bool) -> tuple[list[Finding], Path | None]:
     """The checkpoints' hashes, and the newest sound one."""
     root, findings = run / "checkpoints", []
     folders = checkpoint.folders(root)
     for folder in terminal.track(folders, len(folders), "checkpoints"):
         found = _checkpoint(folder)
-        if found.state == SOUND or folder.exists():  # else the run has thinned it out meanwhile
+        if found.state == SOUND or not _thinned_out(folder, running):
             findings.append(found)
     sound = {one.what for one in findings if one.state == SOUND}
     resume = next((one for one in reversed(folders) if f"checkpoints/{one.name}" in sound), None)
@@ -87,6 +90,14 @@ def _checkpoints(run: Path) -> tuple[list[Finding], Path | None]:
     ]
     findings += [one for one in (_pointer(root, "latest"), _pointer(root, "best")) if one]
     return findings, resume
+
+
+def _thinned_out(folder: Path, running: bool) -> bool:
+    """Whether a run removes an old checkpoint while it is looked at: its files go before it does."""
+    until = time.monotonic() + _REMOVAL_S
+    while running and folder.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    return not folder.exists()
 
 
 def _checkpoint(folder: Path) -> Finding:
@@ -111,10 +122,11 @@ def _pointer(root: Path, name: str) -> Finding | None:
 
 
 class _Run:
-    """What stands beside the checkpoints. newest: the sound checkpoint that a resume would take, if any."""
+    """What stands beside the checkpoints. newest: the sound checkpoint that a resume would take, if any. state, status: as
+    they were before the checkpoints were looked at."""
 
-    def __init__(self, folder: Path, newest: Path | None):
-        self.folder, self.status, self.state = folder, read_status(folder), state(folder)
+    def __init__(self, folder: Path, newest: Path | None, state: str, status: dict[str, Any]):
+        self.folder, self.status, self.state = folder, status, state
         self.newest = read_json(newest / "state.json", checkpoint.State) if newest else None
         self.newest_folder = newest
         self.config: Config | None = None
@@ -193,12 +205,16 @@ class _Run:
                 DAMAGED,
                 f"is of other images than the checkpoints: content {manifest.content[:12]}, not {trained[:12]}",
             )
-        changed, looked = changed_files(manifest)
+        hashes = "every hash as it says" if sealed else "of a version that kept no hashes"
+        yield SOUND, f"{len(manifest):,} images, {hashes}"
+        try:
+            changed, looked = changed_files(manifest)
+        except (UserError, Fault) as error:
+            yield NOTED, f"its image files cannot be looked at now: {error}"
+            return
         if changed:
             first = ": ".join(changed[0])
             yield NOTED, f"{len(changed):,} of {looked:,} image files are not as the run saw them, the first: {first}"
-        hashes = "every hash as it says" if sealed else "of a version that kept no hashes"
-        yield SOUND, f"{len(manifest):,} images, {hashes}; {looked - len(changed):,} of {looked:,} files as indexed"
 
     def _stream(self) -> Iterator[tuple[str, str]]:
         """Each recorded epoch computed again from the config and the run's own manifest."""

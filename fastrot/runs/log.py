@@ -17,7 +17,7 @@ from fastrot import terminal
 from fastrot.config import Config
 from fastrot.files import Damaged, as_json, finite, read_json, write_text
 from fastrot.profiling.pace import in_words
-from fastrot.runs import loggers
+from fastrot.runs import loggers, trainjob
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class RunLog:
         cut_back(self._folder / "metrics.jsonl", first_step)
         (self._folder / "metrics.jsonl").touch()
         self._loggers = loggers.opened(config.run.loggers, self._folder, first_step, config, self.say)
+        self._loggers += trainjob.opened(self._total)
         if self._out.is_terminal:
             self._bar = terminal.progress_bar(self._out)
             self._task = self._bar.add_task("training", total=self._total, completed=first_step, note="")

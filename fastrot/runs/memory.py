@@ -11,6 +11,7 @@ from torch import nn
 from fastrot import machine
 from fastrot.config import Config
 from fastrot.data.build import settings_of, sides
+from fastrot.data.decode import GPUS_OWN
 from fastrot.data.loader import DECODES_IN_FLIGHT
 from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST
@@ -136,7 +137,7 @@ def _ahead(config: Config, ranks: Ranks) -> tuple[int, int]:
     soon as they are decoded, and those at the decoder lie where it decodes."""
     done = settings_of(config, ranks).prefetch + 1
     data = config.data
-    apart = ranks.device.type == "cuda" and (data.decode_on == "cpu" or data.decode not in ("auto", "dali"))
+    apart = ranks.device.type == "cuda" and (data.decode_on == "cpu" or data.decode not in ("auto", *GPUS_OWN))
     return (done, DECODES_IN_FLIGHT) if apart else (done + DECODES_IN_FLIGHT, 0)
 
 

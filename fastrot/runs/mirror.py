@@ -16,7 +16,7 @@ from fastrot.runs import checkpoint
 _ROOT = "checkpoints"
 _WHOLE = "manifest.json"  # of a checkpoint: written last
 _NOTES = (f"{_ROOT}/best", f"{_ROOT}/latest")
-_LOG = ("metrics.jsonl", "bad_images.jsonl")
+_LOG = ("metrics.jsonl", "bad_images.jsonl", "stream.json", "loggers.json")
 _FACTS = ("config.yaml", "environment.json", "STATUS.json", "backbone.safetensors")
 
 

@@ -179,7 +179,8 @@ def train(
             with distributed.lost_peer_is_a_fault(ranks), running_out_is_a_fault(start.job.memory):
                 result = _run(start, folder, log, until, mirror)
             if "stopped" in result:
-                log.status("stopped", **result)
+                # before another rank leaves, since launchers then end this one
+                distributed.on_first(ranks, lambda: log.status("stopped", **result))
                 raise _stopped(result["stopped"])
             distributed.on_first(ranks, lambda: _keep_backbone(folder, start))
             log.status("done", **result)

@@ -13,6 +13,7 @@ from fastrot import distributed, terminal
 from fastrot.config import Config
 from fastrot.data import loader_settings
 from fastrot.data.build import crop_at, make_loader, open_manifest, settings_of
+from fastrot.data.decode import GPUS_OWN
 from fastrot.data.decode.nvjpeg import HARDWARE_LOAD
 from fastrot.data.loader_settings import Tuned
 from fastrot.data.manifest import Manifest
@@ -116,7 +117,7 @@ def tune(config: Config, ranks: Ranks, seconds: float, demand: float | None = No
     if threads is not None:
         settings, pace, of_each = tried[threads], statistics.median(by_threads[threads]), took[threads]
         on_gpu = (
-            ranks.device.type == "cuda" and config.data.decode in ("auto", "dali") and config.data.decode_on != "cpu"
+            ranks.device.type == "cuda" and config.data.decode in ("auto", *GPUS_OWN) and config.data.decode_on != "cpu"
         )
         if on_gpu and demand is not None:
             loads = {load: replace(settings, hw_decoder_load=load) for load in _SHARES}

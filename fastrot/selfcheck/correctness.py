@@ -89,7 +89,7 @@ def encoded(count: int) -> Iterator[NDArray[np.uint8]]:
 
 
 # Levels of 255 from Pillow: the worst image's mean, the mean of all.
-_NEAR = {"mixed": (2.0, 0.25), "turbo": (0.25, 0.02), "dali": (0.25, 0.02), "torch": (0.25, 0.02)}
+_NEAR = {"mixed": (2.0, 0.25)} | dict.fromkeys(("turbo", "dali", "nvimgcodec", "torch"), (0.25, 0.02))
 
 
 def decoders(place: Place, found: Found) -> None:
@@ -101,9 +101,10 @@ def decoders(place: Place, found: Found) -> None:
     rows = np.arange(many)
     windows = crop_windows(0, rows, np.zeros(many, np.int64), height, width)
     oracle = np.stack([_pillow(image, window) for image, window in zip(images, windows, strict=True)])
-    arms = [("dali", "gpu", share) for share in (None, 0.0, 1.0)] if place.gpu else []
+    shares = [("dali", None), ("dali", 0.0), ("dali", 1.0), ("nvimgcodec", None), ("nvimgcodec", 0.0)]
+    arms = [(name, "gpu", share) for name, share in shares] if place.gpu else [("nvimgcodec", "cpu", None)]
     if not place.gpu:
-        found.skipped.append("dali mixed and its hardware decoder: need CUDA")
+        found.skipped.append("dali mixed, nvimgcodec and the hardware decoder on a GPU: need CUDA")
     for name, where, share in [*arms, ("turbo", "cpu", None), ("dali", "cpu", None), ("torch", "cpu", None)]:
         says = f"{name}, {where}" + ("" if share is None else f", hardware share {share:g}")
         try:

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 from fastrot import machine
 from fastrot.config import Config
+from fastrot.data.reading import is_far, states
 from fastrot.data.sources import parts_of, shards_of
+from fastrot.distributed import Ranks
+from fastrot.remote import is_remote
+from fastrot.remote.file import file_at
+from fastrot.remote.file import stretch as stretch_of
 from fastrot.selfcheck.doctor import BROKEN, FINE, LOW, SLOW, Check
 from fastrot.selfcheck.report import RECORD
 
@@ -26,11 +29,11 @@ _IMAGE = 110 * 1024  # bytes, as ImageNet's are
 _IMAGES = RECORD / 4  # a second that a GPU takes at the record's pace
 
 
-def run_folder(config: Config, local: int) -> Iterator[Check]:
+def run_folder(config: Config, ranks: Ranks) -> Iterator[Check]:
     yield from _written("run.out", Path(config.run.out), "run.out=", locks=True)
 
 
-def cache(config: Config, local: int) -> Iterator[Check]:
+def cache(config: Config, ranks: Ranks) -> Iterator[Check]:
     yield from _written("cache", machine.cache_folder(), "export FASTROT_CACHE=", locks=True)
 
 
@@ -92,11 +95,14 @@ def _filesystem(path: Path) -> str:
     return kind
 
 
-def data(config: Config, local: int) -> Iterator[Check]:
+def data(config: Config, ranks: Ranks) -> Iterator[Check]:
     """What data.train and data.val give to data.readers threads, from the disk where the kernel lets go of what it holds."""
     for key in ("train", "val"):
         source = getattr(config.data, key)
         if source is None:
+            continue
+        if is_remote(source) and config.data.stage:
+            yield from _written("data.stage", Path(config.data.stage), "data.stage=", locks=True)
             continue
         stretches = list(_stretches(source))
         if not stretches:
@@ -105,16 +111,19 @@ def data(config: Config, local: int) -> Iterator[Check]:
             )
             continue
         for path, _, _ in stretches:
-            _forget(path)
+            if not is_far(path):
+                _forget(path)
         began = time.perf_counter()
         with ThreadPoolExecutor(config.data.readers) as pool:
             sizes = list(pool.map(_read, stretches))
         pace, rate = sum(sizes) / (time.perf_counter() - began), len(sizes) / (time.perf_counter() - began)
-        says = f"{source}, {_filesystem(Path(os.fsdecode(stretches[0][0])).resolve())}: {rate:,.0f} images/s, {pace / MIB:,.0f} MiB/s with {config.data.readers} readers"
-        wanted = _IMAGES * local if torch.cuda.is_available() else 0
+        first = stretches[0][0]
+        place = "at a distance" if is_far(first) else _filesystem(Path(os.fsdecode(first)).resolve())
+        says = f"{source}, {place}: {rate:,.0f} images/s, {pace / MIB:,.0f} MiB/s with {config.data.readers} readers"
+        wanted = _IMAGES * ranks.local_world if ranks.device.type == "cuda" else 0
         if rate < wanted:
             cure = "more data.readers, data.order=window, or the data on a disk of this node"
-            yield Check(f"data.{key}", SLOW, f"{says}; {local} GPUs take up to {wanted:,.0f}", cure)
+            yield Check(f"data.{key}", SLOW, f"{says}; {ranks.local_world} GPUs take up to {wanted:,.0f}", cure)
         else:
             yield Check(f"data.{key}", FINE, says)
 
@@ -124,7 +133,8 @@ def _stretches(source: str) -> Iterator[tuple[bytes, int, int]]:
     Raises UserError where a shard is missing."""
     shards = shards_of(source)
     if shards:
-        places = ((path, at) for path in shards for at in range(0, os.stat(path).st_size, 97 * _IMAGE))
+        sizes = zip(shards, states(shards)[:, 0].tolist(), strict=True)
+        places = ((path, at) for path, size in sizes for at in range(0, size, 97 * _IMAGE))
         yield from ((path, at, _IMAGE) for path, at in itertools.islice(places, _FILES))
         return
     part = parts_of(source)[0]
@@ -150,6 +160,8 @@ def _forget(path: bytes) -> None:
 
 def _read(stretch: tuple[bytes, int, int]) -> int:
     path, offset, length = stretch
+    if is_far(path):
+        return len(stretch_of(*file_at(os.fsdecode(path)), offset, offset + length))
     with open(path, "rb") as file:
         file.seek(offset)
         return len(file.read(length))

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from fastrot import machine
 from fastrot.config import Config
-from fastrot.distributed import Ranks
+from fastrot.distributed import Ranks, of_all
 from fastrot.errors import Fault, UserError
 
 # the worst first: what was asked for cannot be; what may be wanted is not there; what makes it slow or may end it
@@ -29,31 +30,31 @@ class Check:
     cure: str = ""
 
 
-Look = Callable[[Config, int], Iterator[Check]]  # (config, ranks on this host)
+Look = Callable[[Config, Ranks], Iterator[Check]]
 
 
 def examine(config: Config, ranks: Ranks | None) -> dict[str, Any]:
-    """All checks of this host, and of the others where ranks are given, the worst first. Collective."""
-    checks = _of_this_host(config, ranks) if ranks is None or ranks.local_rank == 0 else []
-    if ranks is not None and ranks.world > 1:
+    """All checks of this host, and of the others where a launcher has started ranks, the worst first. Collective."""
+    ranks = ranks or Ranks(0, 1, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    checks = _of_this_host(config, ranks) if ranks.local_rank == 0 else []
+    if ranks.world > 1:
         checks = _of_all(checks, ranks)
     checks.sort(key=lambda one: STATES.index(one.state))
-    facts = machine.environment(f"{ranks.world if ranks else 1}")
+    facts = machine.environment(f"{ranks.world} on {ranks.device.type}")
     return {"sound": all(one.state != BROKEN for one in checks), "checks": [asdict(one) for one in checks], **facts}
 
 
-def _of_this_host(config: Config, ranks: Ranks | None) -> list[Check]:
+def _of_this_host(config: Config, ranks: Ranks) -> list[Check]:
     from fastrot.selfcheck import disks, limits, software
 
-    local = ranks.local_world if ranks else 1
     looks: tuple[Look, ...] = (*software.LOOKS, *limits.LOOKS, *disks.LOOKS)
-    return [check for look in looks for check in _guarded(look, config, local)]
+    return [check for look in looks for check in _guarded(look, config, ranks)]
 
 
-def _guarded(look: Look, config: Config, local: int) -> Iterator[Check]:
+def _guarded(look: Look, config: Config, ranks: Ranks) -> Iterator[Check]:
     """A look that cannot be made is a row too: the others are what a person is waiting for."""
     try:
-        yield from look(config, local)
+        yield from look(config, ranks)
     except (UserError, Fault) as error:
         yield Check(look.__name__.replace("_", " "), BROKEN, str(error))
     except (OSError, ValueError, RuntimeError) as error:
@@ -62,9 +63,8 @@ def _guarded(look: Look, config: Config, local: int) -> Iterator[Check]:
 
 def _of_all(checks: list[Check], ranks: Ranks) -> list[Check]:
     """The checks of every host, those that all have alike once; and the clocks."""
-    gathered: list[Any] = [None] * ranks.world
-    dist.all_gather_object(gathered, (socket.gethostname(), checks) if ranks.local_rank == 0 else None)
-    hosts = [one for one in gathered if one]
+    mine = (socket.gethostname(), checks) if ranks.local_rank == 0 else None
+    hosts = [one for one in of_all(ranks, mine) if one]
     merged: dict[Check, list[str]] = {}
     for host, found in hosts:
         for check in found:
@@ -81,8 +81,7 @@ def _clocks(ranks: Ranks) -> Check:
     offsets = []
     for _ in range(_ROUNDS):
         dist.barrier()
-        times: list[Any] = [None] * ranks.world
-        dist.all_gather_object(times, (socket.gethostname(), time.time()))
+        times = of_all(ranks, (socket.gethostname(), time.time()))
         offsets.append([seen - times[0][1] for _, seen in times])
     middle = [sorted(of_rank)[_ROUNDS // 2] for of_rank in zip(*offsets, strict=True)]
     last, first = max(range(ranks.world), key=middle.__getitem__), min(range(ranks.world), key=middle.__getitem__)

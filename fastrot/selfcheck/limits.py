@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastrot import machine
 from fastrot.config import Config
+from fastrot.distributed import Ranks
 from fastrot.selfcheck.doctor import BROKEN, FINE, LOW, SLOW, Check
 
 GIB = 2**30
@@ -16,7 +17,7 @@ _SHARED = GIB  # NCCL and gloo want tens of MiB a rank of it
 _MEMORY = 4 * GIB  # of a rank
 
 
-def open_files(config: Config, local: int) -> Iterator[Check]:
+def open_files(config: Config, ranks: Ranks) -> Iterator[Check]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     says = f"{_count(soft)} a process" + ("" if soft == hard else f", {_count(hard)} at most")
     if _below(soft, _FILES):
@@ -25,7 +26,7 @@ def open_files(config: Config, local: int) -> Iterator[Check]:
         yield Check("open files", FINE, says)
 
 
-def threads(config: Config, local: int) -> Iterator[Check]:
+def threads(config: Config, ranks: Ranks) -> Iterator[Check]:
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     in_group = machine.threads_by_groups()
     least = min([limit for limit in (soft, in_group) if limit is not None and limit >= 0], default=-1)
@@ -35,9 +36,9 @@ def threads(config: Config, local: int) -> Iterator[Check]:
         yield Check("threads", FINE, f"{_count(least)} a user or container")
 
 
-def cores(config: Config, local: int) -> Iterator[Check]:
+def cores(config: Config, ranks: Ranks) -> Iterator[Check]:
     mine, all_of, quota = machine.cores(), os.cpu_count() or 1, machine.cores_by_quota()
-    share = max(1, mine // local)
+    local, share = ranks.local_world, ranks.cores
     says = f"{mine} of {all_of} for {local} rank{'s' if local > 1 else ''}: {machine.processor()}"
     yield Check("cores", FINE, says)
     if quota is not None and quota < mine:
@@ -59,8 +60,8 @@ def cores(config: Config, local: int) -> Iterator[Check]:
         yield Check("OMP_NUM_THREADS", SLOW, why, f"export OMP_NUM_THREADS={share}")
 
 
-def memory(config: Config, local: int) -> Iterator[Check]:
-    left = machine.memory_left()
+def memory(config: Config, ranks: Ranks) -> Iterator[Check]:
+    left, local = machine.memory_left(), ranks.local_world
     says = f"{left / GIB:.1f} GiB left for {local} rank{'s' if local > 1 else ''}, by the kernel and the control groups"
     if left < _MEMORY * local:
         yield Check("memory", LOW, says, "fewer ranks, engine.recompute=true, or a larger --memory of the container")
@@ -68,7 +69,7 @@ def memory(config: Config, local: int) -> Iterator[Check]:
         yield Check("memory", FINE, says)
 
 
-def shared_memory(config: Config, local: int) -> Iterator[Check]:
+def shared_memory(config: Config, ranks: Ranks) -> Iterator[Check]:
     cure = "docker run --ipc=host, or --shm-size=8g; mount -o remount,size=8g /dev/shm"
     try:
         place = os.statvfs("/dev/shm")
@@ -84,7 +85,7 @@ def shared_memory(config: Config, local: int) -> Iterator[Check]:
     )
 
 
-def locked_memory(config: Config, local: int) -> Iterator[Check]:
+def locked_memory(config: Config, ranks: Ranks) -> Iterator[Check]:
     """What InfiniBand's cards read of the host's memory."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if Path("/sys/class/infiniband").is_dir() and soft != resource.RLIM_INFINITY:

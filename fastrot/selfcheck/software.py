@@ -16,17 +16,17 @@ import torch
 from fastrot import machine
 from fastrot.config import Config
 from fastrot.data.decode import DECODERS, make_decoder
+from fastrot.distributed import Ranks
 from fastrot.errors import EXTRAS, UserError
 from fastrot.selfcheck.doctor import BROKEN, FINE, LOW, MISSING, SLOW, Check
 from fastrot.selfcheck.run import said
 from fastrot_kernels.backends import obstacle
 
-_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _OF_DECODERS = ("ffcv", "nvidia")  # extras that the decoders' rows speak of
 _TAKEN = 0.1  # of a GPU's memory
 
 
-def packages(config: Config, local: int) -> Iterator[Check]:
+def packages(config: Config, ranks: Ranks) -> Iterator[Check]:
     known = machine.environment("")["versions"]
     there = ", ".join(f"{name} {number}" for name, number in known.items() if number)
     yield Check("packages", FINE, f"Python {platform.python_version()}, {there}; {platform.platform()}")
@@ -42,14 +42,14 @@ def packages(config: Config, local: int) -> Iterator[Check]:
         yield Check("DS_ACCELERATOR", BROKEN, "is set to nothing, which DeepSpeed refuses", "unset DS_ACCELERATOR")
 
 
-def gpus(config: Config, local: int) -> Iterator[Check]:
+def gpus(config: Config, ranks: Ranks) -> Iterator[Check]:
     query = "index,name,driver_version,memory.total,memory.used,ecc.errors.uncorrected.volatile.total"
     lines = (said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits") or "").splitlines()
     cards = [[cell.strip() for cell in line.split(",")] for line in lines if line.count(",") == query.count(",")]
-    if _DEVICE.type == "cpu":
+    if ranks.device.type == "cpu":
         if cards:
             why = f"nvidia-smi shows {len(cards)} ({cards[0][1]}, driver {cards[0][2]}), and torch finds none"
-            cure = f"update the driver for CUDA {torch.version.cuda}, or look at CUDA_VISIBLE_DEVICES"
+            cure = f"update the driver for CUDA {torch.version.cuda}, or look at CUDA_VISIBLEranks.deviceS"
             yield Check("GPUs", BROKEN, why, cure)
         else:
             yield Check("GPUs", FINE, "none: fastrot computes on the CPU")
@@ -66,17 +66,15 @@ def gpus(config: Config, local: int) -> Iterator[Check]:
             yield Check(f"GPU {at}", LOW, f"{name}: {used} of {total} MiB are taken", "nvidia-smi names the processes")
         if errors.isdigit() and int(errors):
             yield Check(f"GPU {at}", BROKEN, f"{name}: {errors} memory errors since its start", "have it replaced")
-    if len(names) < local:
-        yield Check("ranks", BROKEN, f"{local} ranks for {len(names)} GPUs", "start one rank a GPU")
 
 
-def decoders(config: Config, local: int) -> Iterator[Check]:
+def decoders(config: Config, ranks: Ranks) -> Iterator[Check]:
     asked = config.data.decode
     for name in DECODERS:
         try:
-            decoder, _ = make_decoder(name, "auto", _DEVICE, 1, 1, 1)
+            decoder, _ = make_decoder(name, "auto", ranks.device, 1, 1, 1)
         except UserError as error:
-            best = name == ("dali" if _DEVICE.type == "cuda" else "turbo") and asked == "auto"
+            best = name == ("dali" if ranks.device.type == "cuda" else "turbo") and asked == "auto"
             state = BROKEN if name == asked else SLOW if best else MISSING
             why, _, cure = str(error).removeprefix(f"data.decode {name}: ").partition("; ")
             yield Check(f"decoder {name}", state, why, cure.removesuffix("; use data.decode=torch"))
@@ -88,7 +86,7 @@ def decoders(config: Config, local: int) -> Iterator[Check]:
     yield Check("libjpeg", FINE, f"Pillow's {ours}; loaded: {', '.join(sorted(set(linked)))}")
 
 
-def compilers(config: Config, local: int) -> Iterator[Check]:
+def compilers(config: Config, ranks: Ranks) -> Iterator[Check]:
     wanted = {
         os.environ.get("CC") or "cc": "turbo, the reader of files and the views on a CPU are compiled by it",
         "g++": "DeepSpeed's collectives on a CPU and torch.compile want it",
@@ -97,19 +95,19 @@ def compilers(config: Config, local: int) -> Iterator[Check]:
     for name, why in wanted.items():
         there = shutil.which(name) or shutil.which(Path(sys.executable).parent / name)
         line = (said(there, "--version") or "").splitlines() if there else []
-        needed = name not in ("g++", "ninja") or (_DEVICE.type == "cpu" and config.engine.kind == "deepspeed")
+        needed = name not in ("g++", "ninja") or (ranks.device.type == "cpu" and config.engine.kind == "deepspeed")
         if line:
             yield Check(name, FINE, line[0])
         else:
             cure = "pip install ninja" if name == "ninja" else "apt-get install g++"
             yield Check(name, SLOW if needed else MISSING, f"not there: {why}", cure)
-    if why := obstacle("cpu" if _DEVICE.type == "cpu" else "cuda", _DEVICE):
+    if why := obstacle("cpu" if ranks.device.type == "cpu" else "cuda", ranks.device):
         yield Check("views' kernel", SLOW, why, "another, slower one is taken")
 
 
-def compiled(config: Config, local: int) -> Iterator[Check]:
+def compiled(config: Config, ranks: Ranks) -> Iterator[Check]:
     """What `fastrot warmup` makes, once a machine."""
-    if _DEVICE.type == "cuda" or config.engine.kind != "deepspeed":
+    if ranks.device.type == "cuda" or config.engine.kind != "deepspeed":
         return
     try:
         name = f"deepspeed-{version('deepspeed')}"

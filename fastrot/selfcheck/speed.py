@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,7 @@ from fastrot import config as configs
 from fastrot import distributed
 from fastrot.data.build import make_loader, open_manifest
 from fastrot.data.loader import StepBatch
+from fastrot.errors import Fault, UserError
 from fastrot.probes import knn, voc_svm
 from fastrot.profiling.stages import ceiling
 from fastrot.runs.arithmetic import RECIPE_VIEWS
@@ -69,7 +71,7 @@ def rotation(place: Place, found: Found) -> None:
 
 
 def kernels(place: Place, found: Found) -> None:
-    """bench/kernels.py: the four norm kernels and the five products, beside kernels/traffic.py's prediction."""
+    """bench/kernels.py: the four norm kernels and the six products, beside kernels/traffic.py's prediction."""
     size = ["--rounds", 5] if place.gpu else ["--rounds", 1, "--stages", 4]
     found.raw |= place.bench(found, "kernels", *size)
     found.failures += [f"{kernel}: {why}" for kernel, why in found.raw.get("missing", {}).items()]
@@ -101,6 +103,8 @@ def step(place: Place, found: Found) -> None:
     for name, what in (("times_plain", "times plain PyTorch"), ("times_base", "times base")):
         if name in line:
             found.figures.append((what, f"{line[name]:.2f}"))
+    if took := found.raw["switches"]["base"]["memory_gib"]:
+        found.figures.append(("memory of base's step", f"{took:.1f} GiB; {found.raw['estimated_gib']:.1f} by estimate"))
     rates = f"{roof['device_flops_per_s'] / 1e12:,.1f} TFLOP/s, {roof['device_bytes_per_s'] / 1e9:,.0f} GB/s"
     found.figures.append(("the device's products and copies", rates))
 
@@ -110,7 +114,13 @@ def loader(place: Place, found: Found) -> None:
     size = ["--seconds", 2, "--rounds", 3] if place.gpu else ["--seconds", 0.1, "--rounds", 1, "--threads", 1]
     arms = ["ours: turbo, folder", *(["ours: dali, folder", "DALI reader", "DataLoader, decode"] if place.gpu else [])]
     folder, sheets = drawn(place.work, _DRAWN if place.gpu else 16), place.work / "sheets"
-    for says, pace in _fed(place, folder):
+    shares = [("auto", "0"), ("auto", "0.65"), ("auto", "0.9"), ("auto", "1"), ("nvimgcodec", "0"), ("nvimgcodec", "1")]
+    for decode, share in shares if place.gpu else [("auto", "null"), ("nvimgcodec", "null")]:
+        try:
+            says, pace = _fed(place, folder, decode, share)
+        except (UserError, Fault, RuntimeError) as error:
+            found.failures.append(f"data.decode={decode}, hardware share {share}: {error}".partition("\n")[0])
+            continue
         found.raw[says] = pace
         found.figures.append((says, f"{pace:,.0f} images/s"))
     few = drawn(place.work, _DRAWN_FOR_PEERS) if place.gpu else folder
@@ -121,21 +131,22 @@ def loader(place: Place, found: Found) -> None:
         (found.failures if arm.startswith("ours") else found.skipped).append(f"{arm}: {why}")
 
 
-def _fed(place: Place, folder: Path) -> Iterator[tuple[str, float]]:
-    """(how it decodes, images/s that reach the device), at each share for the hardware decoder."""
+def _fed(place: Place, folder: Path, decode: str, share: str) -> tuple[str, float]:
+    """(how it decodes, images/s that reach the device), at a share for the hardware decoder."""
     images, side = (128, 224) if place.gpu else (4, 64)
     ranks = distributed.start()
-    for share in ("0", "0.65", "0.9", "1") if place.gpu else ("null",):
-        words = [f"data.train={folder}", f"data.crop={side}", f"data.hw_decoder_load={share}"]
+    try:
+        words = [f"data.train={folder}", f"data.crop={side}", f"data.decode={decode}", f"data.hw_decoder_load={share}"]
         config, _ = configs.load(None, words)
         loader, says = make_loader(config, open_manifest(str(folder), config, ranks, "data.train"), ranks, images, None)
-        batches = loader.train(range(10**9), 0, images, 1, 0, 1, lambda epoch: side)
-        work = partial(_taken, batches, ranks.device)
-        for _ in range(8):
-            work()
-        yield says + (f", hardware share {share}" if place.gpu else ""), ceiling(work, 4 if place.gpu else 0.5).pace
-        batches.close()
-    distributed.end()
+        with closing(loader.train(range(10**9), 0, images, 1, 0, 1, lambda epoch: side)) as batches:
+            work = partial(_taken, batches, ranks.device)
+            for _ in range(8):
+                work()
+            pace = ceiling(work, 4 if place.gpu else 0.5).pace
+    finally:
+        distributed.end()
+    return says + (f", hardware share {share}" if place.gpu else ""), pace
 
 
 def _taken(batches: Iterator[StepBatch], device: torch.device) -> int:

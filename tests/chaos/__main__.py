@@ -1,14 +1,15 @@
 """python tests/chaos --kills 200 --seed 1 --ledger build/chaos.jsonl
 
-Each sweep is one training of 40 steps, struck until it ends by itself. In a steady one ranks, engine and decoder stay, and
-its losses and weights must be those of the undisturbed run bit for bit; in a roaming one they change from start to start,
-and losses may differ by what rounding does. Launcher, storage and the run's place change in both. The ledger has a JSON
-line for each start and each sweep; exit code 1 where something was found. Disks that fill need the right to mount.
+Each sweep is one training of 40 steps, struck until it ends by itself. Launcher, storage and the run's place change from
+start to start; in a third of the sweeps ranks, engine and decoder too. Images, losses and weights must be, bit for bit, those
+of a run that nothing disturbed; where ranks changed, of one that was stopped by run.max_steps where they did. The ledger has
+a JSON line for each start and each sweep; exit code 1 where something was found. Disks that fill need the right to mount.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ def main() -> int:
     parser.add_argument("--ledger", type=Path, default=ROOT / "build" / "chaos.jsonl")
     parser.add_argument("--only", choices=sorted(STRIKES), action="append", help="these strikes alone")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what is mounted is unmounted
     began, counts = time.monotonic(), Counter[str]()
     args.ledger.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, args.ledger.open("w") as ledger:

@@ -191,7 +191,7 @@ class Strike:
 
 
 class Signal(Strike):
-    """numbers: of one of these signals; whom: launcher, rank, all."""
+    """numbers: of one of these signals; whom: launcher, rank, all; terminal: those that Ctrl-C there would reach."""
 
     def __init__(self, whom: str, *numbers: int, graceful: bool = False):
         self._whom, self._numbers, self.graceful = whom, numbers, graceful
@@ -203,11 +203,15 @@ class Signal(Strike):
             rank = running.chance.choice(sorted(ranks))
             running.send(number, ranks[rank])
             return f"{signal.Signals(number).name} to rank {rank}"
-        if self._whom == "all":
-            running.send(number, *holders(running.start.output))
+        whom = self._whom if self._whom in ("all", "terminal") else "launcher"
+        if whom == "all":
+            running.send(number, running.launcher, *holders(running.start.output))
+        elif whom == "terminal":
+            with suppress(ProcessLookupError):
+                os.killpg(running.launcher, number)
         else:
             running.send(number, running.launcher)
-        return f"{signal.Signals(number).name} to {'all' if self._whom == 'all' else 'the launcher'}"
+        return f"{signal.Signals(number).name} to {whom}"
 
 
 class InsideWrite(Strike):
@@ -318,7 +322,7 @@ STRIKES: dict[str, Strike] = {
     "kill -9 inside a write": InsideWrite(),
     "stop asked of the launcher": Signal("launcher", signal.SIGTERM, signal.SIGINT, graceful=True),
     "stop asked of a rank": Signal("rank", signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, graceful=True),
-    "Ctrl-C": Signal("all", signal.SIGINT, graceful=True),
+    "Ctrl-C": Signal("terminal", signal.SIGINT, graceful=True),
     "any other signal to a rank": Signal("rank", *DEADLY),
     "any other signal to the launcher": Signal("launcher", signal.SIGUSR1, *DEADLY),
     "rank stalls": Stalled(),
@@ -353,8 +357,8 @@ def damage(run: Path, chance: random.Random) -> str:
     if not whole:
         return ""
     kinds = ["half a line of metrics", "best is []", "half a STATUS.json", "latest is gone", "half a checkpoint"]
-    if len(whole) > 1:
-        kinds += ["bit", "bit", "bit", "cut", "gone", "empty manifest"]
+    if len(whole) > 1 and chance.random() < 0.75:
+        kinds = ["bit", "cut", "gone", "empty manifest"]
     kind, newest = chance.choice(kinds), whole[-1]
     name = chance.choice(sorted(path.name for path in newest.iterdir()))
     match kind:

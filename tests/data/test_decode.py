@@ -17,21 +17,24 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import DALI_RESIZES, cpu_decoder, draw, runnable_decoders
+from fastrot import config as configs
+from fastrot.data import build
 from fastrot.data.augment import central_boxes, crop_windows
 from fastrot.data.decode import make_decoder, nvjpeg
 from fastrot.data.decode.batch import Batch
 from fastrot.data.images import decode_upright
 from fastrot.data.index import index
+from fastrot.data.loader_settings import Tuned
 from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
+from fastrot.distributed import Ranks
 from fastrot.errors import BadImage, Fault, UserError
 from fastrot_kernels.build import BuildError
 
 DECODERS = [*runnable_decoders(), DALI_RESIZES]
-MIXED = "dali, mixed"
-ON_GPU = pytest.param(
-    MIXED, marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-)
+MIXED, ITSELF = "dali, mixed", "nvimgcodec, on a GPU"
+_NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+ON_GPU = [pytest.param(name, marks=_NEEDS_GPU) for name in (MIXED, ITSELF)]
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options) -> np.ndarray:
@@ -56,6 +59,8 @@ def made(name):
     if name == MIXED:
         dali = pytest.importorskip("fastrot.data.decode.dali", reason="DALI is not installed", exc_type=ImportError)
         return dali.DaliDecoder(0, 2, 64, 2)
+    if name == ITSELF:
+        return make_decoder("nvimgcodec", "gpu", torch.device("cuda", 0), 2, 64, 2)[0]
     return cpu_decoder(name)
 
 
@@ -118,6 +123,8 @@ AGREEMENT = {
     "dali": (0.25, 0.002, 0.99),
     DALI_RESIZES: (0.25, 0.2, 0),
     MIXED: (2, 0.25, 0),
+    ITSELF: (2, 0.25, 0),
+    "nvimgcodec": (0.25, 0.002, 0.99),
     "ffcv": (6.6, 1.8, 0),
     "turbo": (0.25, 0.002, 0.99),
     "turbo_fast": (4, 0.07, 0.94),
@@ -144,7 +151,7 @@ def photographs(shared_data, tmp_path_factory):
     return decoded
 
 
-@pytest.mark.parametrize("name", [ON_GPU if name == MIXED else name for name in AGREEMENT])
+@pytest.mark.parametrize("name", [*(name for name in AGREEMENT if name not in (MIXED, ITSELF)), *ON_GPU])
 def test_decoders_agree_on_real_photographs(name, photographs):
     difference = (photographs("torch") - photographs(name)).abs().mean(dim=(1, 2, 3))
     equal = (difference == 0).float().mean()
@@ -156,7 +163,7 @@ def test_decoders_agree_on_real_photographs(name, photographs):
     assert difference.max() < worst and difference.mean() < mean and equal >= least_equal
 
 
-@pytest.mark.parametrize("name", [*DECODERS, ON_GPU])
+@pytest.mark.parametrize("name", [*DECODERS, *ON_GPU])
 @pytest.mark.parametrize("boxed", [False, True])
 def test_a_window_is_of_the_upright_image_whatever_its_orientation(name, boxed):
     """As the batch says: the bytes say 6, each, and no decoder reads it."""
@@ -282,6 +289,19 @@ def test_the_hardware_decoder_takes_nearly_all_and_knows_how_large_they_are():
         "preallocate_height_hint": 400,
         "preallocate_width_hint": 5980,
     }
+
+
+def test_the_hardware_decoder_is_told_of_the_manifests_largest_image(images, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(build, "make_decoder", lambda *words: told.append(words[-1]))
+    config, _ = configs.load(None, [f"data.train={images}"])
+    manifest = Manifest.load(index(str(images), tmp_path, 178_000_000, lambda items, *_: items))
+    alone = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    build.decoder_of(config, manifest, alone, 4, Tuned(1, 2, 0.25, ""))
+    widths, heights = zip(
+        *(decode_upright(np.fromfile(path, np.uint8)).size for path in images.rglob("*.jpg")), strict=True
+    )
+    assert told == [nvjpeg.Hardware(0.25, max(heights), max(widths))] and max(heights) != max(widths)
 
 
 def test_the_wheels_nvjpeg_is_the_one_that_is_loaded(monkeypatch):

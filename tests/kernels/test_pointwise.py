@@ -59,11 +59,23 @@ def make_case(rows, inputs, outputs, dtype, device="cpu"):
     return tuple(t.to(device) for t in (x, weight.to(dtype), affine, dy.to(dtype)))
 
 
+def through_norm(x, weight, affine, dy):
+    """(y, backward): of a norm after the product, where dy is the gradient; half of its sums, as of two rows the whole
+    would leave nothing."""
+    y, moments = reference.forward(x, weight, affine)
+    gamma = torch.linspace(-1, 1.5, len(weight), device=x.device)
+    sums = norm.gradient_sums(dy, y, None, moments, gamma, gamma, EPS, False)
+    return y, pointwise.backward_affine(sums / 2, moments, gamma, EPS)
+
+
 def run(kernels, x, weight, affine, dy):
+    y, backward = through_norm(x, weight, affine, dy)
     return {
         "plain": kernels.forward(x, weight, None),
         "normed": kernels.forward(x, weight, affine),
         "data": kernels.data_gradient(dy, weight, x, affine),
+        "through a norm": kernels.normed_gradient(dy, weight, y, backward, x, affine),
+        "through a norm alone": kernels.normed_gradient(dy, weight, y, backward, None, None),
         "weight": (kernels.weight_gradient(dy, x, affine),),
         "plain weight": (kernels.weight_gradient(dy, x, None),),
     }
@@ -71,7 +83,7 @@ def run(kernels, x, weight, affine, dy):
 
 def assert_near(got, want, rtol, name):
     """Within rtol of the value, or of what the sums it comes from are made of: the result's root mean square."""
-    size = want.float().square().mean().sqrt().item()
+    size = want.float().square().sum().div(max(1, want.numel())).sqrt().item()
     torch.testing.assert_close(got, want, rtol=rtol, atol=rtol * size, msg=lambda m: f"{name}: {m}")
 
 
@@ -113,6 +125,30 @@ def test_plain_torch_is_norm_relu_and_convolution_in_float64(dtype):
     ):
         assert_near(ours.double(), right.detach(), tolerance, name)
     assert torch.equal(after, moments_of(y))
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+def test_through_a_norm_it_is_autograd_in_float64(dtype):
+    """norm, ReLU, convolution, norm: gradients of all but the weight; dx by way of norm.gradients."""
+    x, weight, _, g = make_case(700, 20, 30, dtype)
+    (gamma, beta), (gamma2, _) = (torch.randn(2, n, generator=torch.Generator().manual_seed(n)) for n in (20, 30))
+    moments = moments_of(x)
+    affine = pointwise.affine(moments, gamma, beta, EPS)
+    leaves = [t.double().requires_grad_() for t in (x, gamma, beta)]
+    want = F.relu(F.batch_norm(leaves[0], None, None, *leaves[1:], True, 0.1, EPS)) @ weight.double().t()
+    want.retain_grad()
+    F.batch_norm(want, None, None, gamma2.double(), None, True, 0.1, EPS).backward(g.double())
+    y, after = reference.forward(x, weight, affine)
+    sums2 = norm.gradient_sums(g, y, None, after, gamma2, gamma2, EPS, False)
+    backward = pointwise.backward_affine(sums2, after, gamma2, EPS)
+    dy, gx, sums = reference.normed_gradient(g, weight, y, backward, x, affine)
+    again, alone, none = reference.normed_gradient(g, weight, y, backward, None, None)
+    dx, _ = norm.gradients(gx, x, None, moments, gamma, beta, sums, EPS, False)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    assert_near(dy.double(), want.grad, tolerance, "dy")
+    assert_near(dx.double(), leaves[0].grad, tolerance, "dx")
+    assert_near(sums.double(), torch.stack([leaves[1].grad, leaves[2].grad]), tolerance, "dgamma, dbeta")
+    assert torch.equal(dy, again) and torch.equal(alone, dy @ weight) and none.shape == (0, 20)
 
 
 def make_joined(maps, height, width, stride, inputs, outputs, norms, dtype, device="cpu"):
@@ -224,7 +260,10 @@ def test_results_are_equal_bit_for_bit_from_run_to_run(kernels, device):
 @pytest.mark.parametrize("normed", [False, True])
 def test_the_operations_are_what_torch_asks_of_operations(normed):
     x, weight, affine, dy = make_case(5, 3, 4, torch.bfloat16)
+    y, backward = through_norm(x, weight, affine, dy)
+    more = (x, affine) if normed else (None, None)
     for op, arguments in (
+        (pointwise.normed_gradient, (dy, weight, y, backward, *more)),
         (pointwise.forward, (x, weight, affine if normed else None)),
         (pointwise.data_gradient, (dy, weight, x, affine)),
         (pointwise.weight_gradient, (dy, x, affine if normed else None)),

@@ -24,6 +24,8 @@ KERNELS = [
     ("joined_gradient_kernel", {"NORMS": 1, "STRIDE": 1}),
     ("joined_gradient_kernel", {"NORMS": 2, "STRIDE": 1}),
     ("joined_gradient_kernel", {"NORMS": 1, "STRIDE": 2}),
+    ("normed_gradient_kernel", {"NORMED": False}),
+    ("normed_gradient_kernel", {"NORMED": True}),
     ("weight_gradient_kernel", {}),
 ]
 # each generation and each width of tiles once; the rest is slow
@@ -33,7 +35,7 @@ PRODUCTS = [
     for capability in (80, 90, 100)
     for product in [("bf16", 64), ("bf16", 256), ("tf32", 64), ("tf32", 256), ("ieee", 64)]
 ]
-MAPS = {"x", "weight", "dy", "y", "g", "added", "residual", "joined", "other"}
+MAPS = {"x", "weight", "dy", "y", "g", "added", "residual", "joined", "other", "gx"}
 NUMBERS = dict.fromkeys(("M", "N", "K", "split", "height", "width"), "i32")
 # Of a multiprocessor, and what a launch keeps of it; bytes. Source: CUDA C++ Programming Guide, compute capabilities.
 SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
@@ -41,7 +43,7 @@ TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 
 def compiled(name, dtype, capability, constants, how):
-    kernel = getattr(triton_joined if name.startswith("joined") else triton_pointwise, name)
+    kernel = getattr(triton_joined if hasattr(triton_joined, name) else triton_pointwise, name)
     kinds = dict.fromkeys(MAPS, dtype) | {"mask": "u8"}
     pointers = {n: f"*{kinds.get(n, 'fp32')}" for n in kernel.arg_names if n not in NUMBERS | constants}
     signature = {n: pointers.get(n) or NUMBERS.get(n, "constexpr") for n in kernel.arg_names}
@@ -81,7 +83,7 @@ def test_it_compiles_without_spills(tmp_path, monkeypatch, capability, precision
     assert resources["LOCAL"] == 0 and not [op for op in instructions if op.startswith(("LDL", "STL"))], resources
     # so many share a multiprocessor
     small = columns == 64 or kind == "joined_gradient"
-    resident = 2 if low and (small or (kind != "data_gradient" and capability >= 90)) else 1
+    resident = 2 if low and (small or (kind not in ("data_gradient", "normed_gradient") and capability >= 90)) else 1
     assert resident * resources["REG"] * 32 * options["num_warps"] <= 65536
     assert resident * (kernel.metadata.shared + 1024) <= SHARED_MEMORY[capability]
     products = {op.split(".")[0] for op in instructions} & set(TENSOR_CORES.values())
@@ -94,6 +96,6 @@ def test_it_compiles_without_spills(tmp_path, monkeypatch, capability, precision
         narrow = [op for op in maps if not op.endswith("128")]
         # but sums, and a mask's bytes, each of eight values that one thread holds
         bytes = [op for op in narrow if op.endswith("U8")]
-        sums = 3 if "forward" in name else 2 * constants.get("NORMS", name != "weight_gradient_kernel")
+        sums = 3 if "forward" in name else 2 * constants.get("NORMS", constants.get("NORMED", "weight" not in name))
         assert maps and len(narrow) - len(bytes) == sums and bool(bytes) == (name == "joined_forward_kernel")
         assert sum(op.startswith("SHFL") for op in instructions) <= 66

@@ -94,7 +94,7 @@ def test_a_step_waits_at_once_for_so_many_messages_of_norms(two_ranks, kind, mes
     assert (sent, exposed) == (messages, waited_for)
     # as `fastrot estimate` counts them, without a step
     each_way, waits = norm_messages(
-        step_rows(lambda: KINDS[kind](build_model("resnet50", 4, 0)), 2, 1, 32, torch.float32)
+        step_rows(lambda: (KINDS | CHAINED)[kind](build_model("resnet50", 4, 0)), 2, 1, 32, torch.float32)
     )
     assert (2 * each_way, sum(waits)) == (messages, waited_for)
 

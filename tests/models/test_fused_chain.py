@@ -45,8 +45,9 @@ def float32_is_float32(monkeypatch):
 @pytest.fixture
 def joins(monkeypatch):
     """Of every product that makes a block's result, its rows and norms; of every one that makes its gradient, its rows,
-    norms and stride."""
-    done, forward, gradient = {"forward": [], "gradient": []}, pointwise.joined_forward, pointwise.joined_gradient
+    norms and stride; of every one that goes on through a norm, its rows and channels."""
+    done = {"forward": [], "gradient": [], "norm": []}
+    forward, gradient, norm_ = pointwise.joined_forward, pointwise.joined_gradient, pointwise.normed_gradient
 
     def make(x, weight, affine, residual, residual_affine):
         done["forward"].append((len(x), 1 if residual_affine is None else 2))
@@ -56,7 +57,12 @@ def joins(monkeypatch):
         done["gradient"].append((len(dy), len(xs), more[-1]))
         return gradient(dy, weight, xs, *more)
 
+    def go_through(g, *more):
+        done["norm"].append(tuple(g.shape))
+        return norm_(g, *more)
+
     monkeypatch.setattr(pointwise, "joined_forward", make)
+    monkeypatch.setattr(pointwise, "normed_gradient", go_through)
     monkeypatch.setattr(pointwise, "joined_gradient", go_back)
     return done
 
@@ -126,6 +132,7 @@ def test_a_chain_is_no_farther_from_float64_than_torchs_modules(monkeypatch, req
     wide, low = 5 * 13 * 15, 5 * 7 * 8
     assert joins["forward"] == [(wide, 2), (wide, 1), (wide, 1), (low, 2)]
     assert joins["gradient"] == [(low, 2, 1), (wide, 1, 2), (wide, 1, 1), (wide, 2, 1)]
+    assert joins["norm"] == [*[(low, 36)] * 2, *[(wide, 20)] * 4]  # a shortcut's norm is one more
     (assert_as_exact if dtype is None else assert_as_exact_in_all)(*far)
 
 
@@ -256,4 +263,4 @@ def test_recomputed_or_compiled_it_is_fused_conv(joins, compiled):
     for name, right in want.items():
         near = {"rtol": 1e-4, "atol": 1e-5} if compiled else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(got[name], right, **near, msg=lambda m, n=name: f"{n}: {m}")
-    assert not joins["forward"] and not joins["gradient"]
+    assert not any(joins.values())

@@ -1,6 +1,7 @@
 """Norms whose ranks read one another's memory compute what they do by messages; CUDA's part played on the host."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fastrot.models.in_node import InNode
 from fastrot.models.over_ranks import Group, neighbours
 from fastrot.models.sync_batchnorm import synchronise_batchnorm
 from fastrot.runs.arithmetic import refuse_symmetric_memory
+from fastrot.runs.build import Job
 from workers import shared_memory
 from workers.ranks import as_ranks
 from workers.steps import bottlenecks
@@ -95,6 +97,18 @@ def test_one_rank_and_groups_within_a_node_are_not_refused():
     )
     refuse_symmetric_memory(config, Ranks(0, 16, 0, 8, torch.device("cuda")))
     refuse_symmetric_memory(config, Ranks(0, 1, 0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_a_run_reads_memory_where_it_is_asked_to(monkeypatch, on):
+    config, _ = configs.load(None, [f"engine.symmetric_memory={str(on).lower()}", "run.timeout=60"])
+    group = Group("all", 2)
+    monkeypatch.setattr("fastrot.runs.build.neighbours", lambda groups, timeout_s: group if groups == 1 else None)
+    monkeypatch.setattr(InNode, "of", lambda *words: words)
+    job = SimpleNamespace(config=config, numbers=SimpleNamespace(norm_groups=1), ranks=SimpleNamespace(device="cuda:0"))
+    assert Job._norm_group(job) == ((group, "cuda:0", 60.0) if on else group)
+    job.numbers.norm_groups = 2  # each rank by itself
+    assert Job._norm_group(job) is None
 
 
 def test_gpus_that_share_no_memory_are_one_line(monkeypatch):

@@ -94,8 +94,14 @@ def test_the_recorder_goes_on_where_it_stopped_and_a_full_disk_ends_nothing(trai
     manifest = Manifest.load(trained / "manifest" / "train")
     plan, said = plan_of(load(str(trained / "config.yaml"), [])[0], manifest), []
 
-    def recorder(position):
-        return epochs.Recorder(tmp_path, plan, manifest.label, position, said.append)
+    def recorder(position, folder=tmp_path):
+        return epochs.Recorder(folder, plan, manifest.label, position, said.append)
+
+    (tmp_path / "old").mkdir()
+    late = recorder(ROWS + 3, tmp_path / "old")  # of a version that kept no record, in the middle of an epoch
+    late.passed(2 * ROWS)
+    late.finish(whole=True)
+    assert epochs.read(tmp_path / "old") == epochs.read(trained)[1:2]
 
     first = recorder(0)
     first.passed(2 * ROWS + 3)
@@ -217,16 +223,21 @@ def test_a_run_that_is_written_now_is_not_disturbed(run, fastrot):
 
 
 def test_a_checkpoint_that_the_run_thins_out_meanwhile_is_no_damage(run, fastrot, monkeypatch):
+    """It goes file by file: one is gone as the hashes are taken, the folder a moment later."""
     oldest, verify = checkpoint.folders(run / "checkpoints")[0], checkpoint.verify
+    (run / "STATUS.json").write_text('{"state": "running", "host": "elsewhere"}')
+    (run / "checkpoints" / "best").unlink()
 
     def thinned(folder):
         if folder == oldest:
-            shutil.rmtree(folder)
+            (folder / "optimizer.safetensors").unlink()
         return verify(folder)
 
     monkeypatch.setattr(checkpoint, "verify", thinned)
-    (run / "checkpoints" / "best").unlink()
-    assert fastrot("verify", run).code == 0
+    monkeypatch.setattr(audit.time, "sleep", lambda _: shutil.rmtree(oldest))
+    done = fastrot("verify", run, "--json")
+    assert done.code == 0 and f"checkpoints/{oldest.name}" not in done.out
+    assert not oldest.exists()
 
 
 def test_a_checkpoint_or_a_feature_store_can_be_verified_alone(run, images, tmp_path, fastrot):

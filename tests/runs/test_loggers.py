@@ -3,14 +3,15 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from conftest import ROOT, metrics
+from conftest import ROOT, after, metrics
 from fastrot import config as configs
-from fastrot.errors import UserError
+from fastrot.errors import Fault, UserError
 from fastrot.runs import loggers
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -110,6 +111,23 @@ def test_a_server_that_is_away_is_said_once_and_ends_no_training(
     assert done.code == 0 and len(metrics(tmp_path / "run")) == 4
     assert done.err.count("was refused") == 1
     assert f"{who}: cannot be written ({what} was refused); training goes on" in done.err
+
+
+def fail():
+    raise Fault("the disk")
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("happens, code, ends", [(fail, 3, ("FAILED", 1)), (stop, 75, ("KILLED", 0))])
+def test_how_a_start_ended_is_told(calls, images, tmp_path, fastrot, monkeypatch, happens, code, ends):
+    after(monkeypatch, 1, happens)
+    assert fastrot("train", *WORDS, f"data.train={images}", f"run.out={tmp_path / 'run'}", BOTH).code == code
+    found = calls()
+    assert named(found, "mlflow.MlflowClient.set_terminated") == [(["its-id", ends[0]], {})]
+    assert named(found, "wandb.Run.finish") == [([], {"exit_code": ends[1]})]
 
 
 @pytest.mark.parametrize("what", ["wandb.init", "mlflow.MlflowClient.create_run"])

@@ -75,7 +75,8 @@ def test_a_run_whose_process_lives_is_running(runs, fastrot):
     assert fastrot("runs", runs / "base", "--json").json["runs"][0]["state"] == "killed"
 
 
-def test_a_config_of_no_sense_is_said_in_its_row(runs, fastrot):
+def test_a_config_of_no_sense_is_said_in_its_row(runs, fastrot, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
     (runs / "head" / "config.yaml").write_text("optim: {lrr: 1}")
     (runs / "head" / "metrics.jsonl").write_text('{"step": 0, "ep')
     said = fastrot("runs", runs)

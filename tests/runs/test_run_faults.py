@@ -43,13 +43,17 @@ def stop():
     raise KeyboardInterrupt
 
 
-def test_a_full_disk_ends_the_run_after_three_checkpoints_and_the_last_good_one_stands(begin, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_full_disk_ends_the_run_after_three_checkpoints_and_the_last_good_one_stands(
+    begin, tmp_path, monkeypatch, number
+):
+    """Or one that is read-only by now."""
     run = tmp_path / "r"
     assert begin("run.max_steps=2").code == 0
     sound = everything(run / "checkpoints/step-00000002")
 
     def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     done = begin("run.checkpoint_every=1", "run.max_steps=8")
@@ -132,6 +136,14 @@ def test_bad_steps_in_a_row_end_the_run_with_the_checkpoint_before_them(begin, t
 def test_fewer_bad_steps_end_no_run(begin, monkeypatch):
     spoilt(monkeypatch, (2, 3, 5, 6))
     assert begin("engine.max_bad_steps=3", "run.max_steps=8").code == 0
+
+
+def test_steps_that_fp16_skips_are_not_bad_ones(begin, tmp_path):
+    """At a loss scale that overflows every gradient."""
+    words = ["data.crop=32", "engine.precision=fp16", "engine.loss_scale=1e30", "engine.max_bad_steps=1"]
+    assert begin(*words, "run.max_steps=3").code == 0
+    lines = metrics(tmp_path / "r")
+    assert [line["grad_norm"] for line in lines] == [None] * 3 and all(line["loss"] > 0 for line in lines)
 
 
 def test_a_held_out_figure_that_is_no_number_is_said_and_never_the_best(begin, images, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from fastrot.distributed import Ranks
 from fastrot.errors import UserError
 from fastrot.selfcheck import disks, doctor, limits, software
 from fastrot.selfcheck.doctor import BROKEN, FINE, LOW, MISSING, SLOW, STATES, Check
+from web_server import serving
 
 MIB = 2**20
 
@@ -29,8 +30,12 @@ def config(*words):
     return load(None, list(words))[0]
 
 
-def rows(look, *words, local=1):
-    return {one.what: one for one in look(config(*words), local)}
+def alone(local=1, device="cpu"):
+    return Ranks(0, local, 0, local, torch.device(device))
+
+
+def rows(look, *words, local=1, device="cpu"):
+    return {one.what: one for one in look(config(*words), alone(local, device))}
 
 
 def test_a_machine_is_looked_at_the_worst_first_and_nothing_is_left(images, tmp_path, fastrot):
@@ -54,7 +59,7 @@ def test_what_the_config_asks_for_and_is_not_there_is_broken(images, fastrot, mo
 
     monkeypatch.setattr(software, "make_decoder", refuse)
     states = {name: one.state for name, one in rows(software.decoders).items()}
-    assert states == {"decoder dali": MISSING, "decoder torch": MISSING, "decoder turbo": SLOW,
+    assert states == {"decoder dali": MISSING, "decoder nvimgcodec": MISSING, "decoder torch": MISSING, "decoder turbo": SLOW,
                       "decoder turbo_fast": MISSING, "decoder ffcv": MISSING, "libjpeg": FINE}  # fmt: skip
     asked = rows(software.decoders, "data.decode=ffcv")["decoder ffcv"]
     assert asked == Check("decoder ffcv", BROKEN, "cannot be built (no compiler)", "apt-get install gcc")
@@ -89,16 +94,14 @@ def test_cards_that_torch_does_not_see_are_broken(monkeypatch):
 
 def test_cards_that_others_use_or_that_fail(monkeypatch):
     monkeypatch.setattr(software, "said", lambda *_: CARDS)
-    monkeypatch.setattr(software, "_DEVICE", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda at: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
-    found = rows(software.gpus, local=3)
+    found = rows(software.gpus, device="cuda")
     assert found["GPUs"].state == FINE and "NVIDIA H200; driver 580.65" in found["GPUs"].says
     assert "NCCL 2.28.9" in found["GPUs"].says
     assert found["GPU 0"].state == LOW and "120000 of 143771 MiB are taken" in found["GPU 0"].says
     assert found["GPU 1"].state == BROKEN and "2 memory errors" in found["GPU 1"].says
-    assert found["ranks"].state == BROKEN and "3 ranks for 2 GPUs" in found["ranks"].says
 
 
 def test_a_compiler_that_is_not_there_is_slow_or_missing(monkeypatch):
@@ -180,9 +183,9 @@ def test_a_disk_is_timed_and_found_wanting(tmp_path, monkeypatch):
     monkeypatch.setattr(disks, "_WRITES", float("inf"))
     assert rows(disks.run_folder, out)["run.out"].state == SLOW
     monkeypatch.setattr(disks, "_ROOM", float("inf"))
-    assert LOW in [one.state for one in disks.run_folder(config(out), 1)]
+    assert LOW in [one.state for one in disks.run_folder(config(out), alone())]
     monkeypatch.setattr(disks, "_PROBE", 2**60)
-    assert [one.state for one in disks.run_folder(config(out), 1)] == [BROKEN], "no room to try"
+    assert [one.state for one in disks.run_folder(config(out), alone())] == [BROKEN], "no room to try"
     assert not list(tmp_path.iterdir())
 
 
@@ -195,7 +198,7 @@ def test_a_folder_that_cannot_be_written_or_locked_is_broken(tmp_path, monkeypat
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(disks.fcntl, "flock", no_locks)
-    assert "knows no file locks" in next(iter(disks.run_folder(config(f"run.out={tmp_path}"), 1))).says
+    assert "knows no file locks" in next(iter(disks.run_folder(config(f"run.out={tmp_path}"), alone()))).says
 
 
 def test_of_every_source_some_images_are_read(images, tmp_path):
@@ -212,13 +215,23 @@ def test_of_every_source_some_images_are_read(images, tmp_path):
     assert {one.state for one in found.values()} == {FINE} and "8 readers" in found["data.val"].says
 
 
+def test_data_at_a_distance_is_read_by_ranges_or_where_it_is_staged(tmp_path):
+    with serving({"x.tar": bytes(disks._IMAGE * 100)}) as server:
+        found = rows(disks.data, f"data.train={server.url}/x.tar")["data.train"]
+        assert found.state == FINE and "at a distance: " in found.says
+        gets = [asked for asked in server.asked if asked[0] == "GET" and asked[2]]
+        wanted = {f"bytes={at}-{min(at + disks._IMAGE, 100 * disks._IMAGE) - 1}" for at in (0, 97 * disks._IMAGE)}
+        assert wanted <= {asked[2] for asked in gets}
+        staged = rows(disks.data, f"data.train={server.url}/x.tar", f"data.stage={tmp_path}")
+    assert staged["data.stage"].state == FINE and set(staged) == {"data.stage"}
+
+
 def test_data_that_is_not_there_or_too_slow_for_the_gpus(images, tmp_path, monkeypatch, fastrot):
     assert rows(disks.data, f"data.train={tmp_path / 'none'}")["data.train"].state == BROKEN
     done = fastrot("doctor", f"data.train={tmp_path}/none.tar", "engine.kind=plain", "--json")
     assert done.code == 1 and "none.tar: no such file" in json.loads(done.out)["checks"][0]["says"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(disks, "_IMAGES", 10**9)
-    found = rows(disks.data, f"data.train={images}", local=2)["data.train"]
+    found = rows(disks.data, f"data.train={images}", local=2, device="cuda")["data.train"]
     assert found.state == SLOW and "2 GPUs take up to 2,000,000,000" in found.says and "data.order=window" in found.cure
 
 
@@ -227,14 +240,13 @@ def three_ranks(monkeypatch):
     """On two hosts; the third rank's clock is five seconds ahead. Returns what each would say to a gathering."""
     said = {}
 
-    def gather(into, mine):
+    def gather(ranks, mine):
         if isinstance(mine[1], float):
-            into[:] = [("a", mine[1]), ("a", mine[1] + 0.001), ("b", mine[1] + said["ahead"])]
-        else:
-            into[:] = [("a", mine[1]), None, ("b", said["other"])]
+            return [("a", mine[1]), ("a", mine[1] + 0.001), ("b", mine[1] + said["ahead"])]
+        return [("a", mine[1]), None, ("b", said["other"])]
 
     monkeypatch.setattr(doctor.dist, "barrier", lambda: None)
-    monkeypatch.setattr(doctor.dist, "all_gather_object", gather)
+    monkeypatch.setattr(doctor, "of_all", gather)
     return said
 
 

@@ -17,13 +17,17 @@ DECODERS = {
     "turbo": "fastrot.data.decode.turbo:make",
     "turbo_fast": "fastrot.data.decode.turbo:make_fast",
     "ffcv": "fastrot.data.decode.ffcv:make",
+    "nvimgcodec": "fastrot.data.decode.nvimgcodec:make",
 }
 
 # A decoder's error on photographs, levels of 255 against the torch decoder: mean, and the worst image's mean.
-STATED = {"turbo": (0.001, 0.05), "turbo_fast": (1.2, 4), "dali": (0.01, 0.5), "ffcv": (1.9, 8)}
+STATED = {
+    "turbo": (0.001, 0.05), "turbo_fast": (1.2, 4), "dali": (0.01, 0.5), "ffcv": (1.9, 8), "nvimgcodec": (0.001, 0.05),
+}  # fmt: skip
 
 # What auto tries, the fastest first as bench/loader.py measures.
 _ON_GPU = "dali"
+GPUS_OWN = (_ON_GPU, "nvimgcodec")  # that decode there
 _ON_CPU = ["turbo", "dali", "torch"]
 # Those that resample buffers of pixels themselves; others have one of them do it.
 _TAKE_PIXELS = ["turbo", "turbo_fast", "torch"]
@@ -81,7 +85,7 @@ def _first(
     refusals: list[str] = []
     for name, where in zip(names, chain([device], repeat(_CPU)), strict=False):
         module, _, maker = DECODERS[name].partition(":")
-        gpu_only = {"hardware": hardware} if name == _ON_GPU else {}
+        gpu_only = {"hardware": hardware} if name in GPUS_OWN else {}
         try:
             decoder = getattr(importlib.import_module(module), maker)(where, threads, batch, depth, **gpu_only)
         except ImportError as error:

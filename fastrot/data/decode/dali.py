@@ -70,7 +70,7 @@ def _resampler(threads: int) -> Turbo | None:
 
 
 @dataclass
-class _Work:
+class Work:
     """A batch; the positions that DALI decodes (Pillow the others); their windows in the stored images."""
 
     batch: Batch
@@ -158,13 +158,13 @@ class DaliDecoder:
         self._hardware, self._resampler = hardware, resampler
         self._pipes: dict[bool, Pipeline] = {}
         self._alone: DaliDecoder | None = None
-        self._flying: deque[_Work] = deque()
+        self._flying: deque[Work] = deque()
         self._broken = False
         self._left = LeftToPillow("dali")
         self._stream = None if gpu is None else torch.cuda.Stream(gpu)
 
     def submit(self, batch: Batch) -> None:
-        work = _work_of(batch)
+        work = work_of(batch)
         self._flying.append(work)
         try:
             self._feed(work)
@@ -193,7 +193,7 @@ class DaliDecoder:
         self._by_pillow(work, pixels, bad)
         return pixels, bad
 
-    def _by_pillow(self, work: _Work, pixels: torch.Tensor, bad: dict[int, str]) -> None:
+    def _by_pillow(self, work: Work, pixels: torch.Tensor, bad: dict[int, str]) -> None:
         """What DALI is not given, into its places; or why it is bad."""
         for at in sorted(set(range(len(work.batch))) - set(work.by_dali)):
             kind = kind_of(work.batch.buffers[at])
@@ -236,7 +236,7 @@ class DaliDecoder:
         """DALI's first schedule_run runs as many batches as its queue is deep, and wants them fed
         first; so it gets dummies, and from then on one schedule_run is one batch."""
         window: NDArray[Any] = np.array([[0, 0, 8, 8]], np.float64 if boxes else np.int32)
-        speck = _Work(Batch([_SPECK], np.ones(1, np.uint8), window, 8), [0], window)
+        speck = Work(Batch([_SPECK], np.ones(1, np.uint8), window, 8), [0], window)
         for _ in range(self._depth + 1):
             self._put(pipe, speck)
         pipe.schedule_run()
@@ -244,19 +244,19 @@ class DaliDecoder:
             pipe.share_outputs()
             pipe.release_outputs()
 
-    def _feed(self, work: _Work) -> None:
+    def _feed(self, work: Work) -> None:
         if work.by_dali:
             pipe = self._pipe(work.batch.boxes)
             self._put(pipe, work)
             pipe.schedule_run()
 
-    def _put(self, pipe: Pipeline, work: _Work) -> None:
+    def _put(self, pipe: Pipeline, work: Work) -> None:
         files = [TensorCPU(work.batch.buffers[at]) for at in work.by_dali]
         pipe.feed_input("data", TensorListCPU(files, contiguous=False))  # type: ignore[call-overload]  # its stubs lack it
         for name, array in _arguments(work.stored, work.batch.size, self._resampler is None).items():
             pipe.feed_input(name, np.ascontiguousarray(array))
 
-    def _collect(self, work: _Work) -> torch.Tensor:
+    def _collect(self, work: Work) -> torch.Tensor:
         if not work.by_dali:
             return self._empty(work)
         pipe = self._pipe(work.batch.boxes)
@@ -273,7 +273,7 @@ class DaliDecoder:
         pixels[work.by_dali] = good
         return pixels
 
-    def _resampled(self, out: Iterable[Any], work: _Work) -> torch.Tensor:
+    def _resampled(self, out: Iterable[Any], work: Work) -> torch.Tensor:
         """The stored windows that DALI decoded, or boxes of whole images, turned upright. Raises RuntimeError as DALI."""
         batch, resampler = work.batch, self._resampler
         assert resampler is not None
@@ -298,7 +298,7 @@ class DaliDecoder:
         copy.record_stream(torch.cuda.default_stream(self._gpu))
         return copy
 
-    def _one_by_one(self, work: _Work) -> tuple[torch.Tensor, dict[int, str]]:
+    def _one_by_one(self, work: Work) -> tuple[torch.Tensor, dict[int, str]]:
         """A batch that broke the pipeline, an image at a time."""
         pixels, bad = self._empty(work), {}
         for at in work.by_dali:
@@ -312,7 +312,7 @@ class DaliDecoder:
         """By a pipeline of its own; what DALI refuses goes to Pillow, which has the last word."""
         if self._alone is None:
             self._alone = DaliDecoder(self._gpu, self._threads, 1, 1, self._hardware, self._resampler)
-        work = _work_of(batch)
+        work = work_of(batch)
         try:
             if work.by_dali:
                 self._alone._feed(work)
@@ -323,13 +323,13 @@ class DaliDecoder:
             self._alone._pipes.clear()
         return window_pixels(*batch.image(0))
 
-    def _empty(self, work: _Work) -> torch.Tensor:
+    def _empty(self, work: Work) -> torch.Tensor:
         device = "cpu" if self._gpu is None else f"cuda:{self._gpu}"
         shape = len(work.batch), work.batch.size, work.batch.size, 3
         return torch.zeros(shape, dtype=torch.uint8, device=device)
 
 
-def _work_of(batch: Batch) -> _Work:
+def work_of(batch: Batch) -> Work:
     """DALI's share: JPEGs of the usual codings, turned or not, and plain upright files of other kinds."""
     codings, turned, stored = batch.known_codings(), batch.orientations != 1, batch.windows.copy()
     taken = (codings == coding.JPEG) | ((codings == coding.PLAIN) & ~turned)
@@ -338,4 +338,4 @@ def _work_of(batch: Batch) -> _Work:
             stored[at] = stored_window(batch.windows[at], int(batch.orientations[at]), frame.height, frame.width)
         taken[at] = frame is not None
     by_dali = np.flatnonzero(taken).tolist()
-    return _Work(batch, by_dali, stored[by_dali])
+    return Work(batch, by_dali, stored[by_dali])

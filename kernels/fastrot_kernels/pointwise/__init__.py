@@ -6,11 +6,22 @@ A product takes in the norm and ReLU of the map it reads, and gives the moments 
 
 from fastrot_kernels.pointwise.op import (
     affine,
+    backward_affine,
     data_gradient,
     forward,
     joined_forward,
     joined_gradient,
+    normed_gradient,
     weight_gradient,
 )
 
-__all__ = ["affine", "data_gradient", "forward", "joined_forward", "joined_gradient", "weight_gradient"]
+__all__ = [
+    "affine",
+    "backward_affine",
+    "data_gradient",
+    "forward",
+    "joined_forward",
+    "joined_gradient",
+    "normed_gradient",
+    "weight_gradient",
+]

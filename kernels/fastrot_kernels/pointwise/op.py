@@ -34,6 +34,10 @@ class Kernels(Protocol):
         stride: int,
     ) -> tuple[Tensor, Tensor]: ...
 
+    def normed_gradient(
+        self, g: Tensor, weight: Tensor, y: Tensor, backward: Tensor, x: Tensor | None, affine: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
     def weight_gradient(self, dy: Tensor, x: Tensor, affine: Tensor | None) -> Tensor: ...
 
 
@@ -50,6 +54,14 @@ def affine(moments: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """A norm's constants, float32 [4, C]: mean, 1 / deviation, gamma / deviation, beta; of moments [3, C]."""
     rstd = torch.rsqrt(moments[2] + eps)
     return torch.stack([moments[1], rstd, gamma * rstd, beta])
+
+
+def backward_affine(sums: Tensor, moments: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    """What norm.gradients does, as constants float32 [4, C]: mean, a, b, c; a gradient is a * g + b * (x - mean) + c."""
+    along, level = sums / moments[0]
+    rstd = torch.rsqrt(moments[2] + eps)
+    scale = gamma * rstd
+    return torch.stack([moments[1], scale, -scale * along * rstd, -scale * level])
 
 
 @operation("fastrot::pointwise_forward")
@@ -132,6 +144,26 @@ def _(_: Tensor, weight: Tensor, xs: list[Tensor], *__: object) -> tuple[Tensor,
     return torch.empty_like(xs[0]), weight.new_empty(len(xs), 2, weight.shape[1], dtype=torch.float32)
 
 
+@operation("fastrot::pointwise_normed_gradient")
+def normed_gradient(
+    g: Tensor, weight: Tensor, y: Tensor, backward: Tensor, x: Tensor | None, affine: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dy [M, N], and what `data_gradient` gives for it); without x, (dy, dy @ weight, float32 [0, K]).
+
+    dy is the gradient of y, rounded once, by the gradient g after its norm; g, y [M, N]; backward of `backward_affine`.
+    """
+    return kernels_for(g).normed_gradient(g, weight, y, backward, x, affine)
+
+
+@normed_gradient.register_fake
+def _(
+    g: Tensor, weight: Tensor, _y: Tensor, _backward: Tensor, x: Tensor | None, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = weight.shape[1]
+    sums = g.new_empty(0 if x is None else 2, inputs, dtype=torch.float32)
+    return torch.empty_like(g), g.new_empty(g.shape[0], inputs), sums
+
+
 @operation("fastrot::pointwise_weight_gradient")
 def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor | None) -> Tensor:
     """dy.T @ z, float32 [N, K], z as in `forward`; dy [M, N], x [M, K]. No part of a sum is rounded to 16 bits."""
@@ -148,6 +180,7 @@ _ROWS_BY_WEIGHT = (
     torch.ops.fastrot.pointwise_joined_forward,
     torch.ops.fastrot.pointwise_data_gradient,
     torch.ops.fastrot.pointwise_joined_gradient,
+    torch.ops.fastrot.pointwise_normed_gradient,
 )
 
 

@@ -49,6 +49,16 @@ def joined_gradient(
     return g, torch.stack([_sums(g, x, affine) for x, affine in zip(xs, affines, strict=True)])
 
 
+def normed_gradient(
+    g: Tensor, weight: Tensor, y: Tensor, backward: Tensor, x: Tensor | None, affine: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, a, b, c = backward
+    dy = (a * g.float() + b * (y.float() - mean) + c).to(g.dtype)
+    if x is None or affine is None:
+        return dy, dy @ weight, backward.new_empty(0, weight.shape[1])
+    return dy, *data_gradient(dy, weight, x, affine)
+
+
 def weight_gradient(dy: Tensor, x: Tensor, affine: Tensor | None) -> Tensor:
     return dy.float().t() @ (x if affine is None else _normed(x, affine)).float()
 

@@ -1,5 +1,5 @@
-"""The two products that stand where blocks meet, in Triton: a block's result is made as the product reads it, and its
-gradient goes on to before the ReLU as the product writes it."""
+"""The products that stand where blocks meet, in Triton: a block's result is made as a product reads it, its gradient
+goes on to before the ReLU as one writes it, and through the last norm as the next one reads it."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -16,6 +16,7 @@ from fastrot_kernels.pointwise.triton_tiles import (
     scaled,
     spread,
     store_sums,
+    store_through_relu,
     store_with_moments,
     through_relu,
     tile,
@@ -59,6 +60,22 @@ def joined_gradient(
             rows, outputs, inputs, height, width, NORMS=len(xs), STRIDE=stride, PRECISION=precision(), **how,
         )  # fmt: skip
     return g, parts.sum(0)
+
+
+def normed_gradient(
+    g: Tensor, weight: Tensor, y: Tensor, backward: Tensor, x: Tensor | None, affine: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    (rows, outputs), inputs = g.shape, weight.shape[1]
+    how, normed = tile("normed_gradient", inputs, g.dtype, generation(g)), x is not None
+    dy, gx = torch.empty_like(g), g.new_empty(rows, inputs)
+    tiles = triton.cdiv(rows, how["BM"])
+    parts = g.new_empty(tiles, 2 if normed else 0, inputs, dtype=torch.float32)
+    with torch.cuda.device_of(g):
+        normed_gradient_kernel[(tiles * triton.cdiv(inputs, how["BN"]),)](
+            g, weight, y, backward, x if normed else gx, affine if normed else backward, dy, gx, parts,
+            rows, outputs, inputs, NORMED=normed, PRECISION=precision(), **how,
+        )  # fmt: skip
+    return dy, gx, parts.sum(0)
 
 
 @triton.jit
@@ -169,6 +186,62 @@ def joined_gradient_kernel(
     if NORMS == 2:
         seen = tl.load(other + first.to(tl.int64) * K + place, mask=inside, other=0.0)
         store_sums(value, seen, other_affine, sums + 2 * K, k, K)
+
+
+@triton.jit
+def normed_gradient_kernel(
+    g,  # [M, N]
+    weight,  # [N, K]
+    y,  # [M, N]
+    backward,  # float32 [4, N]
+    x,  # [M, K], read if NORMED
+    affine,  # float32 [4, K], read if NORMED
+    dy,  # [M, N]
+    gx,  # [M, K]
+    parts,  # float32 [tiles of rows, 2, K], written if NORMED
+    M,
+    N,
+    K,
+    NORMED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,  # along K: a tile's columns
+    BK: tl.constexpr,  # along N: what the product sums over
+):
+    """One program: a tile of gx and its two sums; the first of a row's tiles writes what all of them multiply."""
+    blocks = tl.cdiv(K, BN)
+    tile = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    k = block * BN + tl.arange(0, BN)
+    r = tl.arange(0, BM)
+    n = tl.arange(0, BK)
+    first = tile * BM
+    live = (first + r < M)[:, None]
+    g += first.to(tl.int64) * N
+    y += first.to(tl.int64) * N
+    dy += first.to(tl.int64) * N
+    x += first.to(tl.int64) * K
+    gx += first.to(tl.int64) * K
+    total = tl.zeros((BN, BM), tl.float32)
+    for start in range(0, N, BK):
+        c = start + n
+        inside = live & (c < N)[None, :]
+        place = r[:, None] * N + c[None, :]
+        a = tl.load(g + place, mask=inside, other=0.0)
+        e = tl.load(y + place, mask=inside, other=0.0)
+        b = tl.load(weight + c[:, None] * K + k[None, :], mask=(c < N)[:, None] & (k < K)[None, :], other=0.0)
+        # mean, slope along y, level
+        z = scaled(e, backward, N, c)
+        z += a.to(tl.float32) * tl.load(backward + N + c, mask=c < N, other=0.0)[None, :]
+        z = z.to(a.dtype)
+        tl.store(dy + place, z, mask=inside & (block == 0))
+        total = dot(tl.trans(b), tl.trans(z), total, PRECISION)
+    if NORMED:
+        store_through_relu(tl.trans(total), x, affine, gx, parts + tile * 2 * K, live, r, k, K)
+    else:
+        tl.store(
+            gx + r[:, None] * K + k[None, :], tl.trans(total).to(gx.dtype.element_ty), mask=live & (k < K)[None, :]
+        )
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrot_kernels.norm.triton_norm import merge
-from fastrot_kernels.pointwise.triton_joined import joined_forward, joined_gradient
+from fastrot_kernels.pointwise.triton_joined import joined_forward, joined_gradient, normed_gradient
 from fastrot_kernels.pointwise.triton_tiles import (
     INTERPRETED,
     dot,
@@ -15,9 +15,7 @@ from fastrot_kernels.pointwise.triton_tiles import (
     norm_relu,
     precision,
     programs,
-    scaled,
-    spread,
-    store_sums,
+    store_through_relu,
     store_with_moments,
     tile,
 )
@@ -28,6 +26,7 @@ __all__ = [
     "forward",
     "joined_forward",
     "joined_gradient",
+    "normed_gradient",
     "plain_weight_gradient",
     "weight_gradient",
 ]
@@ -153,14 +152,7 @@ def data_gradient_kernel(
         a = tl.load(dy + r[:, None] * N + (start + n)[None, :], mask=live & some[None, :], other=0.0)
         b = tl.load(weight + (start + n)[:, None] * K + k[None, :], mask=some[:, None] & (k < K)[None, :], other=0.0)
         total = dot(a, b, total, PRECISION)
-    inside = live & (k < K)[None, :]
-    place = r[:, None] * K + k[None, :]
-    seen = tl.load(x + place, mask=inside, other=0.0)
-    value = spread(total.to(g.dtype.element_ty), g + place, live & (k < 0)[None, :])
-    stored = tl.where(scaled(seen, affine, K, k) <= 0, 0.0, value)
-    tl.store(g + place, stored, mask=inside)
-    # rows past the end have no dy, so their g is 0
-    store_sums(stored.to(tl.float32), seen, affine, parts + tile * 2 * K, k, K)
+    store_through_relu(total, x, affine, g, parts + tile * 2 * K, live, r, k, K)
 
 
 @triton.jit

@@ -19,7 +19,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def tile(kernel: str, columns: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
     """How a kernel's product with so many columns is cut, by how many warps, and how many steps ahead it loads.
 
-    kernel      plain or normed (of forward), joined_forward, data_gradient, joined_gradient, weight_gradient.
+    kernel      plain or normed (of forward), joined_forward, data_gradient, joined_gradient, normed_gradient,
+                weight_gradient.
     capability  the GPU's generation: 8 Ampere, 9 Hopper.
     Such that nothing spills, and where it can be, two programs share a multiprocessor.
     """
@@ -27,12 +28,14 @@ def tile(kernel: str, columns: int, dtype: torch.dtype, capability: int) -> dict
     if dtype == torch.float32 and precision() == "ieee":
         return PLAIN | ({"BN": 32} if joined else {})
     # joined: four maps pass by a product that is short, so small tiles, and many loads under way
-    low, makes = dtype != torch.float32, kernel == "joined_forward"  # makes: what it multiplies, of two maps
+    low = dtype != torch.float32
+    makes = kernel in ("joined_forward", "normed_gradient")  # what it multiplies, of two maps
     narrow = joined or columns <= COLUMNS // 2 or (makes and not low)
     shape = {"BM": ROWS, "BN": COLUMNS // 2 if narrow else COLUMNS, "BK": ALONG if low and not makes else ALONG // 2}
     # Ampere's products hold their operands in registers too: two programs of eight warps would spill
-    twice = low and (joined or (not narrow and capability >= 9 and kernel != "data_gradient"))
-    stages = 2 if not low or (twice and kernel == "normed") else 3
+    sums = kernel in ("data_gradient", "normed_gradient")  # at whose end a map more is in registers
+    twice = low and (joined or (not narrow and capability >= 9 and not sums))
+    stages = 2 if not low or (twice and kernel == "normed") else 4 if makes else 3
     how = {"num_warps": 4 if low and narrow and not joined else 8, "num_stages": stages}
     return shape | how | ({"maxnreg": 128} if twice else {})
 
@@ -72,6 +75,18 @@ def store_with_moments(total, y, parts, live, count, r, n, N):
     tl.store(parts + n, tl.zeros((n.shape[0],), tl.float32) + count, mask=n < N)
     tl.store(parts + N + n, mean, mask=n < N)
     tl.store(parts + 2 * N + n, tl.sum(distance * distance, 0) / count, mask=n < N)
+
+
+@triton.jit
+def store_through_relu(total, x, affine, g, parts, live, r, k, K):
+    """A gradient's tile where relu(norm(x)) is above 0, and its two sums over the live rows."""
+    inside = live & (k < K)[None, :]
+    place = r[:, None] * K + k[None, :]
+    seen = tl.load(x + place, mask=inside, other=0.0)
+    value = spread(total.to(g.dtype.element_ty), g + place, live & (k < 0)[None, :])
+    stored = tl.where((scaled(seen, affine, K, k) <= 0) | ~live, 0.0, value)
+    tl.store(g + place, stored, mask=inside)
+    store_sums(stored.to(tl.float32), seen, affine, parts, k, K)
 
 
 @triton.jit
