@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup demo demo-control test suite test-all chaos fuzz gpu check docs figures lock clean
+.PHONY: setup demo demo-control test suite test-all fuzz chaos gpu check docs figures lock clean
 
 setup: $(VENV)/.ready
 
@@ -51,10 +51,6 @@ suite: setup
 test-all: check
 	$(PYTEST) -m "slow or not slow"
 
-# two hundred kills, signals and broken disks, a quarter of an hour on an idle core; needs the right to mount
-chaos: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos --kills 200 --seed 1
-
 # every parser of a user's bytes, on RUNS inputs that coverage leads to; PARSER: some of them by name. The C ones need clang and
 # its compiler-rt (apt-get install clang libclang-rt-14-dev), the others atheris, which lies beside and is no dependency
 ATHERIS := build/fuzz/lib
@@ -63,6 +59,10 @@ SECONDS ?= 0
 fuzz: setup
 	@test -d $(ATHERIS) || $(BIN)/uv pip install -q --python $(BIN)/python --target $(ATHERIS) --only-binary :all: atheris==3.0.0
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(BIN)/python tests/fuzz $(PARSER) --runs $(RUNS) --seconds $(SECONDS)
+
+# two hundred kills, signals and broken disks, a quarter of an hour on an idle core; needs the right to mount
+chaos: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos --kills 200 --seed 1
 
 # every test and figure of a GPU machine, into results/
 gpu: setup

@@ -1,5 +1,6 @@
 """Every parser of a user's bytes, on any bytes and on valid files that were damaged; and what fuzzing has found."""
 
+import resource
 import tarfile
 
 import pytest
@@ -49,6 +50,7 @@ FOUND = {
     "suite": [b"a: " + b"[" * 500, b"a: !!float x"],
     "pieces": [b"9 'v'\n" + b"1" * 5000 + b" 3\n"],
 }
+MOST_KIB = 256 << 10  # of more memory, whatever the bytes say
 PIECES = [
     b"\0",
     b"\xff",
@@ -72,6 +74,11 @@ CHANGES = st.one_of(
 )
 
 
+def peak() -> int:
+    """The most memory that this process has had, in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def changed(data: bytes, changes: list[tuple[str, float, bytes | int]]) -> bytes:
     for how, where, what in changes:
         at = int(where * len(data))
@@ -88,7 +95,9 @@ def changed(data: bytes, changes: list[tuple[str, float, bytes | int]]) -> bytes
 def test_any_bytes_are_read_or_refused_in_a_line(name, data):
     parser = PARSERS[name]
     whole = data.draw(st.one_of(st.sampled_from(parser.seeds()), st.binary(max_size=60)))
-    parser.one(changed(whole, data.draw(st.lists(CHANGES, max_size=6))))
+    damaged, before = changed(whole, data.draw(st.lists(CHANGES, max_size=6))), peak()
+    parser.one(damaged)
+    assert peak() - before < MOST_KIB
 
 
 @pytest.mark.parametrize("name, found", [(name, one) for name, all_found in FOUND.items() for one in all_found])
