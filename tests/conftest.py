@@ -1,6 +1,7 @@
 """What tests share: small image folders, and running fastrot as a user does."""
 
 import fcntl
+import gc
 import io
 import json
 import os
@@ -50,6 +51,12 @@ def pytest_collection_modifyitems(config, items):
 def pytest_testnodedown(node, error):
     """Every process of pytest-xdist's collects all tests: any one's count is the run's."""
     node.config.stash[_NEED_CUDA] = getattr(node, "workeroutput", {}).get("need_cuda", 0)
+
+
+def pytest_collection_finish(session):
+    """What was imported lives to the end: the collector need not walk through all of torch again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter, config):

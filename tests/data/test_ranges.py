@@ -57,8 +57,18 @@ def pixels(source, epochs=2, **options):
     return [*found, np.concatenate([batch.rows for batch in batches])], manifest
 
 
-@pytest.mark.parametrize("name", ["s-{000..002}.tar", "a.beton"])
-@pytest.mark.parametrize("order", [{"order": "full"}, {"order": "window", "window_rows": 4, "window_chunks": 2}])
+FULL, WINDOW = {"order": "full"}, {"order": "window", "window_rows": 4, "window_chunks": 2}
+
+
+@pytest.mark.parametrize(
+    "name, order",
+    [
+        ("a.beton", FULL),
+        ("s-{000..002}.tar", WINDOW),
+        pytest.param("s-{000..002}.tar", FULL, marks=pytest.mark.slow),
+        pytest.param("a.beton", WINDOW, marks=pytest.mark.slow),
+    ],
+)
 def test_the_stream_is_the_local_files(packed, name, order):
     want, local = pixels(packed / name, **order)
     with serving(contents(packed)) as server:

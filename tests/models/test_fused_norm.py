@@ -99,6 +99,7 @@ def test_a_fused_network_is_as_exact_as_the_plain_one_and_shares_its_checkpoint(
             torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow  # fused_conv, which holds such norms, is compiled by default
 def test_a_fused_network_compiles_whole():
     """No break of the graph, and through autograd the same gradients."""
     torch.manual_seed(0)

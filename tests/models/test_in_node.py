@@ -39,6 +39,7 @@ def steps_by_messages_and_by_memory(out):
     distributed.end()
 
 
+@pytest.mark.slow  # an option that is off until a device has shown it
 def test_norms_that_read_memory_compute_what_they_do_by_messages(tmp_path):
     as_ranks(3, steps_by_messages_and_by_memory, tmp_path / "steps")
     for rank in range(3):

@@ -88,6 +88,7 @@ def job(images, tmp_path, monkeypatch):
     distributed.end()
 
 
+@pytest.mark.slow
 def test_what_is_proposed_fits_and_twice_as_much_would_not(job):
     words = ("data.crop=96", "optim.images_per_step=64")
     need = job(2**40, *words).memory

@@ -40,6 +40,7 @@ def test_a_longer_run_is_the_one_that_was_as_long_from_the_start(begin, tmp_path
     assert [line["loss"] for line in metrics(tmp_path / "a")] == [line["loss"] for line in metrics(tmp_path / "b")]
 
 
+@pytest.mark.slow
 def test_a_branch_that_was_stopped_goes_on_with_the_same_command(begin, tmp_path):
     assert begin("a").code == 0
     words = ["--resume", tmp_path / "a/checkpoints/step-00000002", "--resume-anyway", "optim.lr", "optim.lr=0.02"]
@@ -83,6 +84,7 @@ def test_weights_that_do_not_fit_are_refused(begin, tmp_path, init, words):
     assert not list((tmp_path / "b").glob("checkpoints/*"))
 
 
+@pytest.mark.slow
 def test_run_and_images_may_move_and_be_packed(begin, tmp_path, images):
     assert begin("a").code == begin("whole", "optim.epochs=3").code == 0
     (tmp_path / "a").rename(tmp_path / "b")

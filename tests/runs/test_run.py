@@ -444,9 +444,9 @@ def test_killed_in_mid_epoch_and_resumed_is_equal_in_every_logged_value(images, 
 
 def test_a_killed_launcher_leaves_no_orphans(images, tmp_path):
     out = tmp_path / "orphans"
-    process = launch("torchrun", 2, *PLAIN, *over(images, out), "optim.epochs=4000", script=NARROW)
+    process = launch("torchrun", 1, *PLAIN, *over(images, out), "optim.epochs=4000", script=NARROW)
     wait_for(lambda: (out / "checkpoints/latest").exists(), process)
-    assert len(holders(out)) >= 3
+    assert len(holders(out)) >= 2
     process.kill()  # the launcher alone
     wait_for(lambda: not holders(out), None, 30)
     process.communicate()
