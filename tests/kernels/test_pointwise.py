@@ -25,8 +25,7 @@ NEAR = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 SHAPES = [
     *((2, 1, 3, dtype) for dtype in NEAR),
     (70, 20, 70, torch.float32),  # whose tiles are smaller
-    (150, 20, 130, torch.bfloat16),
-    pytest.param(150, 20, 130, torch.float16, marks=pytest.mark.slow),
+    *(pytest.param(150, 20, 130, dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16)),
     *((*shape, torch.bfloat16) for shape in [(300, 70, 65), (49, 256, 64)]),
     *(
         pytest.param(*shape, torch.bfloat16, marks=pytest.mark.slow)

@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent.parent
 QUICK = {
     "kernels/test_rotate_views.py": 66,
     "kernels/test_norm.py": 25,
-    "kernels/test_pointwise.py": 19,
+    "kernels/test_pointwise.py": 18,
     "kernels/test_pool.py": 9,
 }
 ALL = {

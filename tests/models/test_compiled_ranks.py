@@ -38,7 +38,7 @@ def two_ranks():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["torch", pytest.param("fused", marks=pytest.mark.slow), "fused_conv"])
 def test_a_network_that_synchronises_its_norms_is_one_graph(two_ranks, kind):
     model, graphs = ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=8), []
     model.layer2 = model.layer3 = model.layer4 = nn.Identity()
@@ -75,7 +75,12 @@ class Said(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "kind, messages, waited_for",
-    [("torch", 106, 106), ("fused", 106, 106), ("fused_conv", 98, 62), ("fused_chain", 98, 47)],
+    [
+        ("torch", 106, 106),
+        pytest.param("fused", 106, 106, marks=pytest.mark.slow),
+        ("fused_conv", 98, 62),
+        ("fused_chain", 98, 47),
+    ],
 )
 def test_a_step_waits_at_once_for_so_many_messages_of_norms(two_ranks, kind, messages, waited_for):
     """Of ResNet-50's 53 norms, forward and backward. The other messages are on their way during a product."""
