@@ -9,7 +9,7 @@ import time
 
 from fastrot import __version__, launcher
 from fastrot.commands import GROUPS, find
-from fastrot.commands.base import Command
+from fastrot.commands.base import Command, Result
 from fastrot.errors import Fault, Stopped, Unsound, UserError, of_an_extra, why_not_there
 
 _OTHERS_WAIT_S = 5  # launchers end the other ranks within two
@@ -48,7 +48,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(command: Command, args: argparse.Namespace) -> None:
     launcher.settle(os.environ)
-    result = command.run(args)
+    try:
+        result = command.run(args)
+    except Unsound as error:
+        _print_json(args, error.result)
+        raise
+    _print_json(args, result)
+
+
+def _print_json(args: argparse.Namespace, result: Result | None) -> None:
+    """What --json asks for, by rank 0."""
     if result is not None and args.json and os.environ.get("RANK", "0") == "0":
         from fastrot.files import finite  # with pydantic, which no --help waits for
 

@@ -6,6 +6,8 @@ Fault       3   the machine or the data failed while running
 Stopped     75  asked to stop, and did, with a checkpoint: the same command goes on
 """
 
+from typing import Any
+
 
 class UserError(Exception):
     """One line a person can act on: what is wrong, where, and what to do."""
@@ -14,9 +16,13 @@ class UserError(Exception):
 
 
 class Unsound(Exception):
-    """A check has said all that it found, and not all of it is sound."""
+    """A check has said all that it found, and not all of it is sound. result: what --json prints all the same."""
 
     exit_code = 1
+
+    def __init__(self, line: str, result: dict[str, Any]):
+        super().__init__(line)
+        self.result = result
 
 
 class Fault(Exception):

@@ -1,7 +1,6 @@
 """`fastrot doctor`: what this machine lacks, and what mends it."""
 
 import argparse
-import json
 import os
 from contextlib import nullcontext
 
@@ -15,7 +14,6 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> Result | None:
     from fastrot import launcher, machine, terminal
     from fastrot.errors import Unsound
-    from fastrot.files import finite
     from fastrot.selfcheck.doctor import BROKEN, examine
 
     config, _ = settings(args)
@@ -29,9 +27,7 @@ def _run(args: argparse.Namespace) -> Result | None:
         terminal.listing("", ("state", "what", "found", "what mends it"), rows)
     broken = [one["what"] for one in result["checks"] if one["state"] == BROKEN]
     if broken:
-        if args.json:
-            print(json.dumps(finite(result)), flush=True)
-        raise Unsound(f"broken: {', '.join(broken)}")
+        raise Unsound(f"broken: {', '.join(broken)}", result)
     return result
 
 

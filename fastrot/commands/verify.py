@@ -1,7 +1,6 @@
 """`fastrot verify`: whether a run's folder still is what the run wrote."""
 
 import argparse
-import json
 from pathlib import Path
 
 from fastrot.commands.base import Command, Result, add_json
@@ -15,7 +14,6 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> Result:
     from fastrot import terminal
     from fastrot.errors import Unsound
-    from fastrot.files import finite
     from fastrot.runs.audit import DAMAGED, audit
 
     result = audit(args.run)
@@ -26,9 +24,7 @@ def _run(args: argparse.Namespace) -> Result:
         print(resume)
     damaged = [one["what"] for one in result["findings"] if one["state"] == DAMAGED]
     if damaged:
-        if args.json:
-            print(json.dumps(finite(result)), flush=True)
-        raise Unsound(f"{args.run}: damaged: {', '.join(dict.fromkeys(damaged))}; {resume}")
+        raise Unsound(f"{args.run}: damaged: {', '.join(dict.fromkeys(damaged))}; {resume}", result)
     return result
 
 
