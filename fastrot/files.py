@@ -85,9 +85,14 @@ def as_words(path: str | bytes) -> str:
     return os.fsdecode(path).encode("utf-8", "backslashreplace").decode()
 
 
-def sha256_of(path: Path) -> str:
+def digest_of(path: Path, kind: str) -> str:
+    """A file's, in hexadecimal. kind: hashlib's name."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    return digest_of(path, "sha256")
 
 
 @dataclass(frozen=True)

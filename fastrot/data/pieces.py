@@ -1,11 +1,11 @@
 """A large file that comes in pieces, in any order, and goes on where it was cut."""
 
-import hashlib
 import os
 import threading
 import zlib
 from pathlib import Path
 
+from fastrot.files import digest_of
 from fastrot.remote import Entry, Store
 
 PIECE = 8 << 20  # bytes
@@ -83,9 +83,3 @@ class Pieces:
                     file.seek(numbers[number] * PIECE)
                     if str(zlib.crc32(file.read(PIECE))) == crc.strip():
                         self._missing.discard(numbers[number])
-
-
-def digest_of(path: Path, kind: str) -> str:
-    """A file's, in hexadecimal. kind: hashlib's name."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()

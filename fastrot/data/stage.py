@@ -23,10 +23,10 @@ from queue import SimpleQueue
 from typing import Any
 
 from fastrot import terminal
-from fastrot.data.pieces import PIECE, Pieces, digest_of
+from fastrot.data.pieces import PIECE, Pieces
 from fastrot.data.sources import in_place
 from fastrot.errors import UserError
-from fastrot.files import read_json, remove, write_text
+from fastrot.files import digest_of, read_json, remove, write_text
 from fastrot.remote import Entry, Found, Piece, is_remote, locate, shown
 from fastrot.remote.store import PARALLEL, Checksum
 
