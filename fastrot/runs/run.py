@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from fastrot.runs.epochs import Recorder
 from fastrot.runs.log import RunLog, read_status, write_refusal, write_status
 from fastrot.runs.loop import run
 from fastrot.runs.memory import admit, running_out_is_a_fault
-from fastrot.runs.mirror import Mirror, holds, take
+from fastrot.runs.mirror import Mirror
+from fastrot.runs.resume import resume_point
 from fastrot.runs.stop import CTRL_C, Stop
-from fastrot.sending import read_by_all
 from fastrot.tasks import Task
 
 Chooser = Callable[[Manifest], Manifest]
@@ -212,7 +212,7 @@ def _admit(
     log: RunLog,
 ) -> _Start:
     """All that may refuse a start, and the job built. Raises UserError."""
-    found = _found(resume, folder, ranks, config.run.mirror)
+    found = resume_point(resume, folder, config.run.mirror, ranks, _say)
     manifests, unkept = {}, {}
     for name in ("train", "val") if config.data.val else ("train",):
         manifest, kept = _manifest(folder, name, bool(found), config, ranks)
@@ -303,31 +303,6 @@ def _record_failure(error: BaseException, folder: Path, ranks: Ranks, begun: boo
             write_refusal(folder, **facts)
     except OSError as unwritten:
         log.say(f"{folder / 'STATUS.json'}: cannot be written ({unwritten.strerror})")
-
-
-def _find(resume: str, folder: Path, mirror: str | None) -> Path | None:
-    if mirror and resume == "auto":
-        take(mirror, folder, _say)
-    if mirror and resume == "never" and (name := holds(mirror)):
-        raise UserError(f"run.mirror {mirror}: holds a run at {name}; choose another, or --resume auto")
-    return checkpoint.find(resume, folder, _say)
-
-
-def _found(resume: str, folder: Path, ranks: Ranks, mirror: str | None = None) -> checkpoint.Checkpoint | None:
-    """The checkpoint that rank 0 finds, on every rank. Raises UserError where another node holds a later one."""
-    path = distributed.on_first(ranks, lambda: _find(resume, folder, mirror))
-    newest = distributed.of_all(ranks, checkpoint.newest_step(folder))
-    if resume == "auto" and max(newest) > newest[0]:
-        rank = newest.index(max(newest))
-        raise UserError(
-            f"run.out {folder}: the node of rank {rank} holds step {newest[rank]:,}, that of rank 0 "
-            + (f"step {newest[0]:,}" if newest[0] >= 0 else "no checkpoint")
-            + "; put run.out on a disk that all nodes see, or start rank 0 there"
-        )
-    if path is None:
-        return None
-    with read_by_all(ranks, lambda: path) as here:
-        return replace(checkpoint.load(here), path=path)
 
 
 def _stopped(why: str) -> BaseException:

@@ -10,7 +10,8 @@ from fastrot.cli import main
 from fastrot.config import load
 from fastrot.data.build import open_manifest
 from fastrot.errors import UserError
-from fastrot.runs.run import _folder, _found
+from fastrot.runs.resume import resume_point
+from fastrot.runs.run import _folder
 
 
 def on_a_host_each(root: str, words: list[str], data: list[str]) -> int:
@@ -50,7 +51,10 @@ def refusals(root: str) -> None:
     def opened(name: str) -> str:
         return asked(lambda: open_manifest(name, config, ranks, "data.train"))
 
-    same, kept = open_manifest("same", config, ranks, "data.train"), _found("auto", Path("kept"), ranks)
+    same, kept = (
+        open_manifest("same", config, ranks, "data.train"),
+        resume_point("auto", Path("kept"), None, ranks, print),
+    )
     sizes = [os.stat(same.path(row)).st_size for row in range(len(same))]
     got = {
         "paths": [same.path(row).decode() for row in range(len(same))],
@@ -62,7 +66,7 @@ def refusals(root: str) -> None:
     }
     Path(root, str(rank), "got.json").write_text(json.dumps(got))
     said = {name: opened(name) for name in ("same", "cut", "gone")}
-    said["later"] = asked(lambda: _found("auto", Path("run"), ranks))
+    said["later"] = asked(lambda: resume_point("auto", Path("run"), None, ranks, print))
     said["held"] = asked(held)
     if rank:
         os.environ["FASTROT_CACHE"] = "/dev/null/cache"
