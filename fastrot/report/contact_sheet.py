@@ -6,7 +6,7 @@ import numpy as np
 
 from fastrot.files import as_words, write_text
 from fastrot.report.drawn import drawn, legend
-from fastrot.report.templates import template
+from fastrot.templates import template
 from fastrot.runs.predict import Mask, Shown
 from fastrot.tasks.detect import Found
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrot.files import write_text
-from fastrot.report.templates import template
+from fastrot.templates import template
 from fastrot.selfcheck import verdict
 from fastrot.selfcheck.parts import PARTS
 
