@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,7 +94,7 @@ class Unread:
         return _line(vars(self))
 
 
-def _line(values: dict[str, object]) -> str:
+def _line(values: dict[str, Any]) -> str:
     return json.dumps({"class" if name == "group" else name: value for name, value in values.items()})
 
 
@@ -113,15 +113,18 @@ def read(path: Path) -> Iterator[Answer]:
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                values = as_json(line, dict[str, object])
-                if "unreadable" not in values:
-                    yield _answer_of(values)
+                yield from _answers_in(line, f"{path}: line {number}")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name what fastrot orient --out wrote") from None
-    except Damaged as error:
-        raise UserError(f"{path}: line {number} is no answer of fastrot orient ({error})") from None
 
 
-def _answer_of(values: dict[str, object]) -> Answer:
-    named = {"group" if name == "class" else name: value for name, value in values.items()} | {"file": ""}
-    return replace(as_json(json.dumps(named).encode(), Answer), file=str(values["file"]))  # any text: a path's bytes
+def _answers_in(line: bytes, where: str) -> Iterator[Answer]:
+    """The one of a line, or none."""
+    try:
+        values = as_json(line, dict[str, Any])
+        if "unreadable" not in values:
+            named = {"group" if name == "class" else name: value for name, value in values.items()} | {"file": ""}
+            found = as_json(json.dumps(named).encode(), Answer)
+            yield replace(found, file=values["file"])  # any text: a path's bytes need not be UTF-8
+    except (Damaged, KeyError) as error:
+        raise UserError(f"{where} is no answer of fastrot orient ({error})") from None

@@ -146,7 +146,10 @@ class RunNetwork:
         turns = torch.arange(TURNS, dtype=torch.uint8, device=x.device).expand(len(x), TURNS).contiguous()
         scale = [[255 * value for value in values] for values in (self.shows.mean, self.shows.std)]
         views = rotate_views(x, flips, turns, *scale, torch.float32)
-        with torch.inference_mode(), torch.autocast(x.device.type, self._precision, enabled=self._precision is not None):
+        with (
+            torch.inference_mode(),
+            torch.autocast(x.device.type, self._precision, enabled=self._precision is not None),
+        ):
             found: NDArray[np.float32] = self._model(views).float().cpu().numpy()
         return found.reshape(-1, TURNS, TURNS)
 
