@@ -1,7 +1,7 @@
 """A source shown to a rotation network: an answer an image, in the source's order."""
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,7 +105,7 @@ def boxes_shown(shows: Shows, heights: NDArray[np.int32], widths: NDArray[np.int
     return central_boxes(heights, widths, shows.resize, shows.size)
 
 
-def answers(source: Source, network: Network, least: float | None = None) -> Iterator[Answer | Unread]:
+def answers(source: Source, network: Network, least: float | None = None) -> Generator[Answer | Unread, None, None]:
     """An answer for each image, in order, or why it cannot be read; those that were unsound at indexing come first.
 
     least  probability from which an answer counts; None: the network's own.
