@@ -132,7 +132,8 @@ class RunNetwork:
             torch.set_num_threads(machine.cores())
         self._model = _rotation_model(found, config.model.arch).to(self._device, memory_format=torch.channels_last)
         self._precision = AUTOCAST.get(config.engine.precision)
-        self.shows = Shows(config.data.crop, "crop", short_side(config), config.data.mean, config.data.std)
+        data = config.data
+        self.shows = Shows(data.crop, data.fit, short_side(config), data.mean, data.std)
         self.trust = _trust_of(folder)
         self.says = f"{found.path}, by torch on the {self._device.type.upper().replace('CUDA', 'GPU')}"
 

@@ -23,7 +23,8 @@ from trained import write_run
 
 pytestmark = pytest.mark.usefixtures("narrow")
 SIDE, SHORT = 32, 40
-WORDS = [f"data.crop={SIDE}", f"data.resize={SHORT}", "data.train=photos"]
+WORDS = [f"data.crop={SIDE}", "data.train=photos"]
+FITS = {"crop": [v2.Resize(SHORT), v2.CenterCrop(SIDE)], "squash": [v2.Resize((SIDE, SIDE))]}
 PHOTOS = {"a/0.jpg": 0, "a/1.jpg": 1, "b/2.png": 2, "b/deep/3.jpg": 3, "b/no up.jpg": None, "top <&> .jpg": 1}
 
 
@@ -44,7 +45,8 @@ def model(narrow):
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("runs") / "orient", model, {"data": "c0ffee"}, WORDS)
+    more = [*WORDS, f"data.resize={SHORT}"]
+    return write_run(tmp_path_factory.mktemp("runs") / "orient", model, {"data": "c0ffee"}, more)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +55,10 @@ def onnx_file(tmp_path_factory):
 
 
 @torch.no_grad()
-def by_hand(model, path):
+def by_hand(model, path, fit):
     """Probabilities of the four turns as anyone would write it: torchvision, four turns, softmax."""
     transform = v2.Compose([
-        v2.Resize(SHORT), v2.CenterCrop(SIDE), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+        *FITS[fit], v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
         v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     ])  # fmt: skip
     x = transform(Image.open(path).convert("RGB"))
@@ -67,19 +69,22 @@ def by_hand(model, path):
     return (total / 4).softmax(0).numpy()
 
 
-def test_a_runs_answers_are_its_networks_as_anyone_would_ask_it(fastrot, run, model, photos, tmp_path):
+@pytest.mark.parametrize("fit", FITS)
+def test_a_runs_answers_are_its_networks_as_anyone_would_ask_it(fastrot, fit, run, model, photos, tmp_path):
     out = tmp_path / "found.jsonl"
+    if fit == "squash":
+        run = write_run(tmp_path / "run", model, {}, [*WORDS, "data.fit=squash"])
     done = fastrot("orient", photos, "--checkpoint", run, "--out", out, "--json")
     found = list(answers.read(out))
     assert [one.file for one in found] == [str(photos / name) for name in sorted(PHOTOS)]
     for one in found:  # torchvision resizes in two steps of rounding, which is a level here and there
-        assert np.allclose(one.probabilities, by_hand(model, one.file), rtol=0, atol=0.03), one
+        assert np.allclose(one.probabilities, by_hand(model, one.file, fit), rtol=0, atol=0.03), one
     assert len({one.clockwise for one in found}) > 1
     counts = done.json
     assert (counts["images"], counts["unreadable"], counts["by_class"]["a"]["images"]) == (7, 1, 3)
     assert counts["undecided"] == sum(not one.decided for one in found)
     assert "nobody calibrated it: what is less sure than 0.5 stays undecided" in done.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.html", "found.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} - {"run"} == {"found.html", "found.jsonl"}
     line = json.loads(out.read_text().splitlines()[0])
     assert line == {"file": str(photos / "a/broken.jpg"), "class": "a", "unreadable": "not an image that Pillow knows"}
 
