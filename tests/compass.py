@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastrot.orient.network import Shows, Trust
+from fastrot.orient.network import SHOWS, Shows, Trust
 
 
 def sky(height: int, width: int, seed: int = 0, up: bool = True) -> Image.Image:
@@ -44,3 +44,29 @@ def write(folder: Path, turns: dict[str, int | None]) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         turned(sky(48, 64, seed, turn is not None), turn or 0).save(folder / name, quality=95)
     return folder
+
+
+def write_onnx(path: Path, size: int = 32, classes: int = 4, props: dict[str, str] | None = None) -> Path:
+    """A compass as an ONNX file: how bright the top, left, bottom and right halves of its views are."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    half = np.zeros((classes, 3, size, size), np.float32)
+    half[0, :, : size // 2], half[1, :, :, : size // 2], half[2, :, size // 2 :] = 1, 1, 1
+    half[3, :, :, size // 2 :] = 1
+    weights = numpy_helper.from_array(half.reshape(classes, -1).T * (12 / size**2), "weights")
+    views = helper.make_tensor_value_info("views", TensorProto.FLOAT, ["n", 3, size, size])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", classes])
+    nodes = [
+        helper.make_node("Flatten", ["views"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
+    ]
+    model = helper.make_model(
+        helper.make_graph(nodes, "compass", [views], [logits], [weights]),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=9,
+    )
+    shows = Compass(size).shows.to_json()
+    helper.set_model_props(model, {SHOWS: shows} if props is None else props)
+    onnx.save(model, path)
+    return path

@@ -68,7 +68,9 @@ def shown(
     with closing(FileStorage(manifest)) as storage, closing(_Decoder(size, threads)) as decoder:
         reading = begun(((rows, storage.start(rows)) for rows in parts), _READ_AHEAD)
         decoding = begun((submitted(*one) for one in reading), _DECODE_AHEAD)
-        with closing(by_a_thread((decoded(*one) for one in decoding), _READY, timeout, lambda: doing[0], int)) as flow:
+        with closing(
+            by_a_thread((decoded(*one) for one in decoding), _READY, timeout, lambda: doing[0], lambda: None)
+        ) as flow:
             yield from flow
 
 

@@ -35,7 +35,8 @@ def combined(logits: NDArray[np.floating]) -> NDArray[np.float64]:
 def normalised(scores: NDArray[np.float64], temperature: float = 1.0) -> NDArray[np.float64]:
     """Log-probabilities [n, 4] of scores over a temperature; they turn with the scores, bit for bit."""
     scaled = (scores - scores.max(1, keepdims=True)) / temperature
-    return scaled - np.log(_sum(np.exp(scaled), 1))[:, None]
+    found: NDArray[np.float64] = scaled - np.log(_sum(np.exp(scaled), 1))[:, None]
+    return found
 
 
 def _sum(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:

@@ -1,7 +1,7 @@
 """A source shown to a rotation network: an answer an image, in the source's order."""
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fastrot import machine
 from fastrot.config import Data
 from fastrot.data import boxes
-from fastrot.data.augment import central_boxes
+from fastrot.data.augment import central_boxes, whole_boxes
 from fastrot.data.images import KINDS, UNKNOWN
 from fastrot.data.index import in_cache
 from fastrot.data.manifest import Manifest
@@ -99,13 +99,14 @@ def looked(manifest: Manifest, network: Network) -> Generator[Looked, None, None
 
 def boxes_shown(shows: Shows, heights: NDArray[np.int32], widths: NDArray[np.int32]) -> NDArray[np.float64]:
     """Of upright images of these sizes, float64 [n, 4] (top, left, height, width): what is resized to the network's size."""
-    if shows.fit == "squash":
-        corner = np.zeros(len(heights))
-        return np.stack([corner, corner, heights, widths], 1)
-    return central_boxes(heights, widths, shows.resize, shows.size)
+    return (
+        whole_boxes(heights, widths)
+        if shows.fit == "squash"
+        else central_boxes(heights, widths, shows.resize, shows.size)
+    )
 
 
-def answers(source: Source, network: Network, least: float | None = None) -> Iterator[Answer | Unread]:
+def answers(source: Source, network: Network, least: float | None = None) -> Generator[Answer | Unread, None, None]:
     """An answer for each image, in order, or why it cannot be read; those that were unsound at indexing come first.
 
     least  probability from which an answer counts; None: the network's own.

@@ -16,7 +16,7 @@ from fastrot.orient.answers import TURNS
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
-    from torch import nn
+    from torchvision.models import ResNet
 
     from fastrot.runs.checkpoint import Checkpoint
 
@@ -132,7 +132,8 @@ class RunNetwork:
             torch.set_num_threads(machine.cores())
         self._model = _rotation_model(found, config.model.arch).to(self._device, memory_format=torch.channels_last)
         self._precision = AUTOCAST.get(config.engine.precision)
-        self.shows = Shows(config.data.crop, "crop", short_side(config), config.data.mean, config.data.std)
+        data = config.data
+        self.shows = Shows(data.crop, data.fit, short_side(config), data.mean, data.std)
         self.trust = _trust_of(folder)
         self.says = f"{found.path}, by torch on the {self._device.type.upper().replace('CUDA', 'GPU')}"
 
@@ -144,8 +145,8 @@ class RunNetwork:
         x = torch.from_numpy(pixels).to(self._device)
         flips = x.new_zeros(len(x))
         turns = torch.arange(TURNS, dtype=torch.uint8, device=x.device).expand(len(x), TURNS).contiguous()
-        scale = [[255 * value for value in values] for values in (self.shows.mean, self.shows.std)]
-        views = rotate_views(x, flips, turns, *scale, torch.float32)
+        mean, std = ([255 * value for value in values] for values in (self.shows.mean, self.shows.std))
+        views = rotate_views(x, flips, turns, mean, std, torch.float32)
         with (
             torch.inference_mode(),
             torch.autocast(x.device.type, self._precision, enabled=self._precision is not None),
@@ -154,7 +155,7 @@ class RunNetwork:
         return found.reshape(-1, TURNS, TURNS)
 
 
-def _rotation_model(found: "Checkpoint", arch: str) -> "nn.Module":
+def _rotation_model(found: "Checkpoint", arch: str) -> "ResNet":
     """The network of a run of rotations, for evaluation. Raises UserError where it learnt something else."""
     from fastrot.models.resnet import build_model
 

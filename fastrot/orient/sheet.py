@@ -17,7 +17,7 @@ from fastrot.data.images import known, open_image, upright
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage
 from fastrot.files import as_words, write_text
-from fastrot.orient.answers import TAGS, Answer, Unread
+from fastrot.orient.answers import Answer, Unread
 from fastrot.orient.looking import Source
 from fastrot.orient.tally import HEADER, Tally
 from fastrot.templates import template
@@ -67,7 +67,7 @@ class Sheet:
             network=as_words(network),
             header=HEADER,
             rows=tally.rows(),
-            tags=[(tag, tally.tags[tag]) for tag in TAGS],
+            tags=list(tally.tags.items()),
             parts=parts,
             unread=[(self._name(one.file), one.unreadable) for one in self._unread],
             unreadable=tally["unreadable"],

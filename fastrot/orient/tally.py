@@ -16,7 +16,7 @@ class Tally:
     """Adds up answers."""
 
     def __init__(self) -> None:
-        self.tags: Counter[str] = Counter()
+        self.tags: dict[str, int] = dict.fromkeys(TAGS, 0)  # of decided images
         self._of: dict[str | None, Counter[str]] = {}
         self._all: Counter[str] = Counter()
 
@@ -24,7 +24,7 @@ class Tally:
         kind = kind_of(one)
         self._all[kind] += 1
         self._of.setdefault(one.group, Counter())[kind] += 1
-        if isinstance(one, Answer):
+        if isinstance(one, Answer) and one.decided:
             self.tags[one.tag] += 1
 
     def __getitem__(self, kind: str) -> int:
@@ -50,7 +50,7 @@ class Tally:
     def plain(self) -> dict[str, Any]:
         """For JSON; turned: by degrees clockwise."""
         by_class = {name: _plain(counts) for name, counts in self._of.items() if name is not None}
-        return _plain(self._all) | {"tags": {tag: self.tags[tag] for tag in TAGS}, "by_class": by_class}
+        return _plain(self._all) | {"tags": self.tags, "by_class": by_class}
 
 
 def kind_of(one: Answer | Unread) -> str:
