@@ -62,6 +62,7 @@ EXTRAS = {
     "markupsafe": ("MarkupSafe", "report"),
     "mlflow": ("MLflow", "mlflow"),
     "nvidia": ("DALI", "dali"),
+    "onnxruntime": ("ONNX Runtime", "orient"),
     "pycocotools": ("pycocotools", "detect"),
     "scipy": ("SciPy", "report"),
     "tensorboard": ("TensorBoard", "report"),
