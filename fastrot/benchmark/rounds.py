@@ -73,9 +73,10 @@ def bench(
     order = [Request(values, part, arm, seconds) for part, arm in arms if f"{part}: {arm}" in gates] * rounds
     random.Random(seed).shuffle(order)
     kept: list[dict[str, Any]] = []
+    here = environment(device.type == "cuda")
     about = {
         "format": FORMAT,
-        "environment": environment(device.type == "cuda"),
+        "environment": here | {"command": [Path(here["command"][0]).name, *here["command"][1:]]},
         "config": values,
         "inputs": {"images": len(manifest), "content": manifest.content},
         "seed": seed,
