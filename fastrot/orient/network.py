@@ -126,6 +126,7 @@ class RunNetwork:
 
     def __init__(self, path: str):
         import torch
+        from torch.fx.experimental.optimization import fuse
 
         from fastrot.config import load
         from fastrot.engine import AUTOCAST
@@ -138,7 +139,8 @@ class RunNetwork:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self._device.type == "cpu":  # more threads than cores wait for one another
             torch.set_num_threads(machine.cores())
-        self.model = _rotation_model(found, config.model.arch).to(self._device, memory_format=torch.channels_last)
+        model = fuse(_rotation_model(found, config.model.arch))  # norms become part of their convolutions
+        self.model = model.to(self._device, memory_format=torch.channels_last)
         self._precision = AUTOCAST.get(config.engine.precision)
         self.shows = shows_of(config)
         self.path, self.run = found.path, folder
