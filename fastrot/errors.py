@@ -62,6 +62,8 @@ EXTRAS = {
     "markupsafe": ("MarkupSafe", "report"),
     "mlflow": ("MLflow", "mlflow"),
     "nvidia": ("DALI", "dali"),
+    "onnx": ("ONNX", "onnx"),
+    "onnxscript": ("ONNX Script", "onnx"),
     "onnxruntime": ("ONNX Runtime", "orient"),
     "pycocotools": ("pycocotools", "detect"),
     "scipy": ("SciPy", "report"),

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -11,13 +12,14 @@ from pydantic import Field
 
 from fastrot import machine
 from fastrot.errors import UserError
-from fastrot.files import as_json, read_json
+from fastrot.files import as_json, read_json, sha256_of
 from fastrot.orient.answers import TURNS
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
     from torchvision.models import ResNet
 
+    from fastrot.config import Config
     from fastrot.runs.checkpoint import Checkpoint
 
 Triple = tuple[float, float, float]
@@ -48,19 +50,26 @@ class Shows:
 @dataclass(frozen=True)
 class Trust:
     """How far a network's probabilities can be believed: they are divided by `temperature` before the softmax, and from
-    `threshold` on an answer counts. measured: what was found on which images; empty where nobody calibrated."""
+    `threshold` on an answer counts. measured: what was found on which images; None where nobody calibrated. weights: the
+    sha256 of the network's model.safetensors."""
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
     threshold: Annotated[float, Field(ge=0, le=1)] = _UNSURE
     measured: dict[str, Any] | None = None
+    weights: str | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self))
 
 
 class Network(Protocol):
     """What answers are asked of. shows: how images are made ready; says: what it is, for a person."""
 
     shows: Shows
-    trust: Trust
     says: str
+
+    @property
+    def trust(self) -> Trust: ...
 
     def logits(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Upright uint8 [n, S, S, 3] -> [n, 4 shown, 4]: row s is of the image turned by s quarter turns counter-clockwise."""
@@ -119,7 +128,6 @@ class RunNetwork:
         import torch
 
         from fastrot.config import load
-        from fastrot.data.build import short_side
         from fastrot.engine import AUTOCAST
         from fastrot.runs import checkpoint
         from fastrot.runs.build import set_torch_flags
@@ -130,12 +138,17 @@ class RunNetwork:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self._device.type == "cpu":  # more threads than cores wait for one another
             torch.set_num_threads(machine.cores())
-        self._model = _rotation_model(found, config.model.arch).to(self._device, memory_format=torch.channels_last)
+        self.model = _rotation_model(found, config.model.arch).to(self._device, memory_format=torch.channels_last)
         self._precision = AUTOCAST.get(config.engine.precision)
-        data = config.data
-        self.shows = Shows(data.crop, data.fit, short_side(config), data.mean, data.std)
-        self.trust = _trust_of(folder)
+        self.shows = shows_of(config)
+        self.path, self.run = found.path, folder
+        self.weights = sha256_of(found.path / "model.safetensors")
         self.says = f"{found.path}, by torch on the {self._device.type.upper().replace('CUDA', 'GPU')}"
+
+    @cached_property
+    def trust(self) -> Trust:
+        """As calibrated. Raises UserError where another checkpoint of the run was."""
+        return _trust_of(self.run, self.weights)
 
     def logits(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         import torch
@@ -151,8 +164,16 @@ class RunNetwork:
             torch.inference_mode(),
             torch.autocast(x.device.type, self._precision, enabled=self._precision is not None),
         ):
-            found: NDArray[np.float32] = self._model(views).float().cpu().numpy()
+            found: NDArray[np.float32] = self.model(views).float().cpu().numpy()
         return found.reshape(-1, TURNS, TURNS)
+
+
+def shows_of(config: "Config") -> Shows:
+    """As a run's evaluation shows images."""
+    from fastrot.data.build import short_side
+
+    data = config.data
+    return Shows(data.crop, data.fit, short_side(config), data.mean, data.std)
 
 
 def _rotation_model(found: "Checkpoint", arch: str) -> "ResNet":
@@ -169,10 +190,14 @@ def _rotation_model(found: "Checkpoint", arch: str) -> "ResNet":
     return model.eval().requires_grad_(False)
 
 
-def _trust_of(run: Path) -> Trust:
+def _trust_of(run: Path, weights: str) -> Trust:
+    path, todo = run / TRUST, "fastrot orient --calibrate writes it anew"
     try:
-        return read_json(run / TRUST, Trust)
+        found = read_json(path, Trust)
     except FileNotFoundError:
         return Trust()
     except (OSError, ValueError) as error:
-        raise UserError(f"{run / TRUST}: cannot be read ({error}); fastrot orient --calibrate writes it anew") from None
+        raise UserError(f"{path}: cannot be read ({error}); {todo}") from None
+    if found.weights != weights:
+        raise UserError(f"{path}: is of another checkpoint's weights; {todo}")
+    return found
