@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.models import ResNet
+from torch import nn
 
 from fastrot import terminal
 from fastrot.config import load
@@ -65,13 +65,13 @@ def export(checkpoint: str, to: str, out: str, head: bool) -> dict[str, Any]:
             "size": side, "opset": OPSET if to == "onnx" else None}  # fmt: skip
 
 
-def _with_head(checkpoint: str) -> tuple[ResNet, Origin, Shows | None, Trust | None]:
+def _with_head(checkpoint: str) -> tuple[nn.Module, Origin, Shows | None, Trust | None]:
     network = RunNetwork(checkpoint)
     _, origin = load_backbone(str(network.path))
     return network.model.cpu(), origin, network.shows, network.trust
 
 
-def _backbone(checkpoint: str) -> tuple[ResNet, Origin, Shows | None, Trust | None]:
+def _backbone(checkpoint: str) -> tuple[nn.Module, Origin, Shows | None, Trust | None]:
     model, origin = load_backbone(checkpoint)
     run = origin.run and Path(origin.run, "config.yaml")
     return model, origin, shows_of(load(str(run), [])[0]) if run else None, None
@@ -87,14 +87,14 @@ def _facts(origin: Origin, shows: Shows | None, trust: Trust | None) -> dict[str
     return facts
 
 
-def _program(model: ResNet, side: int) -> torch.export.ExportedProgram:
+def _program(model: nn.Module, side: int) -> torch.export.ExportedProgram:
     """Of any number of views."""
     views = torch.zeros(2, 3, side, side)
-    plain = model.to(memory_format=torch.contiguous_format)
-    return torch.export.export(plain, (views,), dynamic_shapes=({0: torch.export.Dim("n")},))
+
+    return torch.export.export(model, (views,), dynamic_shapes=({0: torch.export.Dim("n")},))
 
 
-def _write_onnx(model: ResNet, side: int, output: str, facts: dict[str, str], file: Path) -> None:
+def _write_onnx(model: nn.Module, side: int, output: str, facts: dict[str, str], file: Path) -> None:
     made = torch.onnx.export(
         _program(model, side),
         input_names=["views"],
@@ -107,7 +107,7 @@ def _write_onnx(model: ResNet, side: int, output: str, facts: dict[str, str], fi
     made.save(file, external_data=False)
 
 
-def _write_pt2(model: ResNet, side: int, output: str, facts: dict[str, str], file: Path) -> None:
+def _write_pt2(model: nn.Module, side: int, output: str, facts: dict[str, str], file: Path) -> None:
     with file.open("wb") as target:
         torch.export.save(_program(model, side), target, extra_files={"facts.json": json.dumps(facts)})
 

@@ -139,9 +139,8 @@ class RunNetwork:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self._device.type == "cpu":  # more threads than cores wait for one another
             torch.set_num_threads(machine.cores())
-        self.model = _rotation_model(found, config.model.arch)
-        folded = fuse(self.model)  # norms become part of their convolutions
-        self._folded = folded.to(self._device, memory_format=torch.channels_last)
+        model = fuse(_rotation_model(found, config.model.arch))  # norms become part of their convolutions
+        self.model = model.to(self._device, memory_format=torch.channels_last)
         self._precision = AUTOCAST.get(config.engine.precision)
         self.shows = shows_of(config)
         self.path, self.run = found.path, folder
@@ -167,7 +166,7 @@ class RunNetwork:
             torch.inference_mode(),
             torch.autocast(x.device.type, self._precision, enabled=self._precision is not None),
         ):
-            found: NDArray[np.float32] = self._folded(views).float().cpu().numpy()
+            found: NDArray[np.float32] = self.model(views).float().cpu().numpy()
         return found.reshape(-1, TURNS, TURNS)
 
 
