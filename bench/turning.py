@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT), str(ROOT / "kernels")]
 
 from fastrot.orient import journal  # noqa: E402
+from fastrot.orient.answers import Answer  # noqa: E402
 from fastrot.orient.turning import apply  # noqa: E402
 
 TURN = {0: [], 90: ["-rotate", "270"], 180: ["-rotate", "180"], 270: ["-rotate", "90"]}  # counter-clockwise
@@ -34,16 +35,6 @@ STORED = {
     1: [], 2: ["-flip", "horizontal"], 3: ["-rotate", "180"], 4: ["-flip", "vertical"], 5: ["-transpose"],
     6: ["-rotate", "270"], 7: ["-transverse"], 8: ["-rotate", "90"],
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Said:
-    """An answer, as turning needs it."""
-
-    file: str
-    clockwise: int
-    exif: int
-    decided: bool = True
 
 
 def jpegtran(data: bytes, words: list[str]) -> bytes:
@@ -57,7 +48,7 @@ def with_tag(data: bytes, orientation: int) -> bytes:
     return data[:2] + b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block + data[2:]
 
 
-def turned(photographs: list[Path], folder: Path, seed: int) -> Iterator[tuple[Said, Path]]:
+def turned(photographs: list[Path], folder: Path, seed: int) -> Iterator[tuple[Answer, Path]]:
     """Write each photograph turned; its true answer, and the photograph."""
     draw = random.Random(seed)
     for number, photograph in enumerate(photographs):
@@ -68,7 +59,7 @@ def turned(photographs: list[Path], folder: Path, seed: int) -> Iterator[tuple[S
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(with_tag(data, tag) if number % 2 else data)
         os.utime(path, ns=(10**18, 10**18 + number))
-        yield Said(name, clockwise, tag), photograph
+        yield Answer(name, number, None, clockwise, (1.0, 0.0, 0.0, 0.0), True, tag), photograph
 
 
 def state(folder: Path) -> dict[str, tuple[str, int, int]]:
@@ -84,7 +75,7 @@ def state(folder: Path) -> dict[str, tuple[str, int, int]]:
     }
 
 
-def unequal(folder: Path, truth: list[tuple[Said, Path]]) -> int:
+def unequal(folder: Path, truth: list[tuple[Answer, Path]]) -> int:
     """Files whose stored pixels are not the photograph's, or whose tag does not say that they are upright."""
     count = 0
     for said, photograph in truth:
@@ -106,7 +97,7 @@ def killed_in_the_middle(place: Path, lines: int) -> int:
 
 
 def carry_out(place: Path, how: str = "lossless") -> dict:
-    answers = [Said(**said) for said in json.loads((place / "answers.json").read_text())]
+    answers = [Answer(**said) for said in json.loads((place / "answers.json").read_text())]
     return apply(answers, place / "photos", how, in_place=how == "lossless").plain()
 
 
@@ -138,7 +129,7 @@ def main() -> int:
     return int(any(report[key] for key in report if key.startswith(("damaged", "unequal", "not as", "source"))))
 
 
-def struck_and_undone(place: Path, truth: list[tuple[Said, Path]], before: dict[str, tuple[str, int, int]]) -> dict:
+def struck_and_undone(place: Path, truth: list[tuple[Answer, Path]], before: dict[str, tuple[str, int, int]]) -> dict:
     report: dict = {"replaced when killed": killed_in_the_middle(place, len(truth) // 3)}
     at_kill = state(place / "photos")
     began = time.monotonic()
@@ -166,7 +157,7 @@ def struck_and_undone(place: Path, truth: list[tuple[Said, Path]], before: dict[
     return report
 
 
-def unequal_where_turned(place: Path, truth: list[tuple[Said, Path]]) -> int:
+def unequal_where_turned(place: Path, truth: list[tuple[Answer, Path]]) -> int:
     """An image that is shown upright, by a tag or without one, is not touched: it is compared as it is shown."""
     touched = [(said, photograph) for said, photograph in truth if said.clockwise or said.exif == 1]
     return unequal(place / "photos", touched)

@@ -65,7 +65,9 @@ def test_every_import_is_a_dependency_of_the_core_or_of_the_extra_that_is_named(
             assert module in EXTRAS and package in extras[EXTRAS[module][1]], (module, files)
     tensorboard_and_library = {"tensorboard", "ffcv"}  # torch imports the one; ctypes loads the other
     assert EXTRAS.keys() - modules.keys() == tensorboard_and_library
-    assert extras["all"] == extras["dali"] | extras["deepspeed"] | extras["report"] | extras["detect"]
+    assert (
+        extras["all"] == extras["dali"] | extras["deepspeed"] | extras["report"] | extras["detect"] | extras["orient"]
+    )
 
 
 def test_ranges_hold_what_make_setup_pins(said):

@@ -128,3 +128,10 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
     except Exception as error:  # as above: any type
         raise BadImage(f"cannot be decoded ({type(error).__name__}: {error})") from None
     return image.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else image
+
+
+def boxed(image: Image.Image, box: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
+    """uint8 [size, size, 3] of a box (top, left, height, width) of an upright image, whose taps may lie outside it."""
+    top, left, height, width = box.tolist()
+    right, bottom = min(left + width, image.width), min(top + height, image.height)
+    return np.array(image.resize((size, size), Image.Resampling.BILINEAR, (max(left, 0), max(top, 0), right, bottom)))

@@ -7,31 +7,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fastrot.data.images import kind_of
 from fastrot.data.scan import Track
 from fastrot.errors import UserError
 from fastrot.files import as_words, sha256_of
 from fastrot.orient import coefficients, exif, recoded
+from fastrot.orient.answers import Answer
 from fastrot.orient.exif import Refused, composed, orientation_in
 from fastrot.orient.journal import Journal, digest, opened
 
 _COPY = "copy:"
 _State = tuple[int, int, int]  # inode, bytes, modification time in ns
-
-
-class Answer(Protocol):
-    """What is known of an image, as `fastrot.orient.answers` has it."""
-
-    @property
-    def file(self) -> str: ...
-    @property
-    def clockwise(self) -> int: ...
-    @property
-    def decided(self) -> bool: ...
-    @property
-    def exif(self) -> int | None: ...
 
 
 @dataclass
@@ -70,6 +58,7 @@ def apply(
     in_place: bool = False,
     trim: bool = False,
     journal: Path | None = None,
+    looked_at: int | None = None,
     track: Track = lambda items, total, title: items,
 ) -> Applied:
     """Put decided images of `folder` upright; a kill loses nothing: the same call goes on.
@@ -78,14 +67,11 @@ def apply(
               lossless, or by the tag where that cannot be, into DIR; all other files that were answered are copied as they are.
     trim      cut JPEGs whose sides are no whole blocks, at the edges that need it.
     journal   default: beside what is changed, FOLDER.orient-journal.jsonl.
+    looked_at when the answers began to be made, in ns of the clock: what has changed since is refused.
     Raises UserError, before anything is changed where it can be known by then.
     """
-    named, folder = Path(os.path.abspath(folder)), folder.resolve()
-    target = _target(folder, how, in_place)
-    journal = (journal or target.with_name(target.name + ".orient-journal.jsonl")).resolve()
-    if journal.is_relative_to(folder):
-        raise UserError(f"{journal}: the journal cannot lie in the folder that is turned; name another by --journal")
-    files = _checked(answers, named, folder)
+    target, journal = places(folder, how, in_place, journal)
+    files = _checked(answers, Path(os.path.abspath(folder)), folder.resolve(), looked_at)
     done = Applied(str(journal))
     try:
         with opened(journal, target) as book:
@@ -105,8 +91,16 @@ def apply(
     return done
 
 
+def places(folder: Path, how: str, in_place: bool, journal: Path | None) -> tuple[Path, Path]:
+    """The folder that is written to, and the journal. Raises UserError where the words do not go together."""
+    target = _target(folder.resolve(), how, in_place)
+    journal = (journal or target.with_name(target.name + ".orient-journal.jsonl")).resolve()
+    if journal.is_relative_to(folder.resolve()):
+        raise UserError(f"{journal}: the journal cannot lie in the folder that is turned; name another by --journal")
+    return target, journal
+
+
 def _target(folder: Path, how: str, in_place: bool) -> Path:
-    """The folder that is written to."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --apply puts the images of a folder upright")
     if how in ("exif", "lossless"):
@@ -123,7 +117,7 @@ def _target(folder: Path, how: str, in_place: bool) -> Path:
     return target
 
 
-def _checked(answers: Iterable[Answer], named: Path, folder: Path) -> list[_File]:
+def _checked(answers: Iterable[Answer], named: Path, folder: Path, looked_at: int | None) -> list[_File]:
     """The files of the answers, each there. named: the folder as the answers name it. Raises UserError."""
     files: dict[str, _File] = {}
     for answer in answers:
@@ -141,8 +135,14 @@ def _checked(answers: Iterable[Answer], named: Path, folder: Path) -> list[_File
             raise UserError(
                 f"{as_words(str(path))}: is no image file of its own; images inside other files are not turned"
             )
+        if looked_at is not None and found.st_ctime_ns > looked_at:
+            raise _changed(path)
         files[name] = _File(path, name, answer, _state(found))
     return list(files.values())
+
+
+def _changed(path: Path) -> UserError:
+    return UserError(f"{as_words(str(path))}: has changed since it was looked at; run fastrot orient again")
 
 
 def _state(found: os.stat_result) -> _State:
@@ -156,7 +156,7 @@ def _unchanged(file: _File) -> bool:
 def _read(file: _File) -> bytes:
     data = file.path.read_bytes()
     if not _unchanged(file):
-        raise UserError(f"{as_words(str(file.path))}: has changed since it was looked at; run fastrot orient again")
+        raise _changed(file.path)
     return data
 
 

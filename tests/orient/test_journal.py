@@ -6,14 +6,14 @@ import signal
 import sys
 
 import pytest
-from places import Said, jpeg, make, state
+from places import answer, jpeg, make, state
 
 from fastrot.errors import UserError
 from fastrot.orient import journal
 from fastrot.orient.turning import apply
 
 FILES = {"a/one.jpg": jpeg(1), "two.jpg": jpeg(2, 6), "three.jpg": jpeg(3)}
-ANSWERS = [Said("a/one.jpg", 90), Said("two.jpg", 180), Said("three.jpg", 0)]
+ANSWERS = [answer("a/one.jpg", 90), answer("two.jpg", 180), answer("three.jpg", 0)]
 STEPS = {
     "open",
     "os.rename",
@@ -202,7 +202,7 @@ def test_names_that_are_no_text(tmp_path):
     name = os.fsdecode(b"\xff\n.jpg")
     folder = make(tmp_path / "photos", {name: jpeg(1)})
     before = state(folder)
-    apply([Said(name, 90)], folder, "lossless", in_place=True, journal=tmp_path / "j.jsonl")
+    apply([answer(name, 90)], folder, "lossless", in_place=True, journal=tmp_path / "j.jsonl")
     assert state(folder) != before
     lines = (tmp_path / "j.jsonl").read_text().splitlines()
     assert len(lines) == 2 and json.loads(lines[1])["file"] == name

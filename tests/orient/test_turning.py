@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from places import Said, jpeg, make, photograph, state, with_tag
+from places import answer, jpeg, make, photograph, state, with_tag
 
 from corpus import encode
 from fastrot.errors import UserError
@@ -23,10 +23,10 @@ FILES = {
     "b/four.png": encode(photograph(4), "PNG"),
 }
 ANSWERS = [
-    Said("a/one.jpg", 90),
-    Said("a/two.jpg", 180, exif=6),
-    Said("b/three.jpg", 0),
-    Said("b/four.png", 270, decided=False),
+    answer("a/one.jpg", 90),
+    answer("a/two.jpg", 180, exif=6),
+    answer("b/three.jpg", 0),
+    answer("b/four.png", 270, decided=False),
 ]
 
 
@@ -65,7 +65,7 @@ def test_a_copy_is_upright_and_the_source_is_not_touched(folder, tmp_path):
 @pytest.mark.parametrize("clockwise", CLOCKWISE)
 def test_a_tag_is_composed_with_the_answer(tmp_path, orientation, clockwise):
     folder = make(tmp_path / "photos", {"x.jpg": (data := jpeg(1, orientation))})
-    done = apply([Said("x.jpg", clockwise, exif=orientation)], folder, "exif", in_place=True)
+    done = apply([answer("x.jpg", clockwise, exif=orientation)], folder, "exif", in_place=True)
     new = (folder / "x.jpg").read_bytes()
     assert done.counts == {"tagged": 1}
     assert np.array_equal(raw(new), raw(data))
@@ -113,9 +113,9 @@ def test_all_that_a_jpeg_says_of_itself_is_kept():
 def test_what_is_no_whole_block_is_named_and_left_or_trimmed(tmp_path, clockwise, says, box):
     folder = make(tmp_path / "photos", {"x.jpg": (data := jpeg(1, width=50, height=42))})
     before = state(folder)
-    done = apply([Said("x.jpg", clockwise)], folder, "lossless", in_place=True)
+    done = apply([answer("x.jpg", clockwise)], folder, "lossless", in_place=True)
     assert done.counts == {"left": 1} and says in done.left["x.jpg"] and state(folder) == before
-    done = apply([Said("x.jpg", clockwise)], folder, "lossless", in_place=True, trim=True)
+    done = apply([answer("x.jpg", clockwise)], folder, "lossless", in_place=True, trim=True)
     new = Image.open(io.BytesIO((folder / "x.jpg").read_bytes()))
     assert done.counts == {"turned": 1}
     wanted = Image.open(io.BytesIO(data)).transpose(CLOCKWISE[clockwise]).crop(box)
@@ -127,7 +127,7 @@ def test_a_copy_that_cannot_be_turned_has_its_tag_set(tmp_path):
     folder = make(
         tmp_path / "photos", {"x.jpg": (data := jpeg(1, width=50, height=42)), "x.webp": encode(photograph(1), "WEBP")}
     )
-    done = apply([Said("x.jpg", 90), Said("x.webp", 90)], folder, f"copy:{tmp_path}/out")
+    done = apply([answer("x.jpg", 90), answer("x.webp", 90)], folder, f"copy:{tmp_path}/out")
     assert done.counts == {"tagged": 1, "left": 1} and "trimmed" in done.left["x.jpg"] and "loss" in done.left["x.webp"]
     new = (tmp_path / "out" / "x.jpg").read_bytes()
     assert np.array_equal(shown(new), shown(data).transpose(CLOCKWISE[90]))
@@ -161,7 +161,7 @@ def test_other_kinds_are_written_again_with_the_same_pixels(tmp_path, name, pict
         tmp_path / "photos",
         {name: (data := encode(picture, kind, **options, **said, **with_tag(7 if tagged else None)))},
     )
-    done = apply([Said(name, 90)], folder, "lossless", in_place=True)
+    done = apply([answer(name, 90)], folder, "lossless", in_place=True)
     new = (folder / name).read_bytes()
     assert done.counts == {"turned": 1}, done.left
     before, after = shown(data), Image.open(io.BytesIO(new))
@@ -180,7 +180,7 @@ def test_a_png_keeps_its_words(tmp_path):
     words.add_itxt("Author", "é", zip=True)
     data = encode(photograph(1), "PNG", pnginfo=words, dpi=(200, 200))
     folder = make(tmp_path / "photos", {"x.png": data})
-    apply([Said("x.png", 180)], folder, "lossless", in_place=True)
+    apply([answer("x.png", 180)], folder, "lossless", in_place=True)
     before, after = (Image.open(io.BytesIO(one)).info for one in (data, (folder / "x.png").read_bytes()))
     assert after == before and after["Author"] == "é"
 
@@ -203,13 +203,13 @@ def test_a_png_keeps_its_words(tmp_path):
 )
 def test_what_would_lose_something_is_left_with_a_word(tmp_path, name, data, says):
     folder = make(tmp_path / "photos", {name: data})
-    done = apply([Said(name, 90)], folder, "lossless", in_place=True)
+    done = apply([answer(name, 90)], folder, "lossless", in_place=True)
     assert done.counts == {"left": 1} and says in done.left[name] and (folder / name).read_bytes() == data
 
 
 def test_pixels_that_lie_well_under_a_wrong_tag_are_not_moved(tmp_path):
     folder = make(tmp_path / "photos", {"x.jpg": (data := jpeg(1, 6))})
-    assert apply([Said("x.jpg", 270, exif=6)], folder, "lossless", in_place=True).counts == {"turned": 1}
+    assert apply([answer("x.jpg", 270, exif=6)], folder, "lossless", in_place=True).counts == {"turned": 1}
     new = (folder / "x.jpg").read_bytes()
     assert len(new) == len(data) and sum(a != b for a, b in zip(new, data, strict=True)) == 1
 
@@ -243,12 +243,12 @@ def test_words_that_do_not_go_together(folder, tmp_path):
 def test_answers_that_do_not_fit_the_folder(folder, tmp_path):
     before = state(folder)
     exif = {"in_place": True}
-    refused("two answers", [*ANSWERS, Said("a/../a/one.jpg", 0)], folder, f"copy:{tmp_path}/out")
-    refused("lies outside", [Said(str(tmp_path / "x.jpg"), 90)], folder, "exif", **exif)
-    refused("lies outside", [Said("../x.jpg", 90)], folder, "exif", **exif)
-    refused("is gone", [*ANSWERS, Said("a/gone.jpg", 90)], folder, "exif", **exif)
-    refused("is gone", [Said("a/one.jpg/member", 90)], folder, "exif", **exif)
-    refused("no image file of its own", [Said("a", 90)], folder, "exif", **exif)
+    refused("two answers", [*ANSWERS, answer("a/../a/one.jpg", 0)], folder, f"copy:{tmp_path}/out")
+    refused("lies outside", [answer(str(tmp_path / "x.jpg"), 90)], folder, "exif", **exif)
+    refused("lies outside", [answer("../x.jpg", 90)], folder, "exif", **exif)
+    refused("is gone", [*ANSWERS, answer("a/gone.jpg", 90)], folder, "exif", **exif)
+    refused("is gone", [answer("a/one.jpg/member", 90)], folder, "exif", **exif)
+    refused("no image file of its own", [answer("a", 90)], folder, "exif", **exif)
     refused("EXIF tag has changed", [replace(ANSWERS[1], exif=3)], folder, "exif", **exif)
     assert state(folder) == before
 
@@ -277,7 +277,7 @@ def test_names_that_are_there_already(folder, tmp_path):
 
 def test_a_link_is_left(folder, tmp_path):
     (folder / "link.jpg").symlink_to(make(tmp_path / "else", {"x.jpg": jpeg(5)}) / "x.jpg")
-    done = apply([Said("link.jpg", 90)], folder, "exif", in_place=True)
+    done = apply([answer("link.jpg", 90)], folder, "exif", in_place=True)
     assert "link" in done.left["link.jpg"] and (folder / "link.jpg").is_symlink()
 
 
