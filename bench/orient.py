@@ -2,14 +2,12 @@
 
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import harness
 import numpy as np
-import onnx
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
@@ -19,9 +17,9 @@ from fastrot import terminal
 from fastrot.config import load, to_yaml
 from fastrot.models.resnet import build_model
 from fastrot.orient.answers import Answer
-from fastrot.orient.job import orient
+from fastrot.orient.export import export
 from fastrot.orient.looking import Source, answers, looked
-from fastrot.orient.network import SHOWS, Network, open_network
+from fastrot.orient.network import Network, open_network
 from fastrot.probes.progress import silent
 from fastrot.runs.checkpoint import Saver, State
 
@@ -73,20 +71,6 @@ def as_run(model: torch.nn.Module, arch: str, size: int, precision: str, folder:
     return str(folder)
 
 
-def as_onnx(model: torch.nn.Module, shows: str, size: int, file: Path) -> str:
-    axes = {"views": {0: "n"}, "logits": {0: "n"}}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model, (torch.zeros(2, 3, size, size),), file, dynamo=False, opset_version=17, dynamic_axes=axes,
-            input_names=["views"], output_names=["logits"],
-        )  # fmt: skip
-    made = onnx.load(file)
-    onnx.helper.set_model_props(made, {SHOWS: shows})
-    onnx.save(made, file)
-    return str(file)
-
-
 def probabilities(source: Source, network: Network) -> tuple[list[str], np.ndarray]:
     """Files and probabilities [n, 4] of what can be read."""
     found = [one for one in answers(source, network) if isinstance(one, Answer)]
@@ -121,12 +105,15 @@ def race(arguments, folder: Path) -> Iterator[tuple[str, object]]:
     model = model.eval().to(memory_format=torch.channels_last)
     run, run_bf16 = (as_run(model, arguments.arch, arguments.size, p, folder / p) for p in ("fp32", "bf16"))
     by_torch = open_network(run)
-    file = as_onnx(model, by_torch.shows.to_json(), arguments.size, folder / "network.onnx")
+    file = str(folder / "network.onnx")
+    with terminal.speaking(False):
+        export(run, "onnx", file, head=True)
     by_onnx = open_network(file)
     source = Source.open(str(arguments.data), silent)
     paths, ours = probabilities(source, by_torch)
     theirs, of_onnx = usual(model, paths, arguments.size, 0), probabilities(source, by_onnx)[1]
-    of_bf16 = probabilities(source, open_network(run_bf16))[1]
+    by_bf16 = open_network(run_bf16)
+    of_bf16 = probabilities(source, by_bf16)[1]
     same = {name: float((ours.argmax(1) == p.argmax(1)).mean()) for name, p in (("usual", theirs), ("bf16", of_bf16))}
     apart = {"usual": float(abs(ours - theirs).max()), "onnx": float(abs(ours - of_onnx).max())}
     harness.gate(apart["usual"] <= MOST_APART and apart["onnx"] <= MOST_OF_ONNX, f"all arms answer alike: {apart}")
@@ -134,9 +121,9 @@ def race(arguments, folder: Path) -> Iterator[tuple[str, object]]:
     yield "gate", {"largest_difference": apart, "same_turn": same}
     workers = len(os.sched_getaffinity(0))
     works: dict[str, Callable] = {
-        "fastrot orient, run folder": partial(orient, str(arguments.data), run, None, None, False),
-        "fastrot orient, ONNX": partial(orient, str(arguments.data), file, None, None, False),
-        "fastrot orient, run folder in bf16": partial(orient, str(arguments.data), run_bf16, None, None, False),
+        "fastrot orient, run folder": partial(probabilities, source, by_torch),
+        "fastrot orient, ONNX": partial(probabilities, source, by_onnx),
+        "fastrot orient, run folder in bf16": partial(probabilities, source, by_bf16),
         "usual loop": partial(usual, model, paths, arguments.size, 0),
         f"usual loop, {workers} workers": partial(usual, model, paths, arguments.size, workers),
         "usual loop in bf16": partial(usual, model, paths, arguments.size, 0, True),
@@ -144,8 +131,7 @@ def race(arguments, folder: Path) -> Iterator[tuple[str, object]]:
         "part: torch's network": partial(resident, by_torch, len(paths)),
         "part: onnxruntime's network": partial(resident, by_onnx, len(paths)),
     }
-    with terminal.speaking(False):
-        seconds = harness.alternating(works, arguments.rounds, harness.clock)
+    seconds = harness.alternating(works, arguments.rounds, harness.clock)
     rows = {
         name: {
             "median": len(paths) / s["median_s"],
@@ -161,6 +147,8 @@ def race(arguments, folder: Path) -> Iterator[tuple[str, object]]:
     }
     times = {name: row["median"] / best["bf16" in name] for name, row in rows.items() if "fastrot" in name}
     yield "times_the_best_usual_in_its_precision", times
+    opening = {"run folder": partial(open_network, run), "ONNX": partial(open_network, file)}
+    yield "opening_s", {name: harness.timed(work, 3)["median_s"] for name, work in opening.items()}
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
@@ -126,11 +125,12 @@ class Corruptor:
         self._corruptions = corruptions
         self._pool = ThreadPoolExecutor(threads, "corruptor")
 
-    def __call__(self, pixels: torch.Tensor, rows: NDArray[np.int64], epochs: NDArray[np.int64]) -> torch.Tensor:
-        """Pixels uint8 [n, S, S, 3], anywhere -> damaged, on the host."""
-        crops = pixels.cpu().numpy()
+    def __call__(
+        self, crops: NDArray[np.uint8], rows: NDArray[np.int64], epochs: NDArray[np.int64]
+    ) -> NDArray[np.uint8]:
+        """Crops uint8 [n, S, S, 3] -> damaged."""
         damages = self._corruptions.drawn(rows, epochs, crops.shape[1])
-        return torch.from_numpy(np.stack(list(self._pool.map(damaged, crops, damages))))
+        return np.stack(list(self._pool.map(damaged, crops, damages)))
 
     def close(self) -> None:
         """End the threads."""

@@ -253,7 +253,7 @@ class Loader:
         if corruptor is None:
             return pixels
         with torch.cuda.stream(self._copies):  # where a GPU decoded: its default stream is busy with training
-            return corruptor(pixels, sample.rows, sample.epochs)
+            return torch.from_numpy(corruptor(pixels.cpu().numpy(), sample.rows, sample.epochs))
 
     def _moved(self, pixels: torch.Tensor) -> torch.Tensor:
         """On the device: a CPU decoder's by a stream of its own, since torch's default one is busy with training."""
