@@ -17,7 +17,7 @@ from fastrot.orient.answers import combined
 from fastrot.orient.looking import Source, looked
 from fastrot.orient.network import TRUST, Network, RunNetwork, Trust
 
-_LEAST = 50  # images: fewer say nothing of one wrong answer in a hundred
+_LEAST = 100  # images: of fewer none can show that one answer in a hundred is wrong
 _EDGE = 1.001  # of the temperatures that are tried
 
 
@@ -110,5 +110,7 @@ def remarks(chosen: trust.Chosen) -> list[str]:
             "the temperature is at the end of what is tried: nearly all answers are right, or nearly all wrong"
         )
     if chosen.threshold == 1:
-        lines.append("at no confidence are so few answers wrong: all images stay undecided; train a better network")
+        lines.append(
+            "at no confidence are so few answers wrong: all images stay undecided; train a better network, or take more images"
+        )
     return lines
