@@ -49,7 +49,7 @@ def calibrate(
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     if show:
-        terminal.listing(f"answers of {network.path}", HEADER, rows(measured))
+        terminal.listing(f"answers of {network.path}", *table(measured))
     for line in remarks(chosen):
         terminal.console().print(line, soft_wrap=True, markup=False)
     drawn = {name: [asdict(one) for one in getattr(judged, name)] for name in ("before", "after")}
@@ -71,23 +71,24 @@ def _scores(source: str, network: Network) -> NDArray[np.float64]:
     return np.stack(found)
 
 
-HEADER = (
-    "", "images", "right", "calibration error: before", "after", "decided", "of these wrong",
+_MEASURES = (
+    "", "images", "right", "calibration error: before", "after", "decided", "wrong of these",
     *(f"wrong of the surest {100 * coverage:g}%" for coverage in trust.COVERAGES),
 )  # fmt: skip
 
 
-def rows(measured: dict[str, Any]) -> list[list[str]]:
-    """Of HEADER, a row a source; of pictures without an up, how many got an answer."""
-    found = [list(_row(figures)) for figures in measured.values()]
+def table(measured: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows: a column a source; of pictures without an up, how many got an answer."""
+    columns = [_MEASURES, *(tuple(_column(figures)) for figures in measured.values())]
     if others := measured["held_out"].get("without_up"):
-        blank = [""] * (len(HEADER) - 6)
-        found.append([f"without an up: {others['source']}", f"{others['pictures']:,}", "", "", "",
-                      _share(others["answered"], others["answered_interval"]), *blank])  # fmt: skip
-    return found
+        answered = _share(others["answered"], others["answered_interval"])
+        told = ("without an up: " + others["source"], f"{others['pictures']:,}", "", "", "", answered)
+        columns.append(told + ("",) * (len(_MEASURES) - len(told)))
+    header, *rows = zip(*columns, strict=True)
+    return header, rows
 
 
-def _row(figures: dict[str, Any]) -> Iterator[str]:
+def _column(figures: dict[str, Any]) -> Iterator[str]:
     before, after = figures["calibration_error"]
     yield from (figures["source"], f"{figures['images']:,}", _share(figures["accuracy"], figures["accuracy_interval"]))
     yield from (f"{before:.3f}", f"{after:.3f}", _share(figures["decided"]))
