@@ -1,6 +1,6 @@
 """`fastrot orient`: a source looked through, its answers written and counted, a contact sheet made."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from fastrot.orient.network import open_network
 from fastrot.orient.tally import HEADER, Tally
 
 
-def orient(source: str, checkpoint: str, out: str | None, least: float | None, show: bool) -> dict[str, Any]:
+def orient(
+    source: str, checkpoint: str, out: str | None, least: float | None, show: bool, kept: list[Answer] | None = None
+) -> dict[str, Any]:
     """Find which way is up in every image. Returns what --json prints.
 
     out    a .jsonl for the answers; the contact sheet goes beside it, as .html. None: nothing is written.
     least  probability from which an answer counts; None: the network's own.
-    show   whether the tables are printed. Raises UserError; Fault where nothing can be read any more.
+    kept   gets the answers. show: whether the tables are printed. Raises UserError; Fault where nothing can be read any more.
     """
     path = None if out is None else Path(out)
     if path is not None and path.suffix != ".jsonl":
@@ -37,7 +39,11 @@ def orient(source: str, checkpoint: str, out: str | None, least: float | None, s
     tally = Tally()
     total = len(images.manifest) + len(images.manifest.quarantined)
     with closing(answers(images, network, least)) as flow:
-        shown = terminal.track(flow, total, f"looking at {images.manifest.source.removeprefix('images:')}")
+        shown = terminal.track(
+            flow if kept is None else _keeping(flow, kept),
+            total,
+            f"looking at {images.manifest.source.removeprefix('images:')}",
+        )
         if path is None:
             for one in shown:
                 tally.add(one)
@@ -48,6 +54,13 @@ def orient(source: str, checkpoint: str, out: str | None, least: float | None, s
         terminal.listing("EXIF tags of decided images", tuple(tally.tags), [[f"{n:,}" for n in tally.tags.values()]])
     sheet = None if path is None else str(path.with_suffix(".html"))
     return {"checkpoint": checkpoint, "out": out, "sheet": sheet} | tally.plain()
+
+
+def _keeping(flow: Iterable[Answer | Unread], kept: list[Answer]) -> Iterator[Answer | Unread]:
+    for one in flow:
+        if isinstance(one, Answer):
+            kept.append(one)
+        yield one
 
 
 def _write(flow: Iterable[Answer | Unread], path: Path, images: Source, tally: Tally, network: str) -> None:
