@@ -2,24 +2,24 @@
 
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import harness
 import numpy as np
-import onnx
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from fastrot import terminal
 from fastrot.config import load, to_yaml
 from fastrot.models.resnet import build_model
 from fastrot.orient.answers import Answer
+from fastrot.orient.export import export
 from fastrot.orient.looking import Source, answers, looked
-from fastrot.orient.network import SHOWS, Network, open_network
+from fastrot.orient.network import Network, open_network
 from fastrot.probes.progress import silent
 from fastrot.runs.checkpoint import Saver, State
 
@@ -71,20 +71,6 @@ def as_run(model: torch.nn.Module, arch: str, size: int, precision: str, folder:
     return str(folder)
 
 
-def as_onnx(model: torch.nn.Module, shows: str, size: int, file: Path) -> str:
-    axes = {"views": {0: "n"}, "logits": {0: "n"}}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model, (torch.zeros(2, 3, size, size),), file, dynamo=False, opset_version=17, dynamic_axes=axes,
-            input_names=["views"], output_names=["logits"],
-        )  # fmt: skip
-    made = onnx.load(file)
-    onnx.helper.set_model_props(made, {SHOWS: shows})
-    onnx.save(made, file)
-    return str(file)
-
-
 def probabilities(source: Source, network: Network) -> tuple[list[str], np.ndarray]:
     """Files and probabilities [n, 4] of what can be read."""
     found = [one for one in answers(source, network) if isinstance(one, Answer)]
@@ -119,7 +105,9 @@ def race(arguments, folder: Path) -> Iterator[tuple[str, object]]:
     model = model.eval().to(memory_format=torch.channels_last)
     run, run_bf16 = (as_run(model, arguments.arch, arguments.size, p, folder / p) for p in ("fp32", "bf16"))
     by_torch = open_network(run)
-    file = as_onnx(model, by_torch.shows.to_json(), arguments.size, folder / "network.onnx")
+    file = str(folder / "network.onnx")
+    with terminal.speaking(False):
+        export(run, "onnx", file, head=True)
     by_onnx = open_network(file)
     source = Source.open(str(arguments.data), silent)
     paths, ours = probabilities(source, by_torch)

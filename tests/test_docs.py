@@ -38,6 +38,7 @@ SLOW = (
     "probes",
     "transfer",
     "export",
+    "upright",
     "performance",
     "formats",
 )

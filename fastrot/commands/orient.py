@@ -52,6 +52,16 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--undo", type=Path, metavar="JOURNAL", help="give back every byte that --apply changed; no SOURCE"
     )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="SOURCE is held-out images that are upright: find how far a run's answers can be believed, and from which "
+        "probability on they count; kept in the run's folder, orientation.json and calibration.html",
+    )
+    parser.add_argument("--without-up", metavar="SOURCE", help="--calibrate: pictures that have no up")
+    parser.add_argument(
+        "--also", metavar="SOURCE", help="--calibrate: upright images of another kind, judged by what was chosen"
+    )
     add_json(parser)
 
 
@@ -65,6 +75,13 @@ def _run(args: argparse.Namespace) -> Result:
         return undone
     if args.source is None or args.checkpoint is None:
         raise UserError("fastrot orient: name SOURCE and --checkpoint, or --undo JOURNAL alone")
+    words = (args.in_place, args.trim, args.journal)
+    if args.apply is None and any(words):
+        raise UserError("--in-place, --trim and --journal are for --apply")
+    if args.calibrate:
+        return _calibrate(args)
+    if args.without_up is not None or args.also is not None:
+        raise UserError("--without-up and --also are for --calibrate")
     from fastrot.orient.job import orient
 
     if args.apply is None:
@@ -93,6 +110,18 @@ def _applied(args: argparse.Namespace) -> Result:
             f"--apply {args.apply}", [*rows, ("to take it back", f"fastrot orient --undo {done['journal']}")]
         )
     return result | {"applied": done}
+
+
+def _calibrate(args: argparse.Namespace) -> Result:
+    if any(one is not None for one in (args.out, args.min_confidence, args.apply)):
+        raise UserError(
+            "--calibrate: takes no --out, --min-confidence or --apply; it keeps what it finds in the run's folder"
+        )
+    from fastrot.orient.calibrate import calibrate
+    from fastrot.report.trust_page import write
+
+    result = calibrate(args.source, args.checkpoint, args.without_up, args.also, show=not args.json)
+    return result | {"page": write(result)}
 
 
 COMMAND = Command(

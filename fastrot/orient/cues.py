@@ -98,7 +98,8 @@ def _flattened(crop: Crop, rng: np.random.Generator) -> Crop:
     """The plane that fits its brightness best is taken off."""
     luma = crop @ _LUMA
     slope = sum((luma * way).sum() / (way * way).sum() * way for way in _across(len(crop)))
-    return np.rint(crop - np.asarray(slope)[..., None]).clip(0, 255).astype(np.uint8)
+    flat: Crop = np.rint(crop - np.asarray(slope)[..., None]).clip(0, 255).astype(np.uint8)
+    return flat
 
 
 def _vignetted(crop: Crop, rng: np.random.Generator) -> Crop:

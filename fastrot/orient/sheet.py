@@ -80,11 +80,11 @@ class Sheet:
             try:
                 if isinstance(buffer, BadImage):
                     raise buffer
-                image = _small(buffer, int(self._source.manifest.orientation[one.row]))
+                image = small(buffer, int(self._source.manifest.orientation[one.row]))
             except BadImage:  # gone since it was looked at
                 continue
             turned = image.transpose(_CLOCKWISE[one.clockwise]) if one.clockwise else image
-            yield _Picture(self._name(one.file), _uri(image), _uri(turned), _says(one))
+            yield _Picture(self._name(one.file), uri(image), uri(turned), _says(one))
 
     def _name(self, file: str) -> str:
         top = self._source.top
@@ -101,7 +101,7 @@ def _says(one: Answer) -> str:
     return f"{100 * one.confidence:.0f}% {turn}{tag}"
 
 
-def _small(buffer: NDArray[np.uint8], orientation: int) -> Image.Image:
+def small(buffer: NDArray[np.uint8], orientation: int) -> Image.Image:
     """A thumbnail of an upright image. Raises BadImage."""
     if buffer.ndim == 3:
         image = Image.fromarray(buffer)
@@ -113,7 +113,7 @@ def _small(buffer: NDArray[np.uint8], orientation: int) -> Image.Image:
     return image
 
 
-def _uri(image: Image.Image) -> str:
+def uri(image: Image.Image) -> str:
     out = io.BytesIO()
     image.save(out, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

@@ -19,7 +19,7 @@ COVERAGES = (0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
 RISK = 0.01  # of the answers that count, the share that may be wrong
 MISTAKEN = 0.05  # of the pictures without an up, the share that may get an answer
 _BINS = 15
-_WIDEST = np.log(20)  # of the logarithm of a temperature, either way
+WIDEST = np.log(20)  # of the logarithm of a temperature, either way
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def fit_temperature(scores: Floats, labels: NDArray[np.int64]) -> float:
     def loss(log_temperature: float) -> float:
         return cross_entropy(normalised(scores, np.exp(log_temperature)), labels)
 
-    found = optimize.minimize_scalar(loss, bounds=(-_WIDEST, _WIDEST), method="bounded", options={"xatol": 1e-6})
+    found = optimize.minimize_scalar(loss, bounds=(-WIDEST, WIDEST), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(found.x))
 
 

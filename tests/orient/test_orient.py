@@ -4,6 +4,7 @@ import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from places import state
 from torchvision.transforms import v2
 
 import compass
@@ -100,16 +102,17 @@ def test_a_real_network_turns_its_answer_with_the_image(run):
 
 
 def test_a_runs_calibration_is_used(fastrot, run, photos, tmp_path):
-    said = {"temperature": 3.0, "threshold": 0.31, "measured": {"images": 10}}
+    weights = open_network(str(run)).weights
+    said = {"temperature": 3.0, "threshold": 0.31, "measured": {"images": 10}, "weights": weights}
     (run / TRUST).write_text(json.dumps(said))
     try:
-        network = open_network(str(run))
+        trust = open_network(str(run)).trust
         done = fastrot("orient", photos, "--checkpoint", run, "--json")
         (run / TRUST).write_text('{"temperature": -1}')
         bad = fastrot("orient", photos, "--checkpoint", run)
     finally:
         (run / TRUST).unlink()
-    assert vars(network.trust) == said and "calibrated" not in done.err
+    assert vars(trust) == said and "calibrated" not in done.err
     assert bad.code == 2 and len(bad.errors) == 1 and TRUST in bad.errors[0]
 
 
@@ -151,6 +154,37 @@ def test_without_out_nothing_is_written(fastrot, onnx_file, photos, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     assert fastrot("orient", photos, "--checkpoint", onnx_file).code == 0
     assert not list(tmp_path.iterdir())
+
+
+def upright(done) -> list[int]:
+    """How many are upright, have to be turned, and have no up."""
+    said = done.json
+    return [said["upright"], sum(said["turned"].values()), said["undecided"]]
+
+
+def test_photographs_are_put_upright_and_given_back(fastrot, onnx_file, photos, tmp_path):
+    def orient(source, *more):
+        done = fastrot("orient", source, "--checkpoint", onnx_file, "--json", *more)
+        assert done.code == 0, done.err
+        return done
+
+    source, words = tmp_path / "photos", ("--min-confidence", "0.6")
+    shutil.copytree(photos, source)
+    before = state(source)
+    copied = orient(source, *words, "--apply", f"copy:{tmp_path}/out")
+    count = upright(copied)
+    assert count[1] and count[2] and copied.json["applied"]["counts"]["turned"] == count[1] and state(source) == before
+    done = orient(source, *words, "--apply", "lossless", "--in-place", "--journal", tmp_path / "j.jsonl").json[
+        "applied"
+    ]
+    assert done["counts"]["turned"] == count[1] and state(source) != before
+    assert upright(orient(source, *words)) == [count[0] + count[1], 0, count[2]]
+    assert fastrot("orient", "--undo", tmp_path / "j.jsonl", "--json").json["given_back"] == count[1]
+    refused(fastrot("orient", "--undo", tmp_path / "j.jsonl"), "no such journal")
+    refused(fastrot("orient", source), "name SOURCE and --checkpoint, or --undo JOURNAL alone")
+    refused(fastrot("orient", source, "--checkpoint", onnx_file, "--apply", "exif"), "add --in-place")
+    refused(fastrot("orient", source, "--checkpoint", onnx_file, "--trim"), "are for --apply")
+    assert state(source) == before
 
 
 def refused(done, *says):
