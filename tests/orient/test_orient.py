@@ -162,6 +162,7 @@ def upright(done) -> list[int]:
     return [said["upright"], sum(said["turned"].values()), said["undecided"]]
 
 
+@pytest.mark.slow  # docs/upright.md does so too
 def test_photographs_are_put_upright_and_given_back(fastrot, onnx_file, photos, tmp_path):
     def orient(source, *more):
         done = fastrot("orient", source, "--checkpoint", onnx_file, "--json", *more)
