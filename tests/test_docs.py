@@ -39,6 +39,7 @@ SLOW = (
     "transfer",
     "export",
     "upright",
+    "orientation",
     "performance",
     "formats",
 )

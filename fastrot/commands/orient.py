@@ -32,6 +32,16 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="leave images undecided that are less sure than this (default: the network's own threshold)",
     )
     parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="SOURCE is held-out images that are upright: find how far a run's answers can be believed, and from which "
+        "probability on they count; kept in the run's folder, orientation.json and calibration.html",
+    )
+    parser.add_argument("--without-up", metavar="SOURCE", help="--calibrate: pictures that have no up")
+    parser.add_argument(
+        "--also", metavar="SOURCE", help="--calibrate: upright images of another kind, judged by what was chosen"
+    )
+    parser.add_argument(
         "--apply",
         metavar="copy:DIR|exif|lossless",
         help="put decided images upright: copies of all images into DIR, without loss; or the files themselves, by the EXIF tag "
@@ -52,16 +62,6 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--undo", type=Path, metavar="JOURNAL", help="give back every byte that --apply changed; no SOURCE"
     )
-    parser.add_argument(
-        "--calibrate",
-        action="store_true",
-        help="SOURCE is held-out images that are upright: find how far a run's answers can be believed, and from which "
-        "probability on they count; kept in the run's folder, orientation.json and calibration.html",
-    )
-    parser.add_argument("--without-up", metavar="SOURCE", help="--calibrate: pictures that have no up")
-    parser.add_argument(
-        "--also", metavar="SOURCE", help="--calibrate: upright images of another kind, judged by what was chosen"
-    )
     add_json(parser)
 
 
@@ -75,8 +75,7 @@ def _run(args: argparse.Namespace) -> Result:
         return undone
     if args.source is None or args.checkpoint is None:
         raise UserError("fastrot orient: name SOURCE and --checkpoint, or --undo JOURNAL alone")
-    words = (args.in_place, args.trim, args.journal)
-    if args.apply is None and any(words):
+    if args.apply is None and any((args.in_place, args.trim, args.journal)):
         raise UserError("--in-place, --trim and --journal are for --apply")
     if args.calibrate:
         return _calibrate(args)
@@ -131,7 +130,8 @@ COMMAND = Command(
     _options,
     _run,
     "Shows each image to the network in all four turns and joins what it says. Images that have no up, or that it cannot "
-    "tell, stay undecided. The source is touched by --apply with --in-place alone. A line of --out holds file, row, class, clockwise (degrees that "
+    "tell, stay undecided. The source is touched by --apply with "
+    "--in-place alone. A line of --out holds file, row, class, clockwise (degrees that "
     "put the image upright), probabilities (of having been turned by 0, 90, 180, 270 degrees counter-clockwise), decided, "
     "exif (the orientation by which it is shown) and tag (right, wrong, missing or none); of a file that cannot be read "
     "file and unreadable (why).",

@@ -97,8 +97,9 @@ def _evened(crop: Crop, rng: np.random.Generator) -> Crop:
 def _flattened(crop: Crop, rng: np.random.Generator) -> Crop:
     """The plane that fits its brightness best is taken off."""
     luma = crop @ _LUMA
-    slope = sum((luma * way).sum() / (way * way).sum() * way for way in _across(len(crop)))
-    flat: Crop = np.rint(crop - np.asarray(slope)[..., None]).clip(0, 255).astype(np.uint8)
+    ways = np.stack(_across(len(crop)), 2)
+    slope = ways @ ((luma[..., None] * ways).sum((0, 1)) / (ways * ways).sum((0, 1)))
+    flat: Crop = np.rint(crop - slope[..., None]).clip(0, 255).astype(np.uint8)
     return flat
 
 

@@ -1,0 +1,130 @@
+"""What an orientation model trained on a CPU is worth: alone, with four turns combined, and by which cues it goes."""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import harness
+import numpy as np
+from PIL import Image
+from scipy import stats
+
+from fastrot import config as configs
+from fastrot import terminal
+from fastrot.orient import answers, looking, trust
+from fastrot.orient.network import RunNetwork
+from fastrot.orient.shortcuts import interval
+from fastrot.runs.log import read_status
+
+QUESTION = __doc__
+TURNED = 1000  # photographs of the person's line
+QUARTERS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+
+
+def fastrot(*words: object) -> dict:
+    """What a command's --json prints."""
+    command = [sys.executable, "-m", "fastrot.cli", *map(str, words), "--json"]
+    return json.loads(subprocess.run(command, cwd=harness.ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def trained(run: Path) -> dict:
+    """How a network came to be."""
+    config, status = configs.load(str(run / "config.yaml"), [])[0], read_status(run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    keys = ("crop", "resize", "fit", "scale", "jpeg", "jpeg_quality", "chroma_shift", "border", "blur")
+    return {
+        "arch": config.model.arch,
+        "data": {key: getattr(config.data, key) for key in keys},
+        "epochs": config.optim.epochs,
+        "steps": status["steps"],
+        "wall_minutes_of_the_last_start": status["seconds"] / 60,
+        "held_out_by_epoch": [
+            (line["epoch"], line["held_out_accuracy"]) for line in lines if "held_out_accuracy" in line
+        ],
+    }
+
+
+def told(network: RunNetwork, source: Path) -> dict:
+    """Accuracy on upright images: of single views, of four turns combined; risk and calibration as the run's trust has it."""
+    images = looking.Source.open(str(source), terminal.track)
+    with closing(looking.looked(images.manifest, network)) as batches:
+        logits = np.concatenate([batch.logits for batch in batches])
+    single = (logits.argmax(2) == np.arange(4)).mean(1)
+    scores = answers.combined(logits)
+    right = scores.argmax(1) == 0
+    chosen = trust.Chosen(network.trust.temperature, network.trust.threshold)
+    return {
+        "images": len(right),
+        "single_view": single.mean(),
+        "single_view_95": interval(single),
+        "combined": right.mean(),
+        "combined_95": list(stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")),
+        "gain": (right - single).mean(),
+        "gain_95": interval(right - single),
+        "trust": trust.judge(scores, chosen).figures,
+    }
+
+
+def put_upright(run: Path, source: Path) -> dict:
+    """A person's line: photographs turned at random, written as files, given to fastrot orient."""
+    files = sorted(source.rglob("*.jpg")) or sorted(source.rglob("*.JPEG"))
+    rng = np.random.default_rng(0)
+    files = [files[at] for at in np.sort(rng.permutation(len(files))[:TURNED])]
+    turns = rng.integers(0, 4, len(files))
+    with tempfile.TemporaryDirectory() as folder:
+        for at, (file, turn) in enumerate(zip(files, turns.tolist(), strict=True)):
+            image = Image.open(file).convert("RGB")
+            image = image.transpose(QUARTERS[turn]) if turn else image
+            image.save(Path(folder) / f"{at:04}.png", compress_level=1)
+        out = Path(folder) / "found.jsonl"
+        fastrot("orient", folder, "--checkpoint", run, "--out", out)
+        found = {int(Path(one.file).stem): one for one in answers.read(out)}
+    decided = np.array([found[at].decided for at in range(len(files))])
+    right = np.array([found[at].clockwise // 90 == turn for at, turn in enumerate(turns.tolist())])
+    return {
+        "photographs": len(files),
+        "turned": int((turns > 0).sum()),
+        "upright": int((decided & right).sum()),
+        "wrong": int((decided & ~right).sum()),
+        "left_for_the_eye": int((~decided).sum()),
+        "upright_if_none_is_left": int(right.sum()),
+    }
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=QUESTION)
+    options.add_argument(
+        "--runs", type=Path, nargs="+", required=True, help="run folders; the first is calibrated and used"
+    )
+    options.add_argument("--near", type=Path, required=True, help="held-out images of the set trained on")
+    options.add_argument("--far", type=Path, required=True, help="images of another set")
+    options.add_argument("--without-up", type=Path, help="pictures that have no up")
+    options.add_argument("--out", type=Path)
+    args = options.parse_args()
+    result = harness.facts() | {"chance": 0.25, "networks": {}}
+    for run in args.runs:
+        without = ["--without-up", args.without_up] if args.without_up else []
+        calibrated = fastrot("orient", args.near, "--checkpoint", run, "--calibrate", *without)
+        network = RunNetwork(str(run))
+        result["networks"][run.name] = {
+            "training": trained(run),
+            "parameters": sum(p.numel() for p in network._model.parameters()),
+            "calibrated": calibrated,
+            args.near.parent.name: told(network, args.near),
+            args.far.parent.name: told(network, args.far),
+            "shortcuts": {
+                source.parent.name: fastrot("shortcuts", "--checkpoint", run, "--data", source)
+                for source in (args.near, args.far)
+            },
+            "a_person": {source.parent.name: put_upright(run, source) for source in (args.near, args.far)},
+        }
+        harness.keep(args.out, QUESTION, result)
+    harness.write(args.out, QUESTION, result)
+
+
+if __name__ == "__main__":
+    main()
