@@ -1,14 +1,21 @@
 """Small folders of photographs for the tests of turning, and answers to them."""
 
+import ctypes.util
 import hashlib
 import os
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from conftest import draw
 from corpus import encode
 from fastrot.orient.answers import Answer
+
+NEEDS_TURBOJPEG = pytest.mark.skipif(
+    ctypes.util.find_library("turbojpeg") is None,
+    reason="libturbojpeg is not installed (apt-get install libturbojpeg0)",
+)
 
 
 def answer(file: str, clockwise: int, decided: bool = True, exif: int | None = None) -> Answer:

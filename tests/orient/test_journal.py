@@ -6,12 +6,13 @@ import signal
 import sys
 
 import pytest
-from places import answer, jpeg, make, state
+from places import NEEDS_TURBOJPEG, answer, jpeg, make, state
 
 from fastrot.errors import UserError
 from fastrot.orient import journal
 from fastrot.orient.turning import apply
 
+pytestmark = NEEDS_TURBOJPEG
 FILES = {"a/one.jpg": jpeg(1), "two.jpg": jpeg(2, 6), "three.jpg": jpeg(3)}
 ANSWERS = [answer("a/one.jpg", 90), answer("two.jpg", 180), answer("three.jpg", 0)]
 STEPS = {

@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from places import answer, jpeg, make, photograph, state, with_tag
+from places import NEEDS_TURBOJPEG, answer, jpeg, make, photograph, state, with_tag
 
 from corpus import encode
 from fastrot.errors import UserError
 from fastrot.orient import coefficients, journal
 from fastrot.orient.turning import apply
 
+pytestmark = NEEDS_TURBOJPEG
 CLOCKWISE = {90: Image.Transpose.ROTATE_270, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_90}
 FILES = {
     "a/one.jpg": jpeg(1),
