@@ -48,11 +48,32 @@ def trained(run: Path) -> dict:
     }
 
 
+def logits_of(network: RunNetwork, source: str) -> np.ndarray:
+    images = looking.Source.open(source, terminal.track)
+    with closing(looking.looked(images.manifest, network)) as batches:
+        return np.concatenate([batch.logits for batch in batches])
+
+
+def fits(cropped: Path, squashed: Path, source: str) -> dict:
+    """Two networks, alike but in data.fit, on the same images: combined accuracies and their paired difference."""
+    hits = {
+        run.name: (answers.combined(logits_of(RunNetwork(str(run)), source)).argmax(1) == 0).astype(float)
+        for run in (cropped, squashed)
+    }
+    first, second = hits.values()
+    means = {name: one.mean() for name, one in hits.items()}
+    return {
+        "images": len(first),
+        **means,
+        "second_less_first": (second - first).mean(),
+        "second_less_first_95": interval(second - first),
+        "training": trained(cropped),
+    }
+
+
 def told(network: RunNetwork, source: Path) -> dict:
     """Accuracy on upright images: of single views, of four turns combined; risk and calibration as the run's trust has it."""
-    images = looking.Source.open(str(source), terminal.track)
-    with closing(looking.looked(images.manifest, network)) as batches:
-        logits = np.concatenate([batch.logits for batch in batches])
+    logits = logits_of(network, str(source))
     single = (logits.argmax(2) == np.arange(4)).mean(1)
     scores = answers.combined(logits)
     right = scores.argmax(1) == 0
@@ -103,9 +124,13 @@ def main() -> None:
     options.add_argument("--near", type=Path, required=True, help="held-out images of the set trained on")
     options.add_argument("--far", type=Path, required=True, help="images of another set")
     options.add_argument("--without-up", type=Path, help="pictures that have no up")
+    options.add_argument("--fits", type=Path, nargs=2, help="two runs that differ in data.fit: crop, squash")
+    options.add_argument("--fits-on", help="images of any shape for these")
     options.add_argument("--out", type=Path)
     args = options.parse_args()
     result = harness.facts() | {"chance": 0.25, "networks": {}}
+    if args.fits:
+        result["fits"] = fits(*args.fits, args.fits_on)
     for run in args.runs:
         without = ["--without-up", args.without_up] if args.without_up else []
         calibrated = fastrot("orient", args.near, "--checkpoint", run, "--calibrate", *without)

@@ -75,6 +75,8 @@ def _run(args: argparse.Namespace) -> Result:
         return undone
     if args.source is None or args.checkpoint is None:
         raise UserError("fastrot orient: name SOURCE and --checkpoint, or --undo JOURNAL alone")
+    if args.apply is None and any((args.in_place, args.trim, args.journal)):
+        raise UserError("--in-place, --trim and --journal are for --apply")
     if args.calibrate:
         return _calibrate(args)
     if args.without_up is not None or args.also is not None:
@@ -110,9 +112,9 @@ def _applied(args: argparse.Namespace) -> Result:
 
 
 def _calibrate(args: argparse.Namespace) -> Result:
-    if args.out is not None or args.min_confidence is not None:
+    if any(one is not None for one in (args.out, args.min_confidence, args.apply)):
         raise UserError(
-            "--calibrate: takes no --out and no --min-confidence; it keeps what it finds in the run's folder"
+            "--calibrate: takes no --out, --min-confidence or --apply; it keeps what it finds in the run's folder"
         )
     from fastrot.orient.calibrate import calibrate
     from fastrot.report.trust_page import write

@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from fastrot.distributed import Ranks
 from fastrot.engine import AUTOCAST, StepSettings
 from fastrot.engine.base import Engine
-from fastrot.engine.host_collectives import load_host_collectives
+from fastrot.engine.host_collectives import load_host_collectives, without_shared_memory
 from fastrot.errors import UserError
 from fastrot.profiling.clock import communicating
 
@@ -112,7 +112,7 @@ class DeepSpeedEngine(Engine):
         load_host_collectives()
         if settings.zero == 0:
             optimizer.register_step_pre_hook(self._measure_and_clip)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_shared_memory():
             warnings.simplefilter("ignore")
             self._deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False

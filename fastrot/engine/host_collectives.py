@@ -6,6 +6,8 @@ are loaded from. Here they are found ready when it asks.
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,18 @@ def load_host_collectives() -> None:
             f"engine.kind deepspeed: its host collectives cannot be compiled ({line}); install g++ and ninja, or set "
             "engine.kind=plain"
         ) from None
+
+
+@contextmanager
+def without_shared_memory() -> Iterator[None]:
+    """DeepSpeed takes 66 MB of /dev/shm a rank for all-reduces of inference where LOCAL_SIZE says that all ranks are here,
+    and never gives them back."""
+    kept = os.environ.pop("LOCAL_SIZE", None)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            os.environ["LOCAL_SIZE"] = kept
 
 
 def _compile(builder: Any, scratch: Path) -> None:

@@ -17,7 +17,7 @@ from fastrot.orient.answers import combined
 from fastrot.orient.looking import Source, looked
 from fastrot.orient.network import TRUST, Network, RunNetwork, Trust
 
-_LEAST = 50  # images: fewer say nothing of one wrong answer in a hundred
+_LEAST = 100  # images: of fewer none can show that one answer in a hundred is wrong
 _EDGE = 1.001  # of the temperatures that are tried
 
 
@@ -49,7 +49,7 @@ def calibrate(
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     if show:
-        terminal.listing(f"answers of {network.path}", HEADER, rows(measured))
+        terminal.listing(f"answers of {network.path}", *table(measured))
     for line in remarks(chosen):
         terminal.console().print(line, soft_wrap=True, markup=False)
     drawn = {name: [asdict(one) for one in getattr(judged, name)] for name in ("before", "after")}
@@ -71,23 +71,24 @@ def _scores(source: str, network: Network) -> NDArray[np.float64]:
     return np.stack(found)
 
 
-HEADER = (
-    "", "images", "right", "calibration error: before", "after", "decided", "of these wrong",
+_MEASURES = (
+    "", "images", "right", "calibration error: before", "after", "decided", "wrong of these",
     *(f"wrong of the surest {100 * coverage:g}%" for coverage in trust.COVERAGES),
 )  # fmt: skip
 
 
-def rows(measured: dict[str, Any]) -> list[list[str]]:
-    """Of HEADER, a row a source; of pictures without an up, how many got an answer."""
-    found = [list(_row(figures)) for figures in measured.values()]
+def table(measured: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows: a column a source; of pictures without an up, how many got an answer."""
+    columns = [_MEASURES, *(tuple(_column(figures)) for figures in measured.values())]
     if others := measured["held_out"].get("without_up"):
-        blank = [""] * (len(HEADER) - 6)
-        found.append([f"without an up: {others['source']}", f"{others['pictures']:,}", "", "", "",
-                      _share(others["answered"], others["answered_interval"]), *blank])  # fmt: skip
-    return found
+        answered = _share(others["answered"], others["answered_interval"])
+        told = ("without an up: " + others["source"], f"{others['pictures']:,}", "", "", "", answered)
+        columns.append(told + ("",) * (len(_MEASURES) - len(told)))
+    header, *rows = zip(*columns, strict=True)
+    return header, rows
 
 
-def _row(figures: dict[str, Any]) -> Iterator[str]:
+def _column(figures: dict[str, Any]) -> Iterator[str]:
     before, after = figures["calibration_error"]
     yield from (figures["source"], f"{figures['images']:,}", _share(figures["accuracy"], figures["accuracy_interval"]))
     yield from (f"{before:.3f}", f"{after:.3f}", _share(figures["decided"]))
@@ -110,5 +111,7 @@ def remarks(chosen: trust.Chosen) -> list[str]:
             "the temperature is at the end of what is tried: nearly all answers are right, or nearly all wrong"
         )
     if chosen.threshold == 1:
-        lines.append("at no confidence are so few answers wrong: all images stay undecided; train a better network")
+        lines.append(
+            "at no confidence are so few answers wrong: all images stay undecided; train a better network, or take more images"
+        )
     return lines

@@ -79,6 +79,8 @@ def _edges(data: bytes, orientation: int) -> tuple[bool, int, int, tuple[int, in
     content = data[frame.inside]
     height, width, components = (int.from_bytes(content[i:j], "big") for i, j in ((1, 3), (3, 5), (5, 6)))
     factors = [divmod(factor, 16) for factor in content[7 : 6 + 3 * components : 3]]
+    if len(factors) != components or not all(min(one) for one in factors) or not factors:
+        raise Refused("its JPEG header is broken")
     across, down = (_BLOCK * max(one) if components > 1 else _BLOCK for one in zip(*factors, strict=True))
     if orientation >= 5:
         width, height, across, down = height, width, down, across

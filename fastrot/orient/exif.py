@@ -103,7 +103,10 @@ class Block:
             raise Refused("its EXIF block is broken") from None
 
     def _write(self, form: str, at: int, *values: int) -> None:
-        struct.pack_into(self._order + form, self.data, at, *values)
+        try:
+            struct.pack_into(self._order + form, self.data, at, *values)
+        except struct.error:  # a directory that the block's end cuts
+            raise Refused("its EXIF block is broken") from None
 
     def _entries(self, directory: int) -> list[tuple[int, int]]:
         """(tag, where its entry begins) of a directory."""

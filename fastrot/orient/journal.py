@@ -176,6 +176,8 @@ def _read(path: Path, file: BinaryIO) -> tuple[Path | None, dict[str, Entry]]:
         if {key: header[key] for key in _HEADER} != _HEADER:
             raise ValueError
         folder = Path(header["folder"])
+        if not folder.is_absolute():
+            raise ValueError
     except (ValueError, TypeError, LookupError):
         raise UserError(f"{path}: is no journal of fastrot orient") from None
     whole = [line for line in lines if line.endswith(b"\n")]
@@ -215,7 +217,7 @@ def undo(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such journal; fastrot orient --apply names it") from None
     except OSError as error:
         raise UserError(
-            f"{error.filename or path}: {error.strerror}; the same command goes on when that is mended"
+            f"{path}: stopped at {as_words(str(error.filename or path))} ({error.strerror}); the same command goes on when that is mended"
         ) from None
     removed = sum(entry.before is None for entry in entries)
     return {"journal": str(path), "given_back": len(entries) - removed, "removed": removed}

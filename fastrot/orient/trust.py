@@ -77,9 +77,12 @@ def risk_at_coverage(confidence: Floats, right: NDArray[np.bool_], coverages: Se
 
 def threshold(confidence: Floats, right: NDArray[np.bool_], without_up: Floats | None = None) -> float:
     """The least confidence from which at most RISK of the answers are wrong, and at most MISTAKEN of the pictures
-    without an up, of confidences `without_up`, get one; 1 where there is none."""
+    without an up, of confidences `without_up`, get one; 1 where there is none.
+
+    The risk is Laplace's, (wrong + 1) / (answers + 2): few answers that happen to be right promise nothing.
+    """
     levels, group = np.unique(-confidence, return_inverse=True)
-    risk = np.cumsum(np.bincount(group, ~right)) / np.cumsum(np.bincount(group))
+    risk = (np.cumsum(np.bincount(group, ~right)) + 1) / (np.cumsum(np.bincount(group)) + 2)
     fine = np.flatnonzero(risk <= RISK)
     least = float(-levels[fine[-1]]) if len(fine) else 1.0
     if without_up is not None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from fastrot.errors import UserError
 from fastrot.files import as_words, write_text
-from fastrot.orient.calibrate import HEADER, rows
+from fastrot.orient.calibrate import table
 from fastrot.orient.trust import MISTAKEN, RISK
 from fastrot.report import svg
 from fastrot.report.charts import Chart, Line
@@ -15,14 +15,15 @@ from fastrot.templates import template
 def write(result: dict[str, Any]) -> str:
     """Write calibration.html beside the orientation.json of a result of `calibrate`; its path. Raises UserError."""
     path = Path(result["out"]).with_name("calibration.html")
+    header, rows = table(result["measured"])
     page = template("fastrot.report", "trust.html").render(
         checkpoint=as_words(result["checkpoint"]),
         temperature=result["temperature"],
         threshold=result["threshold"],
         risk=RISK,
         mistaken=MISTAKEN,
-        header=HEADER,
-        rows=[[as_words(cell) for cell in row] for row in rows(result["measured"])],
+        header=[as_words(cell) for cell in header],
+        rows=rows,
         charts=[svg.draw(chart) for chart in charts_of(result)],
     )
     try:

@@ -47,7 +47,7 @@ def main() -> int:
         os.environ["LD_PRELOAD"] = str(root / "frozen.so")
 
         def write(line: dict) -> None:
-            ledger.write(json.dumps(line) + "\n")
+            ledger.write(json.dumps(line | {"time": round(time.time())}) + "\n")
             ledger.flush()
             counts.update(_counted(line))
             for found in line.get("found", []):

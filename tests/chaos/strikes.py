@@ -302,8 +302,11 @@ class Full(NoDisk):
 class ReadOnly(NoDisk):
     def away(self, running: Running) -> str:
         subprocess.run(["mount", "--bind", running.run, running.run], check=True)
-        subprocess.run(["mount", "-o", "remount,bind,ro", running.run], check=True)
-        return "the run's folder read-only"
+        remount = ["mount", "-o", "remount,bind,ro", running.run]
+        for _ in range(200):  # it is refused while a file is open for writing
+            if not (last := subprocess.run(remount, capture_output=True, text=True)).returncode:
+                return "the run's folder read-only"
+        raise OSError(last.stderr)
 
     def undo(self, running: Running) -> None:
         subprocess.run(["umount", "--lazy", running.run], capture_output=True)

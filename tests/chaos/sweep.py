@@ -117,7 +117,7 @@ class Sweep:
         self.chance = random.Random(f"{seed}/{number}")
         self.strikes, self.struck, self.starts, self.findings = strikes, 0, 0, 0
         self.roaming = number % 3 == 2
-        self.fixed = self._draw()
+        self.fixed = self._draw() | {"ranks": place.ranks[(number + number // 3) % len(place.ranks)]}  # as many of each
         self.run, self.notes = place.small / f"run-{number}", place.root / f"notes-{number}"
         self.hows: dict[int, tuple[str, int, str]] = {}
         self.holes = False  # lines of metrics may be missing: there was a time without a disk
@@ -156,7 +156,7 @@ class Sweep:
     def _once(self, disturb: bool) -> bool:
         """One start and what becomes of it; whether the run is done."""
         how = self._draw() if self.roaming else dict(self.fixed)
-        how["launcher"] = self.chance.choice(["deepspeed", "torchrun", *(["python"] * 2 if how["ranks"] == 1 else [])])
+        how["launcher"] = self.chance.choice(["deepspeed", "torchrun", *(["python"] * 4 if how["ranks"] == 1 else [])])
         how["storage"] = self.chance.choice(list(self.place.sources))
         name = self.chance.choices(list(self.strikes), list(self.strikes.values()))[0] if disturb else "none"
         strike, before = STRIKES[name], newest_sound(self.run)

@@ -109,6 +109,10 @@ def test_two_uneven_ranks_are_one_process_on_the_whole_batch(results, mode):
         torch.testing.assert_close(got["momenta"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_no_shared_memory_outlives_the_ranks(results):
+    assert not results["left in memory"]
+
+
 @pytest.fixture(scope="module")
 def grouped(tmp_path_factory):
     """Of four ranks in two groups."""

@@ -4,6 +4,7 @@ import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from places import state
 from torchvision.transforms import v2
 
 import compass
@@ -171,6 +173,38 @@ def test_without_out_nothing_is_written(fastrot, onnx_file, photos, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     assert fastrot("orient", photos, "--checkpoint", onnx_file).code == 0
     assert not list(tmp_path.iterdir())
+
+
+def upright(done) -> list[int]:
+    """How many are upright, have to be turned, and have no up."""
+    said = done.json
+    return [said["upright"], sum(said["turned"].values()), said["undecided"]]
+
+
+@pytest.mark.slow  # docs/upright.md does so too
+def test_photographs_are_put_upright_and_given_back(fastrot, onnx_file, photos, tmp_path):
+    def orient(source, *more):
+        done = fastrot("orient", source, "--checkpoint", onnx_file, "--json", *more)
+        assert done.code == 0, done.err
+        return done
+
+    source, words = tmp_path / "photos", ("--min-confidence", "0.6")
+    shutil.copytree(photos, source)
+    before = state(source)
+    copied = orient(source, *words, "--apply", f"copy:{tmp_path}/out")
+    count = upright(copied)
+    assert count[1] and count[2] and copied.json["applied"]["counts"]["turned"] == count[1] and state(source) == before
+    done = orient(source, *words, "--apply", "lossless", "--in-place", "--journal", tmp_path / "j.jsonl").json[
+        "applied"
+    ]
+    assert done["counts"]["turned"] == count[1] and state(source) != before
+    assert upright(orient(source, *words)) == [count[0] + count[1], 0, count[2]]
+    assert fastrot("orient", "--undo", tmp_path / "j.jsonl", "--json").json["given_back"] == count[1]
+    refused(fastrot("orient", "--undo", tmp_path / "j.jsonl"), "no such journal")
+    refused(fastrot("orient", source), "name SOURCE and --checkpoint, or --undo JOURNAL alone")
+    refused(fastrot("orient", source, "--checkpoint", onnx_file, "--apply", "exif"), "add --in-place")
+    refused(fastrot("orient", source, "--checkpoint", onnx_file, "--trim"), "are for --apply")
+    assert state(source) == before
 
 
 def refused(done, *says):

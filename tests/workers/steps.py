@@ -12,6 +12,7 @@ small: gradients averaged in several buckets; whole: in one piece after the back
 """
 
 import copy
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -160,11 +161,13 @@ def train(mode: str, ranks, first: int = 0, state=None):
 def work(out: Path, modes: list[str]) -> None:
     """Every mode whole, and from the middle; rank 0 writes what came out."""
     ranks = distributed.start()
-    results = {}
+    os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]  # as DeepSpeed's launcher says it
+    results: dict = {}
     for mode in modes:
         whole, middle = train(mode, ranks)
         resumed, _ = train(mode, ranks, 2, middle)
         results[mode] = {"whole": whole, "resumed": resumed}
+    results["left in memory"] = [str(path) for path in Path("/dev/shm").glob(f"*_{os.environ['MASTER_PORT']}_*")]
     if ranks.first:
         torch.save(results, out)
     distributed.end()
