@@ -99,11 +99,9 @@ def looked(manifest: Manifest, network: Network) -> Generator[Looked, None, None
 
 def boxes_shown(shows: Shows, heights: NDArray[np.int32], widths: NDArray[np.int32]) -> NDArray[np.float64]:
     """Of upright images of these sizes, float64 [n, 4] (top, left, height, width): what is resized to the network's size."""
-    return (
-        whole_boxes(heights, widths)
-        if shows.fit == "squash"
-        else central_boxes(heights, widths, shows.resize, shows.size)
-    )
+    if shows.fit == "squash":
+        return whole_boxes(heights, widths)
+    return central_boxes(heights, widths, shows.resize, shows.size)
 
 
 def answers(source: Source, network: Network, least: float | None = None) -> Generator[Answer | Unread, None, None]:

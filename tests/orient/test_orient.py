@@ -18,9 +18,12 @@ from torchvision.transforms import v2
 import compass
 from conftest import ROOT
 from fastrot.models.resnet import build_model
-from fastrot.orient import answers
+from fastrot.orient import answers, sheet
 from fastrot.orient.answers import combined
+from fastrot.orient.looking import Source
 from fastrot.orient.network import SHOWS, TRUST, open_network
+from fastrot.orient.tally import Tally
+from fastrot.probes.progress import silent
 from trained import write_run
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -148,6 +151,22 @@ def test_the_sheet_shows_the_doubtful_first_and_needs_no_other_file(fastrot, onn
     assert set(map(html.unescape, names[1:])) == {"a/1.jpg", "b/2.png", "b/deep/3.jpg", "top <&> .jpg"}
     assert page.count('src="data:image/jpeg;base64,') == page.count("<img") == 10
     assert "a/broken.jpg: not an image that Pillow knows" in page and not re.search(r"(src|href)=\"(?!data:)", page)
+
+
+def test_the_sheet_keeps_the_least_sure_of_many(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(sheet, "_MOST", 3)
+    source, tally = Source.open(str(photos), silent), Tally()
+    made = sheet.Sheet(source)
+    for number in np.random.default_rng(0).permutation(40):  # odd ones undecided, all as if of the first file
+        p = 0.3 + 0.01 * number
+        least = 1.0 if number % 2 else 0.0
+        one = answers.answer(source.file(0), 0, None, 1, np.log([(1 - p) / 3, p, (1 - p) / 3, (1 - p) / 3]), least)
+        made.add(one)
+        tally.add(one)
+    made.save(tmp_path / "o.html", tally, "a network")
+    page = (tmp_path / "o.html").read_text()
+    assert re.findall(r"<figcaption>(\d+)%", page) == ["31", "33", "35", "30", "32", "34"]
+    assert page.count("Undecided: 20") == page.count("To be turned: 20") == 1
 
 
 def test_without_out_nothing_is_written(fastrot, onnx_file, photos, tmp_path, monkeypatch):
