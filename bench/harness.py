@@ -74,9 +74,9 @@ def clock(work: Callable) -> float:
     return time.perf_counter() - start
 
 
-def memory_mib() -> dict[str, float]:
-    """Resident memory of this process: its own, and pages of mapped files, which it shares and the kernel may drop."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+def memory_mib(process: int | str = "self") -> dict[str, float]:
+    """Resident memory of a process: its own, and pages of mapped files, which it shares and the kernel may drop."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return {name: int(fields[key].split()[0]) / 1024 for name, key in (("own", "RssAnon"), ("mapped", "RssFile"))}
 
 

@@ -127,7 +127,7 @@ def admit_changed_files(manifest: Manifest, allowed: bool, say: Callable[[str], 
     Raises UserError with the first that differ where it is not.
     """
     changed, looked = changed_files(manifest)
-    files = len(np.unique(manifest.file))
+    files = len(manifest.files_used())
     if looked < files:
         say(f"{manifest.source}: {looked:,} of its {files:,} files, evenly spread, were compared with what was indexed")
     if not changed:

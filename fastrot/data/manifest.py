@@ -22,6 +22,7 @@ from fastrot.errors import UserError
 from fastrot.files import Damaged, Sealed, as_words, read_json, replacing
 
 FORMAT = 5  # 4 held no coding, 3 no orientation
+_AT_ONCE = 1 << 16  # rows
 HEAD = 4096  # bytes of an image that enter the content hash
 COLUMNS = ("file", "offset", "length", "height", "width", "label", "kind", "orientation", "coding")
 _LATE = ("orientation", "coding", "file_state")  # not in manifests of formats that held none
@@ -80,6 +81,13 @@ class Manifest:
         """Absolute paths of these files, by their numbers in `file`."""
         names, spans = memoryview(self.names), self.name_spans(files)
         return [bytes(names[start:end]) for start, end in zip(*(span.tolist() for span in spans), strict=True)]
+
+    def files_used(self) -> NDArray[np.int64]:
+        """Numbers of the files that have a row, in order; without a sort, since there may be rows by the hundred million."""
+        used = np.zeros(len(self.name_ends), bool)
+        for first in range(0, len(self), _AT_ONCE):
+            used[self.file[first : first + _AT_ONCE]] = True
+        return np.flatnonzero(used)
 
     def name_spans(self, files: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where these files' paths begin and end in `names`."""
@@ -203,15 +211,16 @@ def changed_files(manifest: Manifest, most: int = 100_000) -> tuple[list[list[st
 
     most  files looked at, spread evenly where there are more. Raises UserError or Fault where the system cannot tell.
     """
-    files, row = np.unique(manifest.file, return_index=True)
+    files = manifest.files_used()
     if len(files) > most:
-        some = np.linspace(0, len(files) - 1, most).astype(np.int64)
-        files, row = files[some], row[some]
+        files = files[np.linspace(0, len(files) - 1, most).astype(np.int64)]
     paths = manifest.file_paths(files)
     now = states(paths)
     if manifest.file_state is not None:
         was = manifest.file_state[files]
     else:  # a file that is one image has its size; a shard's images have an offset
+        used, row = np.unique(manifest.file, return_index=True)
+        row = row[np.searchsorted(used, files)]
         was = np.where((manifest.offset[row] == 0)[:, None] & (True, False), manifest.length[row][:, None], now)
     odd = np.flatnonzero((now != was).any(axis=1) | (now[:, 0] < 0)).tolist()
     return [[place(paths[at], 0), difference(now[at].tolist(), was[at].tolist())] for at in odd], len(files)
@@ -235,8 +244,8 @@ def content_hash(
     4 KiB. With many labels an image, its label is i1 [20] instead.
     """
     sha = hashlib.sha256()
-    for first in range(0, len(height), 1 << 16):
-        some = slice(first, first + (1 << 16))
+    for first in range(0, len(height), _AT_ONCE):
+        some = slice(first, first + _AT_ONCE)
         numbers = (height, width, label, length)
         kinds = ("<i8", "<i8", "<i8" if label.ndim == 1 else "i1", "<i8")
         columns = [np.ascontiguousarray(a[some].astype(k)) for a, k in zip(numbers, kinds, strict=True)]
