@@ -15,20 +15,32 @@ from scipy import stats
 
 from fastrot import config as configs
 from fastrot import terminal
-from fastrot.orient import answers, looking, trust
+from fastrot.demo import no_up
+from fastrot.orient import answers, looking
 from fastrot.orient.network import RunNetwork
 from fastrot.orient.shortcuts import interval
 from fastrot.runs.log import read_status
 
 QUESTION = __doc__
 TURNED = 1000  # photographs of the person's line
+NO_UP = 400  # pictures, drawn, that have no up
 QUARTERS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 
 
 def fastrot(*words: object) -> dict:
-    """What a command's --json prints."""
-    command = [sys.executable, "-m", "fastrot.cli", *map(str, words), "--json"]
-    return json.loads(subprocess.run(command, cwd=harness.ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    """What a command's --json prints, without this machine's paths."""
+    code = "import sys; from fastrot.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *map(str, words), "--json"]
+    done = subprocess.run(command, cwd=harness.ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return _unplaced(json.loads(done.stdout))
+
+
+def _unplaced(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _unplaced(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_unplaced(one) for one in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def trained(run: Path) -> dict:
@@ -72,12 +84,11 @@ def fits(cropped: Path, squashed: Path, source: str) -> dict:
 
 
 def told(network: RunNetwork, source: Path) -> dict:
-    """Accuracy on upright images: of single views, of four turns combined; risk and calibration as the run's trust has it."""
+    """Accuracy on upright images: of single views, and of four turns combined."""
     logits = logits_of(network, str(source))
     single = (logits.argmax(2) == np.arange(4)).mean(1)
     scores = answers.combined(logits)
     right = scores.argmax(1) == 0
-    chosen = trust.Chosen(network.trust.temperature, network.trust.threshold)
     return {
         "images": len(right),
         "single_view": single.mean(),
@@ -86,7 +97,6 @@ def told(network: RunNetwork, source: Path) -> dict:
         "combined_95": list(stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")),
         "gain": (right - single).mean(),
         "gain_95": interval(right - single),
-        "trust": trust.judge(scores, chosen).figures,
     }
 
 
@@ -118,12 +128,9 @@ def put_upright(run: Path, source: Path) -> dict:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=QUESTION)
-    options.add_argument(
-        "--runs", type=Path, nargs="+", required=True, help="run folders; the first is calibrated and used"
-    )
+    options.add_argument("--runs", type=Path, nargs="+", required=True, help="run folders, which are calibrated")
     options.add_argument("--near", type=Path, required=True, help="held-out images of the set trained on")
     options.add_argument("--far", type=Path, required=True, help="images of another set")
-    options.add_argument("--without-up", type=Path, help="pictures that have no up")
     options.add_argument("--fits", type=Path, nargs=2, help="two runs that differ in data.fit: crop, squash")
     options.add_argument("--fits-on", help="images of any shape for these")
     options.add_argument("--out", type=Path)
@@ -132,12 +139,14 @@ def main() -> None:
     if args.fits:
         result["fits"] = fits(*args.fits, args.fits_on)
     for run in args.runs:
-        without = ["--without-up", args.without_up] if args.without_up else []
-        calibrated = fastrot("orient", args.near, "--checkpoint", run, "--calibrate", *without)
+        with tempfile.TemporaryDirectory() as folder:
+            no_up.write(folder, NO_UP, seed=0)
+            words = ["--calibrate", "--without-up", folder, "--also", args.far]
+            calibrated = fastrot("orient", args.near, "--checkpoint", run, *words)
         network = RunNetwork(str(run))
         result["networks"][run.name] = {
             "training": trained(run),
-            "parameters": sum(p.numel() for p in network._model.parameters()),
+            "parameters": sum(p.numel() for p in network.model.parameters()),
             "calibrated": calibrated,
             args.near.parent.name: told(network, args.near),
             args.far.parent.name: told(network, args.far),
