@@ -443,7 +443,6 @@ def test_killed_in_mid_epoch_and_resumed_is_equal_in_every_logged_value(images, 
     assert learnt(tmp_path / "killed") == learnt(two)
 
 
-@pytest.mark.slow
 def test_a_killed_launcher_leaves_no_orphans(images, tmp_path):
     out = tmp_path / "orphans"
     process = launch("torchrun", 1, *PLAIN, *over(images, out), "optim.epochs=4000", script=NARROW)
