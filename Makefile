@@ -9,12 +9,12 @@ export PATH := $(BIN):$(PATH)
 setup: $(VENV)/.ready
 
 # g++ and ninja compile DeepSpeed's host collectives, cc and libjpeg-turbo's header the turbo decoder
-# (once, kept in the cache); apt only where it may. Bytecode once here: else a process in a place that may not write it
-# compiles all of torch, 8 s of 11.
+# (once, kept in the cache), libturbojpeg turns JPEGs without loss; apt only where it may. Bytecode once here: else a
+# process in a place that may not write it compiles all of torch, 8 s of 11.
 $(VENV)/.ready: requirements.txt requirements-ffcv.txt setup.py tools/install_ffcv.sh
-	@{ command -v g++ && echo '#include <stdio.h>\n#include <jpeglib.h>' | g++ -E -; } >/dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ libjpeg-dev; } \
-	  || echo "setup: g++ or jpeglib.h is missing; without a GPU DeepSpeed needs g++ (engine.kind=plain does not), data.decode=turbo both"
+	@{ command -v g++ && echo '#include <stdio.h>\n#include <jpeglib.h>' | g++ -E - && ldconfig -p | grep -F libturbojpeg.so.0; } >/dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ libjpeg-dev libturbojpeg0; } \
+	  || echo "setup: g++, jpeglib.h or libturbojpeg is missing; without a GPU DeepSpeed needs g++ (engine.kind=plain does not), data.decode=turbo both; JPEGs are turned without loss by libturbojpeg0"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { [ "$$(id -u)" = 0 ] && apt-get update -qq \
 	  && apt-get install -y -qq --no-install-recommends python3-venv && $(PYTHON) -m venv --clear $(VENV); }
 	$(BIN)/pip install -q --disable-pip-version-check uv

@@ -29,6 +29,8 @@ EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.4,<3; sys_platform == 'linux'"],
     "deepspeed": ["deepspeed>=0.19,<0.20", "ninja>=1.11", "setuptools>=77,<82"],
     "detect": ["opencv-python-headless>=4.11", "pycocotools>=2.0.10"],
+    "onnx": ["onnx>=1.20", "onnxscript>=0.6"],  # to write ONNX; `orient` runs it
+    "orient": ["jinja2>=3.1", "markupsafe>=3", "onnxruntime>=1.23", "scipy>=1.15"],
     "report": ["jinja2>=3.1", "markupsafe>=3", "scipy>=1.15", "tensorboard>=2.19"],
 }
 EXTRAS["all"] = sorted({one for extra in EXTRAS.values() for one in extra})
@@ -68,6 +70,7 @@ setup(
     package_dir={"fastrot_kernels": "kernels/fastrot_kernels"},
     package_data={
         "fastrot": ["py.typed"],
+        "fastrot.orient": ["*.html"],
         "fastrot.profiling": ["nodes/*.yaml"],
         "fastrot.report": ["*.html"],
         "fastrot.selfcheck": ["template.html"],

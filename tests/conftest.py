@@ -34,9 +34,13 @@ _NEED_CUDA = pytest.StashKey[int]()
 
 @pytest.hookimpl(trylast=True)  # what is slow has been taken out
 def pytest_collection_modifyitems(config, items):
-    """Tests that need CUDA are collected where there is CUDA; --collect-only lists them everywhere."""
+    """Tests that need CUDA are collected where there is CUDA; --collect-only lists them everywhere.
+
+    Those that look at the launched run of two ranks come first, and so in one process: another would wait for it.
+    """
     import torch
 
+    items.sort(key=lambda item: "two" not in getattr(item, "fixturenames", ()))
     if torch.cuda.is_available() or config.option.collectonly:
         return
     absent = [item for item in items if item.get_closest_marker("gpu")]

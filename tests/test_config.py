@@ -151,6 +151,9 @@ def test_all_that_is_wrong_is_told_at_once():
         ["data.ratio=[2,1]"],
         ["data.std=[0,1,1]"],
         ["data.resize=20", "data.crop=32"],
+        ["data.jpeg_quality=[95,30]"],
+        ["data.fit=squash", "data.window=random"],
+        ["data.fit=squash", "data.resize=256"],
         ["data.window=random", "data.crop_by_epoch={0: 96}"],
         ["optim.milestones=[5,3]"],
         ["optim.milestones=[3,3]"],
@@ -178,7 +181,19 @@ def test_compile_is_a_switch_or_a_mode(word):
     assert configs.Config.model_validate(yaml.safe_load(configs.to_yaml(config))) == config
 
 
-@pytest.mark.parametrize("override", ["engine.compile=fast", "engine.compile=2", "engine.bucket_mb=-1"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "engine.compile=fast",
+        "engine.compile=2",
+        "engine.bucket_mb=-1",
+        "data.jpeg=1.5",
+        "data.chroma_shift=-1",
+        "data.border=0.5",
+        "data.blur=17",
+        "data.fit=stretch",
+    ],
+)
 def test_a_wrong_value_is_one_line(override):
     with pytest.raises(UserError) as error:
         configs.load(None, [override])

@@ -38,6 +38,8 @@ SLOW = (
     "probes",
     "transfer",
     "export",
+    "upright",
+    "orientation",
     "performance",
     "formats",
 )

@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,10 +43,18 @@ class Request:
     seconds: float | None
 
 
-def bench(config: Config, chosen: list[str], rounds: int, seconds: float, seed: int = 0) -> dict[str, Any]:
+def bench(
+    config: Config,
+    chosen: list[str],
+    rounds: int,
+    seconds: float,
+    seed: int = 0,
+    keep: Callable[[dict[str, Any]], object] | None = None,
+) -> dict[str, Any]:
     """The bundle: every round of every arm of the chosen parts, and what it was measured with.
 
-    seconds  of timing a round.    seed: of the rounds' order.
+    seconds  of timing a round.    seed: of the rounds' order.    keep(bundle)  gets what there is after each round, so
+    that an end before the last one loses none; `left` in it is the number of rounds that are to come.
     An arm whose gate does not hold, or that cannot run here, has no figure: it is in `missing`, with the reason.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -65,26 +73,28 @@ def bench(config: Config, chosen: list[str], rounds: int, seconds: float, seed: 
     order = [Request(values, part, arm, seconds) for part, arm in arms if f"{part}: {arm}" in gates] * rounds
     random.Random(seed).shuffle(order)
     kept: list[dict[str, Any]] = []
-    for request in terminal.track(order, len(order), "rounds"):
-        if _name(request) in missing:
-            continue
-        answer = _asked(request)
-        if "missing" in answer:
-            missing[_name(request)] = f"passed its gate, then failed: {answer['missing']}"
-        else:
-            kept.append({"part": request.part, "arm": request.arm} | answer)
-    kept = [one for one in kept if f"{one['part']}: {one['arm']}" not in missing]
-    return {
+    here = environment(device.type == "cuda")
+    about = {
         "format": FORMAT,
-        "environment": environment(device.type == "cuda"),
+        "environment": here | {"command": [Path(here["command"][0]).name, *here["command"][1:]]},
         "config": values,
         "inputs": {"images": len(manifest), "content": manifest.content},
         "seed": seed,
         "gates": gates,
         "missing": missing,
-        "figures": figures(kept),
-        "rounds": kept,
     }
+    bundle = about | {"figures": {}, "rounds": [], "left": len(order)}
+    for done, request in enumerate(terminal.track(order, len(order), "rounds"), 1):
+        answer = {} if _name(request) in missing else _asked(request)
+        if "missing" in answer:
+            missing[_name(request)] = f"passed its gate, then failed: {answer['missing']}"
+        elif answer:
+            kept.append({"part": request.part, "arm": request.arm} | answer)
+        kept = [one for one in kept if f"{one['part']}: {one['arm']}" not in missing]
+        bundle = about | {"figures": figures(kept), "rounds": kept, "left": len(order) - done}
+        if keep:
+            keep(bundle)
+    return bundle
 
 
 def figures(rounds: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

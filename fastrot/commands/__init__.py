@@ -10,7 +10,7 @@ GROUPS = {
     "training": ("train", "linear", "finetune", "detect", "segment"),
     "on a cluster": ("launch",),
     "judging a backbone": ("features", "svm", "lowshot", "knn", "page"),
-    "handing it on": ("predict", "export"),
+    "handing it on": ("predict", "orient", "odd", "shortcuts", "export"),
     "runs that are there": ("runs", "verify"),
     "looking behind": ("profile", "bench", "estimate", "selfcheck", "stream", "config", "demo-data"),
 }

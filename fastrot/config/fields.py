@@ -47,9 +47,23 @@ class Data(Section):
     scale: Pair = (0.08, 1.0)
     """Window `random_resized`: share of the image's area that it covers: least, most."""
     ratio: Pair = (3 / 4, 4 / 3)
-    """Window `random_resized`: its width / height: least, most."""
+    """Window `random_resized`: its width / height: least, most; `squash`: in terms of the image's own."""
+    fit: Literal["crop", "squash"] = "crop"
+    """How an image becomes a square. crop: its aspect is kept, and evaluation shows the central square; squash: its sides are
+    scaled apart, and evaluation shows it whole."""
     flip: Unit = 0.5
     """Probability of a left-right flip."""
+    jpeg: Unit = 0.0
+    """Share of the training crops that are encoded as a JPEG again, so that a file's own traces say nothing of its turn."""
+    jpeg_quality: tuple[Annotated[int, Field(ge=1, le=100)], Annotated[int, Field(ge=1, le=100)]] = (30, 95)
+    """Quality of these JPEGs: least, most."""
+    chroma_shift: Annotated[float, Field(ge=0, le=16)] = 0.0
+    """Most pixels of a training crop that red and blue are each moved along each axis, against a lens's colour fringes."""
+    border: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Most of a training crop's side that a bar of one colour covers at an edge, against frames and captions."""
+    blur: Annotated[float, Field(ge=0, le=16)] = 0.0
+    """Largest standard deviation, pixels, of a blur of training crops, drawn apart for its two axes, against resampling's
+    traces."""
     mean: Triple = (0.485, 0.456, 0.406)
     """Per-channel mean, RGB in [0, 1]."""
     std: Triple = (0.229, 0.224, 0.225)

@@ -14,6 +14,14 @@ def _in_the_recipe(config: Config) -> tuple[tuple[bool, str], ...]:
     return (
         (not 0 < data.scale[0] <= data.scale[1] <= 1, f"data.scale {list(data.scale)} must rise within (0, 1]"),
         (not 0 < data.ratio[0] <= data.ratio[1], f"data.ratio {list(data.ratio)} must rise and be above 0"),
+        (
+            data.jpeg_quality[0] > data.jpeg_quality[1],
+            f"data.jpeg_quality {list(data.jpeg_quality)} must rise",
+        ),
+        (
+            data.fit == "squash" and (data.window == "random" or data.resize is not None),
+            "data.fit squash crops nothing after a resize; leave out data.window random and data.resize",
+        ),
         (min(data.std) <= 0, f"data.std {list(data.std)} must be above 0"),
         (
             data.resize is not None and data.resize < data.crop,

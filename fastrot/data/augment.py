@@ -19,14 +19,17 @@ def crop_windows(
     widths: NDArray[np.int32],
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    squash: bool = False,
 ) -> NDArray[np.int32]:
     """Random windows by torchvision's RandomResizedCrop law, int32 [n, 4]: top, left, height, width.
 
     heights, widths are those of the upright image; all inputs are [n].
+    squash: `ratio` is in terms of the image's own width / height.
     Source: torchvision.transforms.RandomResizedCrop.get_params (ten attempts, then the centre).
     """
     tall, wide = heights.astype(np.float64), widths.astype(np.float64)
-    out = _central_windows(heights.astype(np.int64), widths.astype(np.int64), ratio)
+    own = wide / tall if squash else np.ones(len(rows))
+    out = _central_windows(heights.astype(np.int64), widths.astype(np.int64), ratio, own)
     left_over = np.arange(len(rows))
     log_ratio = np.log(ratio)
     for attempt in range(_ATTEMPTS):
@@ -36,7 +39,7 @@ def crop_windows(
         words = philox(seed, rows[left_over], epochs[left_over], CROP, attempt)
         u = uniform(words)
         area = h_image * w_image * (scale[0] + (scale[1] - scale[0]) * u[:, 0])
-        aspect = np.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * u[:, 1])
+        aspect = own[left_over] * np.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * u[:, 1])
         w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
         fits = (w > 0) & (w <= w_image) & (h > 0) & (h <= h_image)
         h, w = h[fits].astype(np.int64), w[fits].astype(np.int64)
@@ -48,12 +51,12 @@ def crop_windows(
 
 
 def _central_windows(
-    heights: NDArray[np.int64], widths: NDArray[np.int64], ratio: tuple[float, float]
+    heights: NDArray[np.int64], widths: NDArray[np.int64], ratio: tuple[float, float], own: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    """The largest central windows whose width / height lies within `ratio`, int64 [n, 4]."""
-    aspect = widths / heights
-    h = np.where(aspect < ratio[0], np.rint(widths / ratio[0]), heights).astype(np.int64)
-    w = np.where(aspect > ratio[1], np.rint(heights * ratio[1]), widths).astype(np.int64)
+    """The largest central windows whose width / height lies within `ratio` times `own`, int64 [n, 4]."""
+    aspect, least, most = widths / heights, ratio[0] * own, ratio[1] * own
+    h = np.where(aspect < least, np.rint(widths / least), heights).astype(np.int64)
+    w = np.where(aspect > most, np.rint(heights * most), widths).astype(np.int64)
     return np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1)
 
 
@@ -119,6 +122,12 @@ def lighting(seed: int, rows: NDArray[np.int64], epochs: ArrayLike, std: float) 
     waves = [np.cos(angle[:, 0]), np.sin(angle[:, 1]), np.cos(angle[:, 2])]
     weights: NDArray[np.float64] = radius * np.stack(waves, axis=1)
     return weights
+
+
+def whole_boxes(heights: NDArray[np.int32], widths: NDArray[np.int32]) -> NDArray[np.float64]:
+    """Boxes of the whole upright images, float64 [n, 4], as central_boxes has them."""
+    none = np.zeros(len(heights))
+    return np.stack([none, none, heights, widths], axis=1)
 
 
 def central_boxes(heights: NDArray[np.int32], widths: NDArray[np.int32], short: int, crop: int) -> NDArray[np.float64]:

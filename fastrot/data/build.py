@@ -11,6 +11,7 @@ from fastrot import distributed
 from fastrot.config import Config
 from fastrot.data import loader_settings
 from fastrot.data.bad_images import BadImages
+from fastrot.data.corruptions import Corruptions, Corruptor
 from fastrot.data.decode import Decoder, make_decoder
 from fastrot.data.decode.nvjpeg import Hardware
 from fastrot.data.index import in_cache
@@ -55,7 +56,16 @@ def plan_of(config: Config, manifest: Manifest) -> Plan:
         data.ratio,
         data.flip,
         (short_side(config), data.crop) if data.window == "random" else None,
+        data.fit == "squash",
     )
+
+
+def corruptor_of(config: Config, threads: int) -> Corruptor | None:
+    """What damages training's crops, where the config wants that."""
+    data = config.data
+    shares = data.jpeg, data.jpeg_quality, data.chroma_shift, data.border, data.blur
+    corruptions = Corruptions(config.run.seed, *shares)
+    return Corruptor(corruptions, threads) if corruptions else None
 
 
 def at_hand(source: str | None, config: Config, ranks: Ranks, key: str) -> str | None:
@@ -178,6 +188,7 @@ def make_loader(
         ranks.device,
         settings.prefetch,
         data.timeout,
+        corruptor_of(config, settings.threads),
     )
     return loader, line + (f", prefetch {settings.prefetch} ({settings.found})" if settings.found else "")
 

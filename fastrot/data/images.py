@@ -17,7 +17,8 @@ Image.MAX_IMAGE_PIXELS = None
 KINDS = ("other", "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "RAW")
 UNKNOWN = 0  # an orientation that manifests of older formats do not hold
 _ORIENTATION = 0x0112
-_TRANSPOSE = {
+# of an orientation: what is done to stored pixels
+TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -126,4 +127,11 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
             image = image.convert("RGB")
     except Exception as error:  # as above: any type
         raise BadImage(f"cannot be decoded ({type(error).__name__}: {error})") from None
-    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+    return image.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else image
+
+
+def boxed(image: Image.Image, box: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
+    """uint8 [size, size, 3] of a box (top, left, height, width) of an upright image, whose taps may lie outside it."""
+    top, left, height, width = box.tolist()
+    right, bottom = min(left + width, image.width), min(top + height, image.height)
+    return np.array(image.resize((size, size), Image.Resampling.BILINEAR, (max(left, 0), max(top, 0), right, bottom)))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fastrot.data.ahead import begun, by_a_thread
 from fastrot.data.bad_images import BadImages
+from fastrot.data.corruptions import Corruptor
 from fastrot.data.decode import Decoder
 from fastrot.data.decode.batch import Batch
 from fastrot.data.images import known
@@ -72,6 +73,7 @@ class Loader:
     """The images of one manifest under one plan, read, decoded and brought to the device.
 
     depth      batches decoded ahead; timeout: seconds without one after which a Fault is raised.
+    corruptor  damages the crops of training, not those of evaluation.
     """
 
     def __init__(
@@ -84,8 +86,10 @@ class Loader:
         device: torch.device,
         depth: int,
         timeout: float,
+        corruptor: Corruptor | None = None,
     ):
         self.manifest, self.plan = manifest, plan
+        self._corruptor = corruptor
         self._storage, self._decoder, self._bad = storage, decoder, bad
         self._device, self._depth, self._timeout = device, depth, timeout
         self._stage: Callable[[], str] = lambda: "starting"
@@ -109,7 +113,7 @@ class Loader:
         n = len(self.manifest)
         starts = range(position, position + len(steps) * images, images)
         shares = [slice_of(images, ranks, micro_steps, micro_step, rank) for micro_step in range(micro_steps)]
-        flow = self._flow(self._planned(starts, shares, size_at), self.plan.of)
+        flow = self._flow(self._planned(starts, shares, size_at), self.plan.of, self._corruptor)
         for step, start in zip(steps, starts, strict=True):
             micro = (
                 self._batch(request, pixels, images, last=number == micro_steps)
@@ -153,7 +157,7 @@ class Loader:
     ) -> Generator[MicroBatch, None, None]:
         """Given (rows, epochs) as training shows them, a batch for each of `parts`, in order."""
         requests = (_Request(self.plan.of(rows, epochs), crop) for rows, epochs in parts)
-        for request, pixels in self._flow(requests, self.plan.of):
+        for request, pixels in self._flow(requests, self.plan.of, self._corruptor):
             yield self._batch(request, pixels, len(self.manifest))
 
     @property
@@ -167,6 +171,8 @@ class Loader:
             flow.close()
         self._storage.close()
         self._decoder.close()
+        if self._corruptor:
+            self._corruptor.close()
 
     def _batch(self, request: _Request, pixels: torch.Tensor, images: int, last: bool = False) -> MicroBatch:
         sample = request.sample
@@ -182,14 +188,15 @@ class Loader:
         )
 
     def _flow(
-        self, requests: Iterable[_Request], remake: Remake
+        self, requests: Iterable[_Request], remake: Remake, corruptor: Corruptor | None = None
     ) -> Generator[tuple[_Request, torch.Tensor], None, None]:
         """Requests with their pixels, in order, by a thread that runs ahead."""
         reading = begun(((request, self._storage.start(request.sample.rows)) for request in requests), _READ_AHEAD)
         decoding = begun((self._submitted(request, started) for request, started in reading), DECODES_IN_FLIGHT - 1)
         decoded = (self._decoded(request, unread) for request, unread in decoding)
         sound = (self._mended(request, pixels, bad, remake) for request, pixels, bad in decoded)
-        flow = by_a_thread(sound, self._depth, self._timeout, lambda: self._stage(), self._choose_device)
+        shown = ((request, self._moved(self._damaged(request.sample, pixels, corruptor))) for request, pixels in sound)
+        flow = by_a_thread(shown, self._depth, self._timeout, lambda: self._stage(), self._choose_device)
         self._flows.add(flow)
         return flow
 
@@ -237,10 +244,16 @@ class Loader:
     def _mended(
         self, request: _Request, pixels: torch.Tensor, bad: dict[int, str], remake: Remake
     ) -> tuple[_Request, torch.Tensor]:
-        """Bad images replaced; pixels on the device."""
+        """Bad images replaced."""
         for at, reason in sorted(bad.items()):
             request = self._replaced(request, at, reason, pixels, remake)
-        return request, self._moved(pixels)
+        return request, pixels
+
+    def _damaged(self, sample: Sample, pixels: torch.Tensor, corruptor: Corruptor | None) -> torch.Tensor:
+        if corruptor is None:
+            return pixels
+        with torch.cuda.stream(self._copies):  # where a GPU decoded: its default stream is busy with training
+            return torch.from_numpy(corruptor(pixels.cpu().numpy(), sample.rows, sample.epochs))
 
     def _moved(self, pixels: torch.Tensor) -> torch.Tensor:
         """On the device: a CPU decoder's by a stream of its own, since torch's default one is busy with training."""

@@ -48,6 +48,7 @@ class Plan:
     order            FullOrder or WindowOrder over the N rows.
     views            "all" or "one": four turns an image, or one at random.
     shift            (short, crop) where windows are random crops of the central square, instead of scale and ratio.
+    squash           images are squashed to squares whole: ratio is in terms of their own aspect, evaluation crops nothing.
     """
 
     seed: int
@@ -59,6 +60,7 @@ class Plan:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     shift: tuple[int, int] | None = None
+    squash: bool = False
 
     def at(self, first: int, last: int) -> Sample:
         """The images at stream positions first .. last - 1; they may straddle epochs."""
@@ -81,14 +83,15 @@ class Plan:
             epochs,
             augment.shifted_boxes(*which, *self.shift)
             if self.shift
-            else augment.crop_windows(*which, self.scale, self.ratio),
+            else augment.crop_windows(*which, self.scale, self.ratio, self.squash),
             augment.flips(self.seed, rows, epochs, self.flip),
             augment.turns(self.seed, rows, epochs, self.views),
         )
 
     def held_out(self, rows: NDArray[np.int64], short: int, crop: int) -> Sample:
-        """How evaluation shows given rows: short side resized, central crop, no flip, four turns."""
-        boxes = augment.central_boxes(self.heights[rows], self.widths[rows], short, crop)
+        """How evaluation shows given rows: short side resized, central crop, or squashed whole; no flip, four turns."""
+        sides = self.heights[rows], self.widths[rows]
+        boxes = augment.whole_boxes(*sides) if self.squash else augment.central_boxes(*sides, short, crop)
         none = np.zeros(len(rows), np.uint8)
         return Sample(rows, none.astype(np.int64), boxes, none, augment.turns(self.seed, rows, 0, "all"))
 

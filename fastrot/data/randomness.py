@@ -5,6 +5,7 @@ from numpy.typing import ArrayLike, NDArray
 
 # Purposes: each use of chance has its own counters, so adding one never shifts another.
 ORDER, CROP, FLIP, TURN, JITTER, LIGHTING, DRAW, SCALE, PLACE, PHOTOMETRIC = range(10)
+RECODE, FRINGE, BORDER, BLUR = range(10, 14)
 
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)

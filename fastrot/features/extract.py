@@ -19,7 +19,7 @@ from torchvision.models import ResNet
 from fastrot import distributed, terminal
 from fastrot.config import Config
 from fastrot.data.bad_images import BadImages
-from fastrot.data.build import decoder_of, open_manifest, plan_of, settings_of, short_side, storage_of
+from fastrot.data.build import corruptor_of, decoder_of, open_manifest, plan_of, settings_of, short_side, storage_of
 from fastrot.data.decode import Decoder, squash
 from fastrot.data.loader import Loader
 from fastrot.data.manifest import Manifest
@@ -224,7 +224,8 @@ def _loader(transform: str, config: Config, manifest: Manifest, ranks: Ranks, bl
         decoder, line = decoder_of(config, manifest, ranks, block, settings)
     bad = BadImages(None, manifest.source, data.max_bad or 0)  # another image's features are no row's own
     plan, storage = plan_of(config, manifest), storage_of(config, manifest, ranks)
-    return Loader(manifest, plan, storage, decoder, bad, ranks.device, settings.prefetch, data.timeout), line
+    damage = corruptor_of(config, settings.threads)
+    return Loader(manifest, plan, storage, decoder, bad, ranks.device, settings.prefetch, data.timeout, damage), line
 
 
 def _facts(

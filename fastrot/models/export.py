@@ -1,7 +1,7 @@
 """`fastrot export`: a backbone under another library's names, and a model card beside it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ def export(checkpoint: str, to: str, out: str) -> dict[str, Any]:
             else:
                 torch.save(_PTH[to](state) if to in _PTH else state, scratch)
         digest = sha256_of(path)
-        write_text(path.with_suffix(".md"), card(origin, to, path.name, digest))
+        what = f"A backbone without a head, under {to}'s key names. {_input(pretraining(origin))}"
+        write_text(path.with_suffix(".md"), card(origin, path.name, digest, what, _loading(to, path.name, origin.arch)))
     except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where the folder is missing
         raise UserError(f"--out {out}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     terminal.table(
@@ -77,8 +78,12 @@ def export(checkpoint: str, to: str, out: str) -> dict[str, Any]:
     return {"out": out, "card": str(path.with_suffix(".md")), "sha256": digest, "keys": len(state), "arch": origin.arch}
 
 
-def card(origin: Origin, to: str, file: str, digest: str) -> str:
-    """The model card: what, data, recipe, accuracy, licence, hashes, commands. Markdown."""
+def card(origin: Origin, file: str, digest: str, what: str, use: str, measured: Sequence[str] = ()) -> str:
+    """The model card: what, data, recipe, accuracy, licence, hashes, commands. Markdown.
+
+    what      a sentence or two: what the file is, what goes in.  use: Python that loads it.
+    measured  lines that follow the accuracy of training.
+    """
     assert origin.path is not None, "weights of a file"
     facts = pretraining(origin)
     tuned = "backbone" in facts.get("state", {}).get("defining", {})
@@ -86,11 +91,10 @@ def card(origin: Origin, to: str, file: str, digest: str) -> str:
     lines = [
         f"# {origin.arch}, {learnt if facts else 'of unknown training'}",
         "",
-        f"A backbone without a head, under {to}'s key names. {_input(facts)} The stride of a bottleneck is on its "
-        "3x3 convolution.",
+        f"{what} The stride of a bottleneck is on its 3x3 convolution.",
         "",
         "```python",
-        *_loading(to, file, origin.arch).splitlines(),
+        *use.splitlines(),
         "```",
         "",
         "## Files",
@@ -102,6 +106,7 @@ def card(origin: Origin, to: str, file: str, digest: str) -> str:
         "## Accuracy",
         _accuracy(training_log(origin), tuned),
         "",
+        *measured,
         "## Licence",
         "None is set. Who publishes the weights names one here; the terms of the images they learnt from may bind it.",
         "",

@@ -8,8 +8,8 @@ from fastrot.errors import UserError
 from fastrot.files import write_text
 from fastrot.report import svg
 from fastrot.report.charts import Chart, Line
-from fastrot.report.templates import template
 from fastrot.runs.overview import HEADER, Overview, compared, row
+from fastrot.templates import template
 
 _POINTS = 150  # of a curve; more lines than that are drawn by their means and ranges
 

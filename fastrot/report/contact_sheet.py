@@ -6,9 +6,9 @@ import numpy as np
 
 from fastrot.files import as_words, write_text
 from fastrot.report.drawn import drawn, legend
-from fastrot.report.templates import template
 from fastrot.runs.predict import Mask, Shown
 from fastrot.tasks.detect import Found
+from fastrot.templates import template
 
 _SHOWN = 48
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from fastrot.report import charts, published, svg
 from fastrot.report.markdown import between, number, probability, turns
 from fastrot.report.significance import ALPHA
-from fastrot.report.templates import template
+from fastrot.templates import template
 
 if TYPE_CHECKING:
     from fastrot.report.page import Page

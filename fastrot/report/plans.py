@@ -8,7 +8,7 @@ from fastrot.errors import UserError
 from fastrot.files import write_text
 from fastrot.report import svg
 from fastrot.report.charts import Chart, Line
-from fastrot.report.templates import template
+from fastrot.templates import template
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

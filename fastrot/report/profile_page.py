@@ -14,7 +14,7 @@ from fastrot.errors import UserError
 from fastrot.files import write_text
 from fastrot.profiling.clock import STAGES
 from fastrot.profiling.verdict import NAMES, held
-from fastrot.report.templates import template
+from fastrot.templates import template
 
 _W = 400  # as wide as a telephone shows it, so that labels keep their size there
 _LEFT, _RIGHT, _ROW = 100, 12, 20

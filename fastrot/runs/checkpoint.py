@@ -101,6 +101,22 @@ def load(folder: Path) -> Checkpoint:
         raise UserError(f"{folder}: cannot be read ({error}); name another checkpoint") from None
 
 
+def trained(run: str, by: str) -> tuple[Checkpoint, Path]:
+    """The best checkpoint of a run folder, or the one that is named itself; and the run's folder.
+
+    by  the commands whose runs are meant. Raises UserError.
+    """
+    path = Path(run)
+    folder = path if (path / "config.yaml").is_file() else path.absolute().parent.parent
+    if not path.is_dir() or not (folder / "config.yaml").is_file():
+        what = "is no run's" if path.exists() else "no such folder"
+        raise UserError(f"{run}: {what}; name a run folder of {by}, or one of its checkpoints")
+    best = find_best(folder) if folder == path else path
+    if wrong := verify(best):
+        raise UserError(f"{best}: not a sound checkpoint: {wrong}")
+    return load(best), folder
+
+
 def find_best(run: Path) -> Path:
     """The sound checkpoint of a run that was best on its held-out images, or, where nothing was held out, the newest.
 

@@ -74,15 +74,7 @@ def open_trained(run: str, ranks: Ranks) -> Trained:
 
     Raises UserError.
     """
-    path = Path(run)
-    folder = path if (path / "config.yaml").is_file() else path.absolute().parent.parent
-    if not path.is_dir() or not (folder / "config.yaml").is_file():
-        what = "is no run's" if path.exists() else "no such folder"
-        raise UserError(f"{run}: {what}; name a run folder of fastrot detect or segment, or one of its checkpoints")
-    best = checkpoint.find_best(folder) if folder == path else path
-    if wrong := checkpoint.verify(best):
-        raise UserError(f"{best}: not a sound checkpoint: {wrong}")
-    found = checkpoint.load(best)
+    found, folder = checkpoint.trained(run, "fastrot detect or segment")
     known, config = found.state.defining, load(str(folder / "config.yaml"), [])[0]
     set_torch_flags(config)
     backbone = getattr(torchvision.models, config.model.arch)()
@@ -98,7 +90,7 @@ def open_trained(run: str, ranks: Ranks) -> Trained:
         raise UserError(f"{run}: is no run of fastrot detect or segment, which alone predict boxes or masks")
     network = task.build_model(config.model.arch, config.run.seed)
     network.load_state_dict(found.model)
-    return Trained(best, config, task, network.to(ranks.device).eval(), classes)
+    return Trained(found.path, config, task, network.to(ranks.device).eval(), classes)
 
 
 def predictions(

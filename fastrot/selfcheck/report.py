@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from fastrot.files import write_text
-from fastrot.report.templates import template
 from fastrot.selfcheck import verdict
 from fastrot.selfcheck.parts import PARTS
+from fastrot.templates import template
 
 RECORD = 7137  # trained views/s of one H100: MLPerf, MXNet with fused convolutions
 

@@ -149,6 +149,22 @@ def test_every_round_is_asked_for_in_random_order_and_kept(monkeypatch, tmp_path
     assert compare.compare(*[compare.read(tmp_path / "a.json")] * 2)["ratios"]["load: turbo"]["ratio"] == 1
 
 
+def test_what_is_done_is_kept_when_it_is_interrupted(monkeypatch, tmp_path, place):
+    def answer(request):
+        if request.seconds and not next(left):
+            raise KeyboardInterrupt
+        return {"laps": [1.0, 3.0, 2.0]} if request.seconds else {"gate": "equal"}
+
+    left = iter([1, 1, 1, 0])
+    monkeypatch.setattr(rounds, "_asked", answer)
+    monkeypatch.setattr("fastrot.commands.bench.settings", lambda args: (place.config, None))
+    words = ["--parts", "rotate", "--rounds", "4", "--out", str(tmp_path / "a.json"), "data.train=x"]
+    assert main(["bench", *words]) == 130
+    found = compare.read(tmp_path / "a.json")
+    assert len(found["rounds"]) == 3 and found["left"] == 4 * len(found["gates"]) - 3
+    assert {one["median"] for one in found["figures"].values()} == {2.0}
+
+
 @given(paces)
 def test_an_interval_holds_its_median_and_lies_within_the_rounds(values):
     low, high = compare.interval(values)

@@ -24,7 +24,7 @@ from fastrot.config import Config, load
 from fastrot.data import beton, coco_json, jpeg, loader_settings, objects, pieces, png
 from fastrot.data.bad_images import BadImages
 from fastrot.data.coding import coding_of
-from fastrot.data.images import KINDS, UNKNOWN, known
+from fastrot.data.images import KINDS, UNKNOWN, kind_of, known
 from fastrot.data.index import scan_file
 from fastrot.data.manifest import COLUMNS, Manifest
 from fastrot.data.sources import filelist, tar, voc
@@ -33,6 +33,7 @@ from fastrot.errors import Fault, UserError
 from fastrot.features.read import open_store
 from fastrot.files import Damaged
 from fastrot.models.backbone import read_state
+from fastrot.orient import coefficients, exif, journal
 from fastrot.profiling import hardware
 from fastrot.report import suite
 from fastrot.runs import checkpoint, elsewhere, epochs, loggers, overview
@@ -92,6 +93,28 @@ def of_folder(make: Callable[[], Path], names: list[str], read: Callable[[Path],
             path.write_bytes(kept)
 
     return Parser(one, lambda: [bytes([at]) + (made() / name).read_bytes() for at, name in enumerate(names)])
+
+
+def orientation_tag(data: bytes) -> None:
+    """Set, and settled; and coefficients turned, of what is small: a bomb is no row that an answer speaks of."""
+    kind = kind_of(data)
+    if kind not in ("JPEG", "TIFF", "WEBP"):
+        return
+    with suppress(exif.Refused):
+        exif.tagged(data, kind, 6)
+    with suppress(exif.Refused):
+        exif.settled(data, kind, quarter=True)
+    frame = jpeg.frame_of(data) if kind == "JPEG" else None
+    if frame and frame.height * frame.width <= MOST_PIXELS:
+        with suppress(exif.Refused):
+            coefficients.turned(data, 6, trim=True)
+
+
+def undoing(data: bytes) -> None:
+    book = place() / "orient-journal.jsonl"
+    book.write_bytes(data)
+    with refused(book):
+        journal.undo(book)
 
 
 def jpeg_header(data: bytes) -> None:
@@ -270,6 +293,8 @@ def merge(path: Path) -> None:
 MANIFEST = columns()
 PARSERS = {
     "jpeg": Parser(jpeg_header, seeds.images),
+    "orientation": Parser(orientation_tag, seeds.images),
+    "undo": Parser(undoing, seeds.journals),
     "image": Parser(image, seeds.images),
     "tar": Parser(shard, seeds.shards),
     "beton": Parser(samples, seeds.betons),

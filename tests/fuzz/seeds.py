@@ -23,6 +23,13 @@ def jpegs() -> list[bytes]:
     return [*made, _jpeg(SMALL.convert("L")), headed(exif_of(6), picture=SMALL), of_scans(3)]
 
 
+def journals() -> list[bytes]:
+    """Of a turned file, and of a copy; neither is there."""
+    header = b'{"journal": "fastrot orient", "version": 1, "folder": "/nowhere"}\n'
+    replaced, copied = (b'{"file": "x.jpg", "before": %s, "after": "bb"}\n' % before for before in (b'"aa"', b"null"))
+    return [header, header + replaced, header + copied, header + replaced + copied]
+
+
 def _jpeg(image: Image.Image, **options) -> bytes:
     out = io.BytesIO()
     image.save(out, "JPEG", **({"quality": 80} | options))

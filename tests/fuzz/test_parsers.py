@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("deepspeed", reason="DeepSpeed, whose file is one of those parsed, is not installed")
+from corpus import headed, segment
 from parsers import PARSERS, of_file
 
 
@@ -20,6 +21,12 @@ def header(kind: bytes) -> tarfile.TarInfo:
 
 # what fuzzing has found, {parser: inputs}
 FOUND = {
+    "orientation": [
+        headed(segment(0xE1, b"Exif\0\0" + b"MM\0*\0\0\0\x08\0\x09\x01\x12"))
+    ],  # a directory that ends within its entries
+    "undo": [
+        b'{"journal": "fastrot orient", "version": 1, "folder": ""}\n{"file": "x.jpg", "before": null, "after": "bb"}\n'
+    ],
     "tar": [header(kind).tobuf(tarfile.USTAR_FORMAT) * 2000 for kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)],
     "manifest": [
         b"\1\x93NUMPY\x01\x00v\x00{'descr': '<i8'" + b" " * 103,  # a header that ends within an expression

@@ -233,7 +233,7 @@ def test_anchors_that_cross_the_border_have_no_target_in_c4():
     assert labels[0].tolist() == [1, -1, -1, 0]
 
 
-@pytest.mark.parametrize("build", [faster_rcnn_c4, mask_rcnn_fpn])
+@pytest.mark.parametrize("build", [faster_rcnn_c4, pytest.param(mask_rcnn_fpn, marks=pytest.mark.slow)])
 def test_under_autocast_boxes_stay_fp32(build):
     torch.manual_seed(0)
     model, seen = build(torchvision.models.resnet18(), 3, 16), {}

@@ -165,6 +165,7 @@ def test_a_block_keeps_one_map_less_than_with_fused_norms():
     assert kept[0] - kept[1] == pytest.approx(6 * 16 * 30 * 30 * 4, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_network_compiles_whole():
     """No break of the graph, under autocast, and through autograd the same gradients."""
     plain = fuse_convs(bottlenecks(), over_ranks=None)

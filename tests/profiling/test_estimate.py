@@ -300,6 +300,7 @@ def test_a_hardware_file_out_of_order_is_refused(tmp_path):
         read(str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow")
 def test_estimate_reads_what_profile_prints(fastrot, images, tmp_path, monkeypatch):
     """A step of the same images on one process takes what it took in training there."""

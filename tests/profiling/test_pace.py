@@ -105,6 +105,7 @@ WORDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow")
 def test_a_planted_slow_rank_and_step_are_named(images, tmp_path):
     said = as_ranks(2, paces.train, [*WORDS, f"data.train={images}", f"run.out={tmp_path}"])

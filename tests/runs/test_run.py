@@ -244,6 +244,7 @@ def test_images_added_after_a_failed_start_are_seen(tmp_path, fastrot):
     assert json.loads((tmp_path / "r/environment.json").read_text())["data"]["rows"] == 7
 
 
+@pytest.mark.slow
 def test_a_fault_ends_the_process_and_is_the_status(tmp_path, fastrot, monkeypatch):
     """A disk that does not answer any more, met while a pool of readers is stuck in it."""
     source = write_folder(tmp_path / "d", classes=1, per_class=6)

@@ -29,7 +29,7 @@ def shown(height, width, size, seed=0):
     return ShownObjects(pixels, torch.tensor([[8.0, 10, 60, 50]]), torch.tensor([2]), masks, size)
 
 
-@pytest.mark.parametrize("model", ["c4", "fpn"])
+@pytest.mark.parametrize("model", ["c4", pytest.param("fpn", marks=pytest.mark.slow)])
 def test_its_loss_is_the_detectors_for_each_image_and_weights_come_from_the_seed(model):
     backbone = torchvision.models.resnet18()
     task = DetectTask(backbone, model, 3, 16, MEAN, STD, torch.device("cpu"), VOC)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastrot.data.decode.batch import Batch
 from fastrot.data.decode.orientation import upright
-from fastrot.data.images import decode_upright, kind_of
+from fastrot.data.images import boxed, decode_upright, kind_of
 from fastrot.data.jpeg import frame_of
 from fastrot.errors import BadImage
 
@@ -52,11 +52,7 @@ def window_pixels(buffer: NDArray[np.uint8], orientation: int, window: NDArray[A
     """
     pixels = upright_pixels(buffer, orientation)
     if window.dtype == np.float64:
-        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        top, left, height, width = window
-        right, bottom = min(left + width, image.width), min(top + height, image.height)
-        box = (max(left, 0), max(top, 0), right, bottom)
-        return torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BILINEAR, box)))
+        return torch.from_numpy(boxed(Image.fromarray(pixels.permute(1, 2, 0).numpy()), window, size))
     top, left, height, width = (int(v) for v in window)
     if top + height > pixels.shape[1] or left + width > pixels.shape[2]:
         raise BadImage(f"is {pixels.shape[2]}x{pixels.shape[1]}, not as indexed")
