@@ -140,9 +140,9 @@ def _read(file: BinaryIO, size: int) -> Table:
 def _chosen(fields: NDArray[Any]) -> tuple[int, int | None]:
     """Which field is the image, and which the label if any."""
     types = fields["type"].tolist()
-    names = [bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace") for name in fields["name"]]
+    names = [ascii(bytes(name).split(b"\0")[0].decode("latin-1"))[1:-1] for name in fields["name"]]  # in a line
     for name, field in zip(names, types, strict=True):
-        _need(field in _TYPES, f"its field {name!r} is of a type of its own ({field}), which is not known here")
+        _need(field in _TYPES, f"its field '{name}' is of a type of its own ({field}), which is not known here")
     images = [at for at, field in enumerate(types) if field == _IMAGE_FIELD]
     _need(len(images) == 1, f"holds {len(images)} image fields, one is needed; its fields: {', '.join(names)}")
     ints = [at for at, field in enumerate(types) if field == _INT_FIELD]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 pytest.importorskip("deepspeed", reason="DeepSpeed, whose file is one of those parsed, is not installed")
 from corpus import headed, segment
 from parsers import PARSERS, of_file
+from seeds import betons
 
 
 def header(kind: bytes) -> tarfile.TarInfo:
@@ -28,6 +29,7 @@ FOUND = {
         b'{"journal": "fastrot orient", "version": 1, "folder": ""}\n{"file": "x.jpg", "before": null, "after": "bb"}\n'
     ],
     "tar": [header(kind).tobuf(tarfile.USTAR_FORMAT) * 2000 for kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)],
+    "beton": [betons()[0].replace(b"\1label\0", b"\0la\nel\0")],  # a field's name of two lines
     "manifest": [
         b"\1\x93NUMPY\x01\x00v\x00{'descr': '<i8'" + b" " * 103,  # a header that ends within an expression
         b"\1\x93NUMPY\x01\x00v\x00" + b"{\n  (\n 1" * 10 + b" " * 38,
