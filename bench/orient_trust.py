@@ -19,7 +19,6 @@ from fastrot.demo import no_up
 from fastrot.orient import answers, looking
 from fastrot.orient.network import RunNetwork
 from fastrot.orient.shortcuts import interval
-from fastrot.runs.log import read_status
 
 QUESTION = __doc__
 TURNED = 1000  # photographs of the person's line
@@ -45,15 +44,20 @@ def _unplaced(value: object) -> object:
 
 def trained(run: Path) -> dict:
     """How a network came to be."""
-    config, status = configs.load(str(run / "config.yaml"), [])[0], read_status(run)
+    config = configs.load(str(run / "config.yaml"), [])[0]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = max(line["step"] for line in lines) + 1
+    views = 4 * steps * config.optim.images_per_step
+    pace = min(line["step_s"] for line in lines if "step_s" in line)  # the machine had other work too
     keys = ("crop", "resize", "fit", "scale", "jpeg", "jpeg_quality", "chroma_shift", "border", "blur")
     return {
         "arch": config.model.arch,
         "data": {key: getattr(config.data, key) for key in keys},
         "epochs": config.optim.epochs,
-        "steps": status["steps"],
-        "wall_minutes_of_the_last_start": status["seconds"] / 60,
+        "steps": steps,
+        "views": views,
+        "least_step_s": pace,
+        "minutes_on_one_core_at_that": steps * pace / 60,
         "held_out_by_epoch": [
             (line["epoch"], line["held_out_accuracy"]) for line in lines if "held_out_accuracy" in line
         ],

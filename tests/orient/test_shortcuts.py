@@ -11,7 +11,7 @@ from fastrot.data.index import in_cache
 from fastrot.data.manifest import Manifest
 from fastrot.orient import cues, shortcuts
 
-N = 24
+N = 12
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def test_a_network_that_goes_by_light_is_found_out(fastrot, onnx_file, photos, t
 
 def test_what_is_planted_is_followed_by_who_goes_by_it_and_by_no_other(tmp_path):
     """Gray squares with no up: a compass follows light from above, and neither fringes nor JPEGs."""
-    gray = compass.write(tmp_path / "gray", {f"{i:02}.png": None for i in range(N)})
+    gray = compass.write(tmp_path / "gray", {f"{i:02}.png": None for i in range(24)})
     manifest = Manifest.load(in_cache(f"images:{gray}", Data().max_pixels, "SOURCE"))
-    rows = np.arange(N)
+    rows = np.arange(24)
     found = {row.cue: row for row in shortcuts.measured(compass.Compass(), manifest, rows).planted}
     assert found["light from above"].accuracy == 1.0 and found["border"].accuracy > 0.9
     for cue in ("colour fringes", "chroma siting", "resampling"):
