@@ -83,18 +83,20 @@ def bench(
         "gates": gates,
         "missing": missing,
     }
-    bundle = about | {"figures": {}, "rounds": [], "left": len(order)}
+
+    def bundle(left: int) -> dict[str, Any]:
+        return about | {"figures": figures(kept), "rounds": kept, "left": left}
+
     for done, request in enumerate(terminal.track(order, len(order), "rounds"), 1):
         answer = {} if _name(request) in missing else _asked(request)
         if "missing" in answer:
             missing[_name(request)] = f"passed its gate, then failed: {answer['missing']}"
+            kept[:] = [one for one in kept if (one["part"], one["arm"]) != (request.part, request.arm)]
         elif answer:
             kept.append({"part": request.part, "arm": request.arm} | answer)
-        kept = [one for one in kept if f"{one['part']}: {one['arm']}" not in missing]
-        bundle = about | {"figures": figures(kept), "rounds": kept, "left": len(order) - done}
         if keep:
-            keep(bundle)
-    return bundle
+            keep(bundle(len(order) - done))
+    return bundle(0)
 
 
 def figures(rounds: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

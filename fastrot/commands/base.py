@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # what imports torch or pydantic is imported where it is used
 
 Result = dict[str, Any]
 STORE = "a run folder, a checkpoint, or any ResNet's .safetensors or .pth"
+NETWORK = "a run folder of fastrot train, one of its checkpoints, or what fastrot export --to onnx --head wrote"
+IMAGES = "a folder of images, at any depth; or list:, tar shards, ..."
 
 
 @dataclass(frozen=True)

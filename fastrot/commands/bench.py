@@ -79,6 +79,6 @@ COMMAND = Command(
     _options,
     _run,
     "Each arm first passes a gate (equal to its reference, or no figure), then runs in rounds of random order, a fresh "
-    "process each, and --out has it from then on. The file holds every lap, versions, machine, clocks, the images' hash and the command; --compare "
-    "puts two beside each other. Without --config: ResNet-50 at 224 pixels on drawn photographs.",
+    "process each, and --out has it from then on. The file holds every lap, versions, machine, clocks, the images' hash and "
+    "the command; --compare puts two beside each other. Without --config: ResNet-50 at 224 pixels on drawn photographs.",
 )

@@ -2,16 +2,16 @@
 
 import argparse
 
-from fastrot.commands.base import Command, Result, add_json
+from fastrot.commands.base import IMAGES, NETWORK, Command, Result, add_json
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a folder of images, at any depth; or list:, tar shards, ...")
+    parser.add_argument("source", metavar="SOURCE", help=IMAGES)
     parser.add_argument(
         "--checkpoint",
         required=True,
         metavar="RUN|FILE.onnx",
-        help="a run folder of fastrot train, one of its checkpoints, or what fastrot export --to onnx --head wrote",
+        help=NETWORK,
     )
     parser.add_argument(
         "--out",

@@ -4,20 +4,18 @@ import argparse
 import time
 from pathlib import Path
 
-from fastrot.commands.base import Command, Result, add_json
+from fastrot.commands.base import IMAGES, NETWORK, Command, Result, add_json
 from fastrot.errors import UserError
 
 _SHOWN = 20  # files that were not turned, in the table
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", nargs="?", metavar="SOURCE", help="a folder of images, at any depth; or list:, tar shards, ..."
-    )
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help=IMAGES)
     parser.add_argument(
         "--checkpoint",
         metavar="RUN|FILE.onnx",
-        help="a run folder of fastrot train, one of its checkpoints, or what fastrot export --to onnx --head wrote",
+        help=NETWORK,
     )
     parser.add_argument(
         "--out",
@@ -130,9 +128,8 @@ COMMAND = Command(
     _options,
     _run,
     "Shows each image to the network in all four turns and joins what it says. Images that have no up, or that it cannot "
-    "tell, stay undecided. The source is touched by --apply with "
-    "--in-place alone. A line of --out holds file, row, class, clockwise (degrees that "
-    "put the image upright), probabilities (of having been turned by 0, 90, 180, 270 degrees counter-clockwise), decided, "
+    "tell, stay undecided. The source is touched by --apply with --in-place alone. A line of --out holds file, row, class, "
+    "clockwise (degrees that put the image upright), probabilities (of having been turned by 0, 90, 180, 270 degrees counter-clockwise), decided, "
     "exif (the orientation by which it is shown) and tag (right, wrong, missing or none); of a file that cannot be read "
     "file and unreadable (why).",
 )

@@ -2,7 +2,7 @@
 
 import argparse
 
-from fastrot.commands.base import Command, Result, add_json
+from fastrot.commands.base import NETWORK, Command, Result, add_json
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -10,7 +10,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="RUN|FILE.onnx",
-        help="a run folder of fastrot train, one of its checkpoints, or what fastrot export --to onnx --head wrote",
+        help=NETWORK,
     )
     parser.add_argument("--data", required=True, metavar="SOURCE", help="upright images that it was not trained on")
     parser.add_argument(

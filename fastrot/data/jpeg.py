@@ -8,14 +8,14 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_FRAMES = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))
+FRAMES = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))
 _SCAN, _APP0, _APP14 = 0xDA, 0xE0, 0xEE
 END = b"\xff\xd9"
 _ALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # markers without a length
 _SEQUENTIAL, _USUAL = (0xC0, 0xC1), (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive; Huffman
 _SEGMENT = struct.Struct(">BBH").unpack_from  # 0xFF, marker, length from here on
 _FRAME = struct.Struct(">BHHB").unpack_from  # bits, height, width, components
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]").search  # one that is no part of a scan's coded bytes
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]").search  # one that is no part of a scan's coded bytes
 _HEADS = (4096, 1 << 18, -1)  # bytes that hold nearly every header, all but a few, every
 _TAIL = 1024  # the end marker is looked for in the last bytes
 MOST_SCANS = 256  # as many as DALI decodes; more are an attack, since each goes through all coefficients
@@ -54,7 +54,7 @@ def frame_of(data: bytes | NDArray[np.uint8]) -> Frame | None:
             if not found or after > end:
                 return None
             return Frame(*found, usual and plain, after, sequential and view[at + 4] == found[2])
-        if marker in _FRAMES:
+        if marker in FRAMES:
             if found or at + 10 > end:
                 return None
             bits, height, width, components = _FRAME(view, at + 4)
@@ -99,7 +99,7 @@ def too_many_scans(file: BinaryIO, frame: Frame) -> bool:
         return False
     file.seek(0)
     data, at, scans = file.read(), frame.data, 1
-    while (found := _MARKER(data, at)) and found[0] != END and scans <= MOST_SCANS:
+    while (found := MARKER(data, at)) and found[0] != END and scans <= MOST_SCANS:
         at = found.start() + 2
         scans += data[at - 1] == _SCAN
         at += int.from_bytes(data[at : at + 2], "big")

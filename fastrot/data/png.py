@@ -21,6 +21,12 @@ def chunks(data: bytes | NDArray[np.uint8]) -> Iterator[tuple[bytes, int]]:
         at += _AROUND + length
 
 
+def whole(data: bytes, at: int) -> bytes:
+    """The chunk that begins at `at`, with its length, name and checksum."""
+    length, _ = _CHUNK(data, at)
+    return data[at : at + _AROUND + length]
+
+
 def ends(data: bytes | NDArray[np.uint8]) -> bool:
     """Whether its end chunk is there; bytes behind it do not count."""
     return any(name == b"IEND" for name, _ in chunks(data))

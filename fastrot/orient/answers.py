@@ -109,6 +109,13 @@ def answer(
     return Answer(file, row, group, 90 * best, tuple(p.tolist()), decided, exif)
 
 
+def lines_path(out: str | None) -> Path | None:
+    """Where lines of JSON go, a contact sheet beside them; None: nowhere. Raises UserError where the name is another's."""
+    if out is not None and Path(out).suffix != ".jsonl":
+        raise UserError(f"--out {out}: expected a name ending in .jsonl; the contact sheet goes beside it, as .html")
+    return None if out is None else Path(out)
+
+
 def read(path: Path) -> Iterator[Answer]:
     """The answers of a file, in order; what could not be read is passed over. Raises UserError."""
     try:

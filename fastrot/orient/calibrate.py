@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrot import terminal
-from fastrot.data.remarks import describe
 from fastrot.errors import UserError
 from fastrot.files import write_text
 from fastrot.orient import trust
 from fastrot.orient.answers import combined
-from fastrot.orient.looking import Source, looked
+from fastrot.orient.looking import looked, opened
 from fastrot.orient.network import TRUST, Network, RunNetwork, Trust
 
 _LEAST = 100  # images: of fewer none can show that one answer in a hundred is wrong
@@ -59,8 +58,7 @@ def calibrate(
 
 def _scores(source: str, network: Network) -> NDArray[np.float64]:
     """float64 [n, 4] of all images that can be read."""
-    images = Source.open(source, terminal.track)
-    describe(images.manifest, lambda line: terminal.console().print(line, soft_wrap=True, markup=False))
+    images = opened(source)
     if len(images.manifest) < _LEAST:
         raise UserError(f"{source}: {len(images.manifest)} images are too few to calibrate on; name at least {_LEAST}")
     with closing(looked(images.manifest, network)) as batches:

@@ -3,21 +3,17 @@
 import ctypes
 import ctypes.util
 import functools
-import re
 
+from fastrot.data.jpeg import END, FRAMES, MARKER
 from fastrot.errors import UserError
 from fastrot.orient.exif import Refused, segments, settled
 
 _OPERATIONS = {2: 1, 3: 6, 4: 2, 5: 3, 6: 5, 7: 4, 8: 7}  # of an orientation, turbojpeg.h's TJXOP
-_LEFT, _TOP = (
-    frozenset((2, 3, 6, 7)),
-    frozenset((3, 4, 7, 8)),
-)  # orientations whose upright edge the stored far edge becomes
+# orientations whose upright edge the stored far edge becomes
+_LEFT, _TOP = frozenset((2, 3, 6, 7)), frozenset((3, 4, 7, 8))
 _PERFECT, _TRIM, _PROGRESSIVE, _NO_MARKERS = 1, 2, 32, 64  # TJXOPT
 _BLOCK = 8  # pixels
-_FRAMES = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))
 _PROGRESSIVE_FRAMES, _APP2 = frozenset((0xC2, 0xCA)), 0xE2
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]").search  # that is no part of a scan's coded bytes
 
 
 class _Transform(ctypes.Structure):
@@ -73,7 +69,7 @@ def turned(data: bytes, orientation: int, trim: bool) -> bytes:
 def _edges(data: bytes, orientation: int) -> tuple[bool, int, int, tuple[int, int]]:
     """Whether it is progressive; pixels of the upright image's left and top edges that are no whole block; width and
     height of that image."""
-    frame = next((one for one in segments(data) if one.marker in _FRAMES), None)
+    frame = next((one for one in segments(data) if one.marker in FRAMES), None)
     if frame is None:
         raise Refused("its JPEG header is broken")
     content = data[frame.inside]
@@ -120,9 +116,9 @@ def _end(data: bytes) -> int:
     """Where a JPEG ends, behind its end marker."""
     *_, scan = segments(data)
     at = scan.end
-    while found := _MARKER(data, at):
+    while found := MARKER(data, at):
         at = found.end()
-        if found[0] == b"\xff\xd9":
+        if found[0] == END:
             return at
         at += int.from_bytes(data[at : at + 2], "big")
     return len(data)

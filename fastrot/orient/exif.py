@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from fastrot.data.images import open_image, orientation_of
-from fastrot.data.png import chunks
+from fastrot.data.png import chunks, whole
 from fastrot.errors import BadImage
 
 _ORIENTATION, _XMP, _DETAILS = 0x0112, 0x02BC, 0x8769
@@ -255,8 +255,8 @@ def _in_png(data: bytes, edit: _Edit, orientation: int) -> bytes:
     out, there = [data[:8]], any(name == b"eXIf" for name, _ in chunks(data))
     end = 8
     for name, at in chunks(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        content = data[at + 8 : end - 4]
+        chunk = whole(data, at)
+        end, content = at + len(chunk), chunk[8:-4]
         if name == b"IDAT" and not there:
             if block := edit(None):
                 out.append(png_chunk(b"eXIf", block))
@@ -266,7 +266,7 @@ def _in_png(data: bytes, edit: _Edit, orientation: int) -> bytes:
         elif name == b"iTXt" and content.startswith(b"XML:com.adobe.xmp\0\0"):
             out.append(png_chunk(name, in_xmp(content, orientation)))
         else:
-            out.append(data[at:end])
+            out.append(chunk)
     return b"".join([*out, data[end:]])
 
 
@@ -274,19 +274,25 @@ def png_chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
-def _in_webp(data: bytes, edit: _Edit, orientation: int) -> bytes:
-    """A file without EXIF would need another header first: it is refused where it would need one."""
-    out, there, at = b"", False, 12
+def riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(name, content) of each chunk of a WebP, in order."""
+    at = 12
     while at + 8 <= len(data):
         name, length = struct.unpack_from("<4sI", data, at)
-        content = data[at + 8 : at + 8 + length]
+        yield name, data[at + 8 : at + 8 + length]
+        at += 8 + length + length % 2
+
+
+def _in_webp(data: bytes, edit: _Edit, orientation: int) -> bytes:
+    """A file without EXIF would need another header first: it is refused where it would need one."""
+    out, there = b"", False
+    for name, content in riff_chunks(data):
         if name == b"EXIF":
             prefix = _EXIF if content.startswith(_EXIF) else b""
             content, there = prefix + (edit(content[len(prefix) :]) or b""), True
         elif name == b"XMP ":
             content = in_xmp(content, orientation)
         out += struct.pack("<4sI", name, len(content)) + content + bytes(len(content) % 2)
-        at += 8 + length + length % 2
     if not there and edit(None):
         raise Refused("it is a WebP without an EXIF block")
     return struct.pack("<4sI4s", b"RIFF", len(out) + 4, b"WEBP") + out

@@ -90,7 +90,6 @@ def _facts(origin: Origin, shows: Shows | None, trust: Trust | None) -> dict[str
 def _program(model: nn.Module, side: int) -> torch.export.ExportedProgram:
     """Of any number of views."""
     views = torch.zeros(2, 3, side, side)
-
     return torch.export.export(model, (views,), dynamic_shapes=({0: torch.export.Dim("n")},))
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from fastrot import terminal
-from fastrot.data.remarks import describe
 from fastrot.errors import UserError
 from fastrot.files import replacing
-from fastrot.orient.answers import Answer, Unread
-from fastrot.orient.looking import Source, answers
+from fastrot.orient.answers import Answer, Unread, lines_path
+from fastrot.orient.looking import Source, answers, opened
 from fastrot.orient.network import open_network
 from fastrot.orient.tally import HEADER, Tally
 
@@ -24,9 +23,7 @@ def orient(
     least  probability from which an answer counts; None: the network's own.
     kept   gets the answers. show: whether the tables are printed. Raises UserError; Fault where nothing can be read any more.
     """
-    path = None if out is None else Path(out)
-    if path is not None and path.suffix != ".jsonl":
-        raise UserError(f"--out {out}: expected a name ending in .jsonl; the contact sheet goes beside it, as .html")
+    path = lines_path(out)
     if least is not None and not 0 <= least <= 1:
         raise UserError(f"--min-confidence {least:g}: must be 0 to 1")
     say = terminal.console().print
@@ -34,8 +31,7 @@ def orient(
     say(network.says, soft_wrap=True, markup=False)
     if network.trust.measured is None and least is None:
         say(f"nobody calibrated it: what is less sure than {network.trust.threshold:g} stays undecided", soft_wrap=True)
-    images = Source.open(source, terminal.track)
-    describe(images.manifest, lambda line: say(line, soft_wrap=True, markup=False))
+    images = opened(source)
     tally = Tally()
     total = len(images.manifest) + len(images.manifest.quarantined)
     with closing(answers(images, network, least)) as flow:

@@ -9,13 +9,14 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrot import machine
+from fastrot import machine, terminal
 from fastrot.config import Data
 from fastrot.data import boxes
 from fastrot.data.augment import central_boxes, whole_boxes
 from fastrot.data.images import KINDS, UNKNOWN
 from fastrot.data.index import in_cache
 from fastrot.data.manifest import Manifest
+from fastrot.data.remarks import describe
 from fastrot.data.scan import Track
 from fastrot.data.sources import shards_of
 from fastrot.errors import UserError
@@ -68,6 +69,13 @@ class Source:
         """The orientation by which an image is shown; None where the manifest does not know its tag."""
         orientation = int(self.manifest.orientation[row])
         return None if orientation == UNKNOWN or self.manifest.kind[row] in _NO_TAG_READ else orientation
+
+
+def opened(source: str) -> Source:
+    """`Source.open`, with its progress and what is odd about the images, for a person."""
+    found = Source.open(source, terminal.track)
+    describe(found.manifest, lambda line: terminal.console().print(line, soft_wrap=True, markup=False))
+    return found
 
 
 @dataclass(frozen=True)

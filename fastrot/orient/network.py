@@ -12,7 +12,7 @@ from pydantic import Field
 
 from fastrot import machine
 from fastrot.errors import UserError
-from fastrot.files import as_json, read_json, sha256_of
+from fastrot.files import as_json, read_json
 from fastrot.orient.answers import TURNS
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class RunNetwork:
         self._precision = AUTOCAST.get(config.engine.precision)
         self.shows = shows_of(config)
         self.path, self.run = found.path, folder
-        self.weights = sha256_of(found.path / "model.safetensors")
+        self.weights = checkpoint.weights_sha256(found.path)
         self.says = f"{found.path}, by torch on the {self._device.type.upper().replace('CUDA', 'GPU')}"
 
     @cached_property

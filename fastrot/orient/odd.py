@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrot import terminal
-from fastrot.data.remarks import describe
 from fastrot.data.storage import FileStorage
-from fastrot.errors import BadImage, UserError
+from fastrot.errors import UserError
 from fastrot.files import as_words, replacing, write_text
-from fastrot.orient.looking import Source, looked
+from fastrot.orient.answers import lines_path
+from fastrot.orient.looking import Source, looked, opened
 from fastrot.orient.network import open_network
 
 _SHOWN = 60  # pictures of the sheet
@@ -47,13 +47,8 @@ def odd(source: str, checkpoint: str, out: str | None, show: bool) -> dict[str, 
     out   a .jsonl for the ranking; a contact sheet goes beside it, as .html. None: nothing is written.
     show  whether the table is printed. Raises UserError, Fault.
     """
-    path = None if out is None else Path(out)
-    if path is not None and path.suffix != ".jsonl":
-        raise UserError(f"--out {out}: expected a name ending in .jsonl; the contact sheet goes beside it, as .html")
-    network = open_network(checkpoint)
-    images = Source.open(source, terminal.track)
-    say = terminal.console().print
-    describe(images.manifest, lambda line: say(line, soft_wrap=True, markup=False))
+    path = lines_path(out)
+    network, images = open_network(checkpoint), opened(source)
     scores, rows = list[float](), list[int]()
     with closing(looked(images.manifest, network)) as batches:
         flow = (
@@ -102,13 +97,10 @@ def _sheet(found: _Odd, images: Source, network: str) -> str:
 
 
 def _pictures(found: _Odd, images: Source, storage: FileStorage) -> Iterator[tuple[str, str, float]]:
-    from fastrot.orient.sheet import small, uri
+    from fastrot.orient.sheet import thumbnail
+    from fastrot.templates import data_uri
 
     for score, row in zip(found.score[:_SHOWN].tolist(), found.rows[:_SHOWN].tolist(), strict=True):
-        (buffer,) = storage.read(np.array([row]))
-        try:
-            if isinstance(buffer, BadImage):
-                raise buffer
-            yield as_words(images.file(row)), uri(small(buffer, int(images.manifest.orientation[row]))), score
-        except BadImage:  # gone since it was looked at
-            continue
+        image = thumbnail(images.manifest, storage, row)
+        if image:
+            yield as_words(images.file(row)), data_uri(image, "JPEG"), score

@@ -8,8 +8,8 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from fastrot.data.images import TRANSPOSE
-from fastrot.data.png import chunks
-from fastrot.orient.exif import Refused, in_xmp, settled, tagged
+from fastrot.data.png import chunks, whole
+from fastrot.orient.exif import Refused, in_xmp, riff_chunks, settled, tagged
 
 _DEEP = {"1": 1, "I;16": 16}  # bits a sample of a mode, else 8
 _TIFF_WRITTEN = frozenset(
@@ -67,10 +67,10 @@ def _png(image: Image.Image, upright: Image.Image, data: bytes) -> bytes:
     new = _saved(upright, "PNG", bits=data[24])
     if data[25] != new[25] or (data[24] != new[24] and image.mode != "P"):
         raise Refused(f"Pillow cannot write PNGs of {data[24]} bits a sample of this kind")
-    pixels = b"".join(_chunk(new, at) for name, at in chunks(new) if name == b"IDAT")
-    out, end = [data[:8], _chunk(new, 8)], 8
+    pixels = b"".join(whole(new, at) for name, at in chunks(new) if name == b"IDAT")
+    out, end = [data[:8], whole(new, 8)], 8
     for name, at in chunks(data):
-        chunk = _chunk(data, at)
+        chunk = whole(data, at)
         end = at + len(chunk)
         if name == b"IDAT":
             chunk, pixels = pixels, b""
@@ -79,25 +79,11 @@ def _png(image: Image.Image, upright: Image.Image, data: bytes) -> bytes:
     return b"".join([*out, data[end:]])
 
 
-def _chunk(data: bytes, at: int) -> bytes:
-    return data[at : at + 12 + int.from_bytes(data[at : at + 4], "big")]
-
-
 def _webp(image: Image.Image, upright: Image.Image, data: bytes) -> bytes:
-    if not _lossless_chunk(data):
+    if all(name != b"VP8L" for name, _ in riff_chunks(data)):
         raise Refused("it is a WebP with loss, which another encoding would add to; --apply exif adds none")
     said = {key: image.info[key] for key in ("icc_profile", "exif", "xmp") if key in image.info}
     return _saved(upright, "WEBP", lossless=True, exact=True, quality=100, **said)
-
-
-def _lossless_chunk(data: bytes) -> bool:
-    at = 12
-    while at + 8 <= len(data):
-        if data[at : at + 4] == b"VP8L":
-            return True
-        length = int.from_bytes(data[at + 4 : at + 8], "little")
-        at += 8 + length + length % 2
-    return False
 
 
 def _tiff(image: Image.Image, upright: Image.Image, data: bytes) -> bytes:

@@ -1,6 +1,5 @@
 """The contact sheet: some images as they are and as they would be, the doubtful first; one HTML file that needs no other."""
 
-import base64
 import io
 import os
 from collections import Counter
@@ -10,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from fastrot.data.images import known, open_image, upright
+from fastrot.data.manifest import Manifest
 from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage
 from fastrot.files import as_words, write_text
 from fastrot.orient.answers import Answer, Unread
 from fastrot.orient.looking import Source
 from fastrot.orient.tally import HEADER, Tally
-from fastrot.templates import template
+from fastrot.templates import data_uri, template
 
 _MOST = 60  # pictures of each kind
 _SIDE = 160  # pixels, the longer of a picture
@@ -76,15 +75,10 @@ class Sheet:
 
     def _pictures(self, storage: FileStorage, answers: list[Answer]) -> Iterator[_Picture]:
         for one in _least_sure(answers):
-            (buffer,) = storage.read(np.array([one.row]))
-            try:
-                if isinstance(buffer, BadImage):
-                    raise buffer
-                image = small(buffer, int(self._source.manifest.orientation[one.row]))
-            except BadImage:  # gone since it was looked at
-                continue
-            turned = image.transpose(_CLOCKWISE[one.clockwise]) if one.clockwise else image
-            yield _Picture(self._name(one.file), uri(image), uri(turned), _says(one))
+            image = thumbnail(self._source.manifest, storage, one.row)
+            if image:
+                turned = image.transpose(_CLOCKWISE[one.clockwise]) if one.clockwise else image
+                yield _Picture(self._name(one.file), data_uri(image, "JPEG"), data_uri(turned, "JPEG"), _says(one))
 
     def _name(self, file: str) -> str:
         top = self._source.top
@@ -101,19 +95,19 @@ def _says(one: Answer) -> str:
     return f"{100 * one.confidence:.0f}% {turn}{tag}"
 
 
-def small(buffer: NDArray[np.uint8], orientation: int) -> Image.Image:
-    """A thumbnail of an upright image. Raises BadImage."""
+def thumbnail(manifest: Manifest, storage: FileStorage, row: int) -> Image.Image | None:
+    """A row's image, small and upright; None where it can be read no more."""
+    (buffer,) = storage.read(np.array([row]))
+    if isinstance(buffer, BadImage):
+        return None
     if buffer.ndim == 3:
         image = Image.fromarray(buffer)
     else:
-        image = open_image(io.BytesIO(buffer))
-        image.draft(None, (2 * _SIDE, 2 * _SIDE))  # a JPEG need not be decoded whole for it
-        image = upright(image, known(orientation, buffer))
+        try:
+            image = open_image(io.BytesIO(buffer))
+            image.draft(None, (2 * _SIDE, 2 * _SIDE))  # a JPEG need not be decoded whole for it
+            image = upright(image, known(int(manifest.orientation[row]), buffer))
+        except BadImage:
+            return None
     image.thumbnail((_SIDE, _SIDE))
     return image
-
-
-def uri(image: Image.Image) -> str:
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

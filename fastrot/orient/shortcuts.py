@@ -7,8 +7,6 @@ Accuracies are of single views, four an image; intervals are 95%, by the percent
 paired: both accuracies of the same images.
 """
 
-import base64
-import io
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -30,7 +28,7 @@ from fastrot.orient.answers import TURNS, combined
 from fastrot.orient.cues import AS_IT_IS, OFF_GRID, PLANTED, SQUARE, TAKEN, Crop, Cue
 from fastrot.orient.looking import Source, boxes_shown
 from fastrot.orient.network import Network, Shows, open_network
-from fastrot.templates import template
+from fastrot.templates import data_uri, template
 
 CHANCE = 1 / TURNS
 _DRAWS, _PARTS = 2000, 20  # of the bootstrap, which needs memory for a part of them at once
@@ -120,12 +118,6 @@ def _row(cue: Cue, hits: Hits, without: Hits, picture: str, kept: bool) -> Row:
     return Row(cue.name, cue.does, float(hits.mean()), low, high, change, change_low, change_high, share, picture)
 
 
-def _uri(crop: Crop) -> str:
-    out = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(crop)).save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
-
-
 def interval(values: Hits) -> tuple[float, float]:
     """95% interval of the mean of values [n], by the percentile bootstrap."""
     n, rng = len(values), np.random.default_rng(0)
@@ -152,7 +144,7 @@ def _hits(
                 row, reason = next(iter(batch.unread.items()))
                 raise UserError(f"{manifest.name(row)}: cannot be read ({reason}); leave it out, or mend it")
             crops = np.stack(list(_changed(batch.pixels, batch.rows, cue, planted)))
-            picture = picture or _uri(crops[0])
+            picture = picture or data_uri(Image.fromarray(crops[0]), "PNG")
             logits = network.logits(crops)
             singles.append((logits.argmax(2) == np.arange(TURNS)).mean(1))
             together.append((combined(logits).argmax(1) == 0).astype(np.float64))

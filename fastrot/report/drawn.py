@@ -13,9 +13,9 @@ from torchvision.transforms.v2 import functional as V
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from fastrot.data.masks import PALETTE
-from fastrot.report.pictures import data_uri
 from fastrot.runs.predict import Mask, Shown
 from fastrot.tasks.detect import Found
+from fastrot.templates import data_uri
 
 _HEIGHT, _WIDTH = 240, 480  # within which a picture is, pixels
 _TURN = (5**0.5 - 1) / 2  # of the circle of hues, from one class to the next: the golden ratio's, which never meets

@@ -1,7 +1,5 @@
 """The page's pictures: first-layer filters, images with their nearest neighbours. All as data URIs."""
 
-import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from fastrot.data.storage import FileStorage
 from fastrot.errors import BadImage
 from fastrot.features.read import FeatureStore
 from fastrot.probes.neighbours import neighbours
+from fastrot.templates import data_uri
 
 _THUMB = 84  # pixels
 _ZOOM = 6  # of a filter's pixel
@@ -102,10 +101,3 @@ def _squared(image: Image.Image) -> str:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     return data_uri(image.resize((_THUMB, _THUMB), Image.Resampling.BILINEAR, box), "JPEG")
-
-
-def data_uri(image: Image.Image, kind: str) -> str:
-    """An image as a page holds it. kind: JPEG or PNG."""
-    file = io.BytesIO()
-    image.save(file, kind, **({"quality": 82} if kind == "JPEG" else {"optimize": True}))
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

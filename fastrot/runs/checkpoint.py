@@ -88,6 +88,11 @@ def verify(folder: Path) -> str:
     return ""
 
 
+def weights_sha256(folder: Path) -> str:
+    """Of a sound checkpoint's model.safetensors, as its manifest says."""
+    return read_json(folder / "manifest.json", _Manifest).files["model.safetensors"].sha256
+
+
 def load(folder: Path) -> Checkpoint:
     """Read a checkpoint onto the CPU. Raises UserError where it cannot be."""
     try:
