@@ -10,7 +10,7 @@ import time
 from fastrot import __version__, launcher
 from fastrot.commands import GROUPS, find
 from fastrot.commands.base import Command, Result
-from fastrot.errors import Fault, Stopped, Unsound, UserError, of_an_extra, why_not_there
+from fastrot.errors import Fault, Stopped, Unsound, UserError, is_known, why_not_there
 
 _OTHERS_WAIT_S = 5  # launchers end the other ranks within two
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         _complain(error)
         return error.exit_code
     except ModuleNotFoundError as error:
-        if not of_an_extra(error):
+        if not is_known(error):
             raise
         _complain(f"{command.name}: {why_not_there(error)}")
         return UserError.exit_code

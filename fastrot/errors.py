@@ -53,6 +53,8 @@ class Unreadable(BadImage):
     """The system could not read it, or it is not the file that was indexed: this may pass, its bytes said nothing."""
 
 
+# of the core, but for `fastrot orient` with an ONNX file: docs/upright.md installs the few that it needs
+_LARGE = ("torch", "torchvision")
 # a package that is not of the core -> its name, and the extra that brings it
 EXTRAS = {
     "cv2": ("OpenCV", "detect"),
@@ -72,13 +74,20 @@ EXTRAS = {
 }
 
 
-def of_an_extra(error: ImportError) -> tuple[str, str] | None:
-    """Name and extra of a package that is missing; None where an extra does not bring it."""
-    return EXTRAS.get((error.name or "").partition(".")[0]) if isinstance(error, ModuleNotFoundError) else None
+def is_known(error: ModuleNotFoundError) -> bool:
+    """Whether an installation may well lack that package."""
+    return _package(error) in (*EXTRAS, *_LARGE)
 
 
 def why_not_there(error: ImportError) -> str:
-    """Why a package cannot be imported, and what to install where an extra brings it."""
-    if found := of_an_extra(error):
-        return f"{found[0]} is not installed; pip install 'fastrot[{found[1]}]'"
+    """Why a package cannot be imported, and what to install where that is known."""
+    if isinstance(error, ModuleNotFoundError):
+        if found := EXTRAS.get(_package(error)):
+            return f"{found[0]} is not installed; pip install 'fastrot[{found[1]}]'"
+        if _package(error) in _LARGE:
+            return "torch is not installed; pip install fastrot brings it (fastrot orient runs an .onnx file without)"
     return f"cannot be imported ({error})"
+
+
+def _package(error: ImportError) -> str:
+    return (error.name or "").partition(".")[0]

@@ -147,6 +147,14 @@ def test_a_commands_package_missing_is_one_line(fastrot, without, module, import
     )  # fmt: skip
 
 
+def test_torch_missing_is_one_line(fastrot, images, without):
+    without("torch", *[one for one in sys.modules if one.startswith("fastrot.orient")])
+    done = fastrot("orient", images, "--checkpoint", "runs/a")
+    assert (done.code, done.errors) == (
+        2, ["fastrot: orient: torch is not installed; pip install fastrot brings it (fastrot orient runs an .onnx file without)"]
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 def test_a_wheel_carries_every_file_that_is_not_python(tmp_path):
     command = [

@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 import compass
 from conftest import ROOT
+from fastrot.errors import EXTRAS
 from fastrot.models.resnet import build_model
 from fastrot.orient import answers, sheet
 from fastrot.orient.answers import combined
@@ -119,10 +120,16 @@ def test_a_runs_calibration_is_used(fastrot, run, photos, tmp_path):
     assert bad.code == 2 and len(bad.errors) == 1 and TRUST in bad.errors[0]
 
 
-def test_an_onnx_file_is_run_without_torch(onnx_file, photos, tmp_path):
+def test_an_onnx_file_is_run_by_what_the_docs_install(onnx_file, photos, tmp_path):
+    """In a process that has none of our other dependencies; torch not at all."""
+    (installed,) = re.findall(r"^pip install ([a-z0-9 ]+)$", (ROOT / "docs/upright.md").read_text(), re.MULTILINE)
+    needed = {{"pillow": "PIL", "pyyaml": "yaml"}.get(name, name) for name in installed.split()}
+    core = {"fsspec", "ml_dtypes", "numpy", "PIL", "pydantic", "yaml", "rich", "safetensors", "simplejpeg", "torch"}
+    lacking = sorted(({*core, "torchvision", "urllib3", *EXTRAS}) - needed)
     out = tmp_path / "found.jsonl"
     words = ["orient", str(photos), "--checkpoint", str(onnx_file), "--out", str(out), "--json"]
-    code = f"import sys; sys.modules['torch'] = None; from fastrot.cli import main; sys.exit(main({words!r}))"
+    code = f"import sys; sys.modules.update(dict.fromkeys({lacking!r})); "
+    code += f"from fastrot.cli import main; sys.exit(main({words!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
