@@ -158,6 +158,7 @@ def _recipe(facts: dict[str, Any], command: str | None) -> list[str]:
     seen = f"{state['step']:,} steps, {state['position']:,} images" if state else "a finished run"
     rows = [
         ("data", f"`{data['train']}`, content `{environment.get('data', {}).get('content') or defining.get('data')}`"),
+        *([("held out", f"`{data['val']}`, by whose accuracy the best checkpoint was chosen")] if data["val"] else []),
         ("seen", seen),
         ("crop", f"{data['crop']} pixels, area {data['scale']}, flip {data['flip']}"),
         ("views", f"{config['rotation']['views']} turns an image, {optim['images_per_step']} images a step"),

@@ -237,7 +237,7 @@ def test_the_card_says_what_the_run_was(fastrot, model, tmp_path):
     run, step = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000007"
     step.mkdir(parents=True)
     (run / "config.yaml").write_text(
-        to_yaml(load(None, ["data.train=/photographs", "optim.lr=0.3", "data.crop=32"])[0])
+        to_yaml(load(None, ["data.train=/photographs", "data.val=/aside", "optim.lr=0.3", "data.crop=32"])[0])
     )
     log = [{"step": 6, "held_out_accuracy": 0.625}, {"step": 7, "held_out_accuracy": 0.75}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
@@ -247,7 +247,15 @@ def test_the_card_says_what_the_run_was(fastrot, model, tmp_path):
     save_file(backbone_state(model), step / "backbone.safetensors")
     exported(fastrot, run, "torchvision", tmp_path / "m.safetensors")
     card = (tmp_path / "m.md").read_text()
-    for said in ("/photographs", "c0ffee", "7 steps, 896 images", "lr 0.3", "fastrot train", "32 x 32"):
+    for said in (
+        "/photographs",
+        "`/aside`, by whose accuracy",
+        "c0ffee",
+        "7 steps, 896 images",
+        "lr 0.3",
+        "fastrot train",
+        "32 x 32",
+    ):
         assert said in card, said
     assert "Held-out rotation accuracy: 62.5 % (chance 25 %)" in card, (
         "of the step that was exported, not of a later one"
