@@ -12,16 +12,19 @@ import harness
 import numpy as np
 from PIL import Image
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from fastrot import config as configs
 from fastrot import terminal
 from fastrot.demo import no_up
 from fastrot.orient import answers, looking
 from fastrot.orient.network import RunNetwork
+from fastrot.orient.odd import anomaly
 from fastrot.orient.shortcuts import interval
 
 QUESTION = __doc__
 TURNED = 1000  # photographs of the person's line
+LEVELS = (0.95, 0.9, 0.8, 0)  # of --min-confidence, beside the calibrated one
 NO_UP = 400  # pictures, drawn, that have no up
 QUARTERS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 
@@ -104,6 +107,12 @@ def told(network: RunNetwork, source: Path) -> dict:
     }
 
 
+def separation(network: RunNetwork, usual: Path, odd: str) -> float:
+    """The area under the ROC curve of the score of fastrot odd, odd images against the usual."""
+    scores = [anomaly(logits_of(network, source)) for source in (str(usual), odd)]
+    return roc_auc_score(np.repeat([0, 1], [len(one) for one in scores]), np.concatenate(scores))
+
+
 def put_upright(run: Path, source: Path) -> dict:
     """A person's line: photographs turned at random, written as files, given to fastrot orient."""
     files = sorted(source.rglob("*.jpg")) or sorted(source.rglob("*.JPEG"))
@@ -118,16 +127,19 @@ def put_upright(run: Path, source: Path) -> dict:
         out = Path(folder) / "found.jsonl"
         fastrot("orient", folder, "--checkpoint", run, "--out", out)
         found = {int(Path(one.file).stem): one for one in answers.read(out)}
-    decided = np.array([found[at].decided for at in range(len(files))])
     right = np.array([found[at].clockwise // 90 == turn for at, turn in enumerate(turns.tolist())])
-    return {
-        "photographs": len(files),
-        "turned": int((turns > 0).sum()),
-        "upright": int((decided & right).sum()),
-        "wrong": int((decided & ~right).sum()),
-        "left_for_the_eye": int((~decided).sum()),
-        "upright_if_none_is_left": int(right.sum()),
+    sure = np.array([found[at].confidence for at in range(len(files))])
+    decided = np.array([found[at].decided for at in range(len(files))])
+    levels = {"calibrated": decided} | {f"{level:g}": sure >= level for level in LEVELS}
+    counts = {
+        name: {
+            "upright": int((told & right).sum()),
+            "wrong": int((told & ~right).sum()),
+            "left_for_the_eye": int((~told).sum()),
+        }
+        for name, told in levels.items()
     }
+    return {"photographs": len(files), "turned": int((turns > 0).sum()), "by_least_confidence": counts}
 
 
 def main() -> None:
@@ -135,6 +147,7 @@ def main() -> None:
     options.add_argument("--runs", type=Path, nargs="+", required=True, help="run folders, which are calibrated")
     options.add_argument("--near", type=Path, required=True, help="held-out images of the set trained on")
     options.add_argument("--far", type=Path, required=True, help="images of another set")
+    options.add_argument("--odd", help="images of another kind, which fastrot odd should rank before --near's")
     options.add_argument("--fits", type=Path, nargs=2, help="two runs that differ in data.fit: crop, squash")
     options.add_argument("--fits-on", help="images of any shape for these")
     options.add_argument("--out", type=Path)
@@ -143,17 +156,21 @@ def main() -> None:
     if args.fits:
         result["fits"] = fits(*args.fits, args.fits_on)
     for run in args.runs:
+        network = RunNetwork(str(run))
         with tempfile.TemporaryDirectory() as folder:
             no_up.write(folder, NO_UP, seed=0)
             words = ["--calibrate", "--without-up", folder, "--also", args.far]
             calibrated = fastrot("orient", args.near, "--checkpoint", run, *words)
-        network = RunNetwork(str(run))
+            odd = {"drawn, without an up": separation(network, args.near, folder)}
+        if args.odd:
+            odd[args.odd.rpartition("/")[2]] = separation(network, args.near, args.odd)
         result["networks"][run.name] = {
             "training": trained(run),
             "parameters": sum(p.numel() for p in network.model.parameters()),
             "calibrated": calibrated,
             args.near.parent.name: told(network, args.near),
             args.far.parent.name: told(network, args.far),
+            "odd_area_under_roc": odd,
             "shortcuts": {
                 source.parent.name: fastrot("shortcuts", "--checkpoint", run, "--data", source)
                 for source in (args.near, args.far)
