@@ -60,7 +60,7 @@ fuzz: setup
 	@test -d $(ATHERIS) || $(BIN)/uv pip install -q --python $(BIN)/python --target $(ATHERIS) --only-binary :all: atheris==3.0.0
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(BIN)/python tests/fuzz $(PARSER) --runs $(RUNS) --seconds $(SECONDS)
 
-# two hundred kills, signals and broken disks, a quarter of an hour on an idle core; needs the right to mount
+# two hundred kills, signals and broken disks, half an hour on a busy core; needs the right to mount
 chaos: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos --kills 200 --seed 1
 

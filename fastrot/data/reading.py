@@ -78,9 +78,11 @@ def states(paths: list[bytes]) -> NDArray[np.int64]:
         with ThreadPoolExecutor(_ASKING) as pool:
             found = [state_of(entry) for _, entry in pool.map(file_at, map(os.fsdecode, paths))]
         return np.array(found, np.int64)
+    if len(paths) <= _BLOCK:
+        return _states(paths)
     blocks = [paths[at : at + _BLOCK] for at in range(0, len(paths), _BLOCK)]
     with ThreadPoolExecutor(_ASKING) as pool:  # a network's file system answers many at once
-        return np.concatenate([np.zeros((0, 2), np.int64), *pool.map(_states, blocks)])
+        return np.concatenate([*pool.map(_states, blocks)])
 
 
 def _states(paths: list[bytes]) -> NDArray[np.int64]:

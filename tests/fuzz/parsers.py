@@ -1,32 +1,38 @@
 """Every parser that reads a user's bytes, one entry each: it reads them, or refuses them in a line that names the file.
 
-`PARSERS[name].one(data)` raises where it does anything else; `seeds()` are valid files to begin with. What is put in
-place of a file of a folder has a first byte that says of which.
+`PARSERS[name].one(data)` raises where it does anything else; `seeds()` are valid files to begin with; `modules` begin the
+names of those that read it, through which coverage leads. What is put in place of a file of a folder has a first byte
+that says of which.
 """
 
 import atexit
 import io
 import json
+import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from safetensors.torch import save
 
 import seeds
 from fastrot.benchmark import compare
 from fastrot.config import Config, load
-from fastrot.data import beton, coco_json, jpeg, loader_settings, objects, pieces, png
+from fastrot.data import beton, coco_json, jpeg, loader_settings, manifest, objects, pieces, png, reading
 from fastrot.data.bad_images import BadImages
 from fastrot.data.coding import coding_of
 from fastrot.data.images import KINDS, UNKNOWN, kind_of, known
 from fastrot.data.index import scan_file
-from fastrot.data.manifest import COLUMNS, Manifest
 from fastrot.data.sources import filelist, tar, voc
 from fastrot.engine.deepspeed import merged
 from fastrot.errors import Fault, UserError
@@ -35,17 +41,21 @@ from fastrot.files import Damaged
 from fastrot.models.backbone import read_state
 from fastrot.orient import coefficients, exif, journal
 from fastrot.profiling import hardware
+from fastrot.remote import Entry
 from fastrot.report import suite
 from fastrot.runs import checkpoint, elsewhere, epochs, loggers, overview
 from fastrot.runs.log import cut_back, read_status
 
-MOST_PIXELS = 1 << 18
+MOST_PIXELS = 1 << 16
+STEP = "checkpoints/step-00000002"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Parser:
     one: Callable[[bytes], object]
     seeds: Callable[[], list[bytes]]
+    modules: tuple[str, ...]
 
 
 @cache
@@ -54,6 +64,20 @@ def place() -> Path:
     made = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     return made
+
+
+@cache
+def opened(name: str) -> tuple[Path, int]:
+    path = place() / name
+    return path, os.open(path, os.O_WRONLY | os.O_CREAT)
+
+
+def laid(name: str, data: bytes) -> Path:
+    """A file of these bytes, over what was in it: to make one anew takes as long as to parse it."""
+    path, handle = opened(name)
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, data, 0)
+    return path
 
 
 @contextmanager
@@ -70,29 +94,47 @@ def of_file(name: str, read: Callable[[Path], object], lines: int = 1, names: st
     """names: what a refusal names in place of the file."""
 
     def one(data: bytes) -> None:
-        path = place() / name
-        path.write_bytes(data)
+        path = laid(name, data)
         with refused(names or path, lines):
             read(path)
 
     return one
 
 
-def of_folder(make: Callable[[], Path], names: list[str], read: Callable[[Path], object]) -> Parser:
-    """One of a folder's files is any bytes, the others are as they should be."""
-    made = cache(make)
+@cache
+def kept(read: Callable[[Path], T], path: Path) -> T:
+    return read(path)
+
+
+def afresh(name: str, module: ModuleType, function: str) -> AbstractContextManager[object]:
+    """What a module reads by a function is read but once, since no input changes it, except for the file of this name."""
+    read = getattr(module, function)
+    return patch.object(module, function, lambda path: read(path) if path.name == name else kept(read, path))
+
+
+def of_folder(make: Callable[[Path], object], reads: dict[str, Callable[[Path], object]], *modules: str) -> Parser:
+    """One of a folder's files is any bytes, the others are as they should be; what reads the folder then."""
+    names = list(reads)
+
+    @cache
+    def made(name: str) -> Path:
+        folder = Path(tempfile.mkdtemp(dir=place())) / "a"
+        make(folder)
+        return folder
 
     def one(data: bytes) -> None:
-        path = made() / names[data[0] % len(names) if data else 0]
-        kept = path.read_bytes()
-        try:
-            path.write_bytes(data[1:])
-            with refused(made()):
-                read(made())
-        finally:
-            path.write_bytes(kept)
+        name = names[data[0] % len(names) if data else 0]
+        folder = made(name)
+        laid(f"{folder}/{name}", data[1:])
+        with refused(folder):
+            reads[name](folder)
 
-    return Parser(one, lambda: [bytes([at]) + (made() / name).read_bytes() for at, name in enumerate(names)])
+    def begun() -> list[bytes]:
+        whole = Path(tempfile.mkdtemp(dir=place())) / "a"
+        make(whole)
+        return [bytes([at]) + (whole / name).read_bytes() for at, name in enumerate(names)]
+
+    return Parser(one, begun, modules)
 
 
 def orientation_tag(data: bytes) -> None:
@@ -111,8 +153,7 @@ def orientation_tag(data: bytes) -> None:
 
 
 def undoing(data: bytes) -> None:
-    book = place() / "orient-journal.jsonl"
-    book.write_bytes(data)
+    book = laid("orient-journal.jsonl", data)
     with refused(book):
         journal.undo(book)
 
@@ -130,8 +171,7 @@ def jpeg_header(data: bytes) -> None:
 
 
 def image(data: bytes) -> None:
-    path = place() / "image"
-    path.write_bytes(data)
+    path = laid("image", data)
     found = scan_file(bytes(path), 0, -1, (0, 0), MOST_PIXELS)
     if isinstance(found, str):
         assert len(found.splitlines()) == 1, found
@@ -142,39 +182,37 @@ def image(data: bytes) -> None:
 
 
 def shard(data: bytes) -> None:
-    path = place() / "a.tar"
-    path.write_bytes(data)
+    path = laid("a.tar", data)
     with refused(path):
         rows, _, faults = tar._samples(bytes(path))
         assert (rows[:, :2] >= 0).all() and all(isinstance(word, str) for pair in faults for word in pair)
 
 
 def samples(data: bytes) -> None:
-    path = place() / "a.beton"
-    path.write_bytes(data)
+    path = laid("a.beton", data)
     with refused(path):
         table = beton.read_table(path)
         assert (table.offset >= 0).all() and (table.length > 0).all()
         assert (table.offset + table.length <= len(data)).all()
 
 
-def use_manifest(folder: Path) -> None:
-    manifest = Manifest.load(folder)
-    assert all(len(getattr(manifest, name)) == len(manifest) for name in COLUMNS)
+def use_manifest(name: str, folder: Path) -> None:
+    with afresh(name, manifest, "mapped"):
+        loaded = manifest.Manifest.load(folder)
+    assert all(len(getattr(loaded, name)) == len(loaded) for name in manifest.COLUMNS)
 
 
 def config(data: bytes) -> None:
     """A file, or behind a zero byte the words of a command. What contradicts another key names the keys."""
-    path = place() / "config.yaml"
     words = data[1:].decode("utf-8", "replace").split("\n") if data[:1] == b"\0" else []
-    path.write_bytes(b"" if words else data)
+    path = laid("config.yaml", b"" if words else data)
     with refused("", 999):
-        load(str(path), words)
+        load(str(path), words, "train" if len(data) % 2 else None)
 
 
-def make_manifest(folder: Path) -> Path:
+def make_manifest(folder: Path) -> None:
     row = np.arange(3)
-    Manifest(
+    manifest.Manifest(
         **{name: row.astype(kind) for name, kind in (("file", "i4"), ("offset", "i8"), ("length", "i8"))},
         **{name: row.astype("i4") + 9 for name in ("height", "width")},
         label=row,
@@ -189,19 +227,15 @@ def make_manifest(folder: Path) -> Path:
         quarantined=[["/d", "is none"]],
         file_state=np.ones((3, 2), np.int64),
     ).save(folder)
-    return folder
 
 
 def columns() -> list[str]:
-    return sorted(path.name for path in make_manifest(place() / "columns").iterdir())
+    make_manifest(place() / "columns")
+    return sorted(path.name for path in (place() / "columns").iterdir())
 
 
-@cache
-def make_run() -> Path:
-    run = place() / "run"
+def make_run(run: Path) -> None:
     (run / "checkpoints").mkdir(parents=True)
-    make_manifest(run / "manifest" / "train")
-    (run / "config.yaml").write_text("data: {train: /a}\n")
     (run / "STATUS.json").write_text(json.dumps({"state": "done", "steps": 2, "of": 2, "pid": 1, "host": "h"}))
     lines = [{"step": n, "epoch": n / 2, "loss": 1.5, "views_per_s": 9.0, "held_out_accuracy": 0.5} for n in range(2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -214,28 +248,31 @@ def make_run() -> Path:
     weights = {"conv1.weight": torch.ones(2, 3), "fc.weight": torch.ones(2, dtype=torch.bfloat16)}
     saver.save(weights, {"momentum_buffer/fc.weight": torch.ones(2)}, checkpoint.State(2, 16, {}, {}), 0.5)
     saver.finish()
-    return run
 
 
-def look_at_run(run: Path) -> None:
+def look_at(run: Path) -> None:
     cut_back(run / "metrics.jsonl", 10**9)
     read_status(run)
     one = overview.overview(run, "a")
     json.dumps(one.plain())
     overview.row(one)
     overview.compared(one, one)
+
+
+def read_stream(run: Path) -> None:
     with suppress(Damaged):
         epochs.read(run)
-    loggers._kept(run)
-    listed = BadImages(run / "bad_images.jsonl", "d", 10**6)
-    assert listed.count >= 0
-    checkpoint.find_best(run)
 
 
-def load_checkpoint(run: Path) -> None:
-    folder = run / "checkpoints" / "step-00000002"
-    assert len(checkpoint.verify(folder).splitlines()) <= 1
-    checkpoint.load(folder)
+def read_bad_images(run: Path) -> None:
+    assert BadImages(run / "bad_images.jsonl", "d", 10**6).count >= 0
+
+
+def load_checkpoint(name: str, run: Path) -> None:
+    folder = run / STEP
+    with afresh(name, checkpoint, "sha256_of"), afresh(name, checkpoint, "load_file"):
+        assert len(checkpoint.verify(folder).splitlines()) <= 1
+        checkpoint.load(folder)
 
 
 def weights(data: bytes) -> None:
@@ -243,12 +280,10 @@ def weights(data: bytes) -> None:
 
 
 def weights_seeds() -> list[bytes]:
-    make_run()
     out, other = io.BytesIO(), io.BytesIO()
     torch.save({"a": torch.ones(2), "b": {"c": torch.ones(1, dtype=torch.float16)}}, out)
     torch.save({"a": torch.ones(2)}, other, _use_new_zipfile_serialization=False)
-    plain = (make_run() / "checkpoints" / "step-00000002" / "model.safetensors").read_bytes()
-    return [b"\1" + plain, b"\0" + out.getvalue(), b"\0" + other.getvalue()]
+    return [b"\1" + save({"a": torch.ones(2)}), b"\0" + out.getvalue(), b"\0" + other.getvalue()]
 
 
 def read_list(path: Path) -> None:
@@ -264,22 +299,21 @@ class _Far:
 
 
 def take_up(path: Path) -> None:
-    from fastrot.remote import Entry
-
-    target = path.with_name("big")
-    shutil.copy(path, target.with_name(".part-big.done"))
-    target.with_name(".part-big").write_bytes(b"a" * 9)
-    made = pieces.Pieces(_Far(), Entry("big", 9, version="v"), target)  # type: ignore[arg-type]
+    laid(".part-big", bytes(9))  # as it begins anew
+    made = pieces.Pieces(_Far(), Entry("big", 9, version="v"), path.with_name("big"))  # type: ignore[arg-type]
     assert made.missing() in ([], [0])
 
 
-def make_store() -> Path:
-    folder = place() / "store"
+def make_store(folder: Path) -> None:
     folder.mkdir()
     np.save(folder / "feature1.npy", np.ones((3, 4), np.float32))
     np.save(folder / "labels.npy", np.arange(3))
     (folder / "manifest.json").write_text(json.dumps({"classes": ["one"]}))
-    return folder
+
+
+def use_store(name: str, folder: Path) -> None:
+    with afresh(name, reading, "mapped"):
+        open_store(folder)
 
 
 def text(*some: str) -> Callable[[], list[bytes]]:
@@ -290,54 +324,92 @@ def merge(path: Path) -> None:
     merged({"zero_optimization": {"stage": 1}, "train_batch_size": 8}, str(path), {"train_batch_size": 8}, None)
 
 
-MANIFEST = columns()
+YAML = ("fastrot.config",)  # PyYAML itself, instrumented, would take a hundred times as long
 PARSERS = {
-    "jpeg": Parser(jpeg_header, seeds.images),
-    "orientation": Parser(orientation_tag, seeds.images),
-    "undo": Parser(undoing, seeds.journals),
-    "image": Parser(image, seeds.images),
-    "tar": Parser(shard, seeds.shards),
-    "beton": Parser(samples, seeds.betons),
-    "manifest": of_folder(partial(make_manifest, place() / "manifest"), MANIFEST, use_manifest),
-    "config": Parser(config, seeds.configs),
-    "hardware": Parser(of_file("a.yaml", lambda path: hardware.read(str(path)), 99), seeds.machines),
-    "suite": Parser(of_file("suite.yaml", lambda path: suite.load(str(path)), 99), seeds.suites),
+    "jpeg": Parser(jpeg_header, seeds.images, ("fastrot.data.jpeg", "fastrot.data.png", "fastrot.data.coding")),
+    "orientation": Parser(orientation_tag, seeds.images, ("fastrot.orient", "fastrot.data.jpeg")),
+    "undo": Parser(undoing, seeds.journals, ("fastrot.orient.journal",)),
+    "image": Parser(
+        image, seeds.images, ("fastrot.data.images", "fastrot.data.index", "fastrot.data.jpeg", "fastrot.data.png")
+    ),
+    "tar": Parser(shard, seeds.shards, ("fastrot.data.sources.tar", "tarfile")),
+    "beton": Parser(samples, seeds.betons, ("fastrot.data.beton",)),
+    "manifest": of_folder(
+        make_manifest,
+        {name: partial(use_manifest, name) for name in columns()},
+        "fastrot.data.manifest",
+        "numpy.lib._format_impl",
+    ),
+    "config": Parser(config, seeds.configs, YAML),
+    "hardware": Parser(of_file("a.yaml", lambda path: hardware.read(str(path)), 99), seeds.machines, YAML),
+    "suite": Parser(
+        of_file("suite.yaml", lambda path: suite.load(str(path)), 99), seeds.suites, ("fastrot.report.suite", *YAML)
+    ),
     "run": of_folder(
         make_run,
-        [
-            "STATUS.json",
-            "metrics.jsonl",
-            "bad_images.jsonl",
-            "stream.json",
-            "loggers.json",
-            "environment.json",
-            "config.yaml",
-            "checkpoints/best",
-            "checkpoints/step-00000002/state.json",
-            "checkpoints/step-00000002/manifest.json",
-        ],
-        look_at_run,
+        {
+            "STATUS.json": look_at,
+            "metrics.jsonl": look_at,
+            "bad_images.jsonl": read_bad_images,
+            "stream.json": read_stream,
+            "loggers.json": loggers._kept,
+            "environment.json": look_at,
+            "checkpoints/best": checkpoint.find_best,
+            f"{STEP}/state.json": checkpoint.find_best,
+            f"{STEP}/manifest.json": checkpoint.find_best,
+        },
+        "fastrot.runs",
+        "fastrot.data.bad_images",
     ),
     "checkpoint": of_folder(
-        make_run, [f"checkpoints/step-00000002/{name}" for name in sorted(checkpoint._FILES)], load_checkpoint
+        make_run,
+        {f"{STEP}/{name}": partial(load_checkpoint, name) for name in sorted(checkpoint._FILES)},
+        "fastrot.runs.checkpoint",
+        "safetensors",
     ),
-    "weights": Parser(weights, weights_seeds),
+    "weights": Parser(
+        weights, weights_seeds, ("fastrot.models.backbone", "safetensors", "torch.serialization", "torch._weights_only")
+    ),
     "list": Parser(
-        of_file("a.txt", read_list, 1, str(place().parent)), text("a.tar\t1\n\nb\tcat\n", "a.txt\n", "a.txt\t-3\n")
+        of_file("a.txt", read_list, 1, str(place().parent)),
+        text("a.tar\t1\n\nb\tcat\n", "a.txt\n", "a.txt\t-3\n"),
+        ("fastrot.data.sources.filelist",),
     ),
-    "voc": Parser(of_file("cat_train.txt", lambda path: voc._read(str(path))), text("a 1\nb -1\n", "2007_01  0\n")),
-    "xml": Parser(of_file("a.xml", annotation), seeds.annotations),
-    "coco": Parser(of_file("a.json", coco_json.read_coco), seeds.cocos),
+    "voc": Parser(
+        of_file("cat_train.txt", lambda path: voc._read(str(path))),
+        text("a 1\nb -1\n", "2007_01  0\n"),
+        ("fastrot.data.sources.voc",),
+    ),
+    "xml": Parser(of_file("a.xml", annotation), seeds.annotations, ("fastrot.data.objects",)),
+    "coco": Parser(of_file("a.json", coco_json.read_coco), seeds.cocos, ("fastrot.data.coco_json", "json")),
     "tuned": Parser(
         of_file("tuned.json", loader_settings.read),
         text('{"threads": 2, "prefetch": 3, "hw_decoder_load": 0.5, "found": "here"}'),
+        ("fastrot.data.loader_settings", "json"),
     ),
     "deepspeed": Parser(
         of_file("ds.json", merge, 99, "--deepspeed_config"),
         text('{"zero_optimization": {"stage": 2}, "fp16": {"enabled": false}}', '{"train_batch_size": 4, "a": 1}'),
+        ("fastrot.engine.deepspeed", "json"),
     ),
-    "profile": Parser(of_file("p.json", lambda path: elsewhere.profiled(path, Config()), 99), seeds.profiles),
-    "bundle": Parser(of_file("b.json", compare.read), text('{"rounds": [], "figures": {}}')),
-    "pieces": Parser(of_file("pieces", take_up), text("9 'v'\n0 123\n", "9 'v'\n")),
-    "features": of_folder(make_store, ["feature1.npy", "labels.npy", "manifest.json"], open_store),
+    "profile": Parser(
+        of_file("p.json", lambda path: elsewhere.profiled(path, Config()), 99),
+        seeds.profiles,
+        ("fastrot.runs.elsewhere", "json"),
+    ),
+    "bundle": Parser(
+        of_file("b.json", compare.read), text('{"rounds": [], "figures": {}}'), ("fastrot.benchmark.compare", "json")
+    ),
+    "pieces": Parser(
+        of_file(".part-big.done", take_up, 1, "big"),
+        text(f"9 'v'\n0 {zlib.crc32(bytes(9))}\n", "9 'v'\n0 123\n", "9 'v'\n"),
+        ("fastrot.data.pieces",),
+    ),
+    "features": of_folder(
+        make_store,
+        {name: partial(use_store, name) for name in ("feature1.npy", "labels.npy", "manifest.json")},
+        "fastrot.features.read",
+        "fastrot.data.reading",
+        "numpy.lib._format_impl",
+    ),
 }

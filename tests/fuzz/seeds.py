@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import tarfile
 
 from PIL import Image
@@ -102,8 +101,13 @@ def configs() -> list[bytes]:
 
 
 def machines() -> list[bytes]:
-    """One of ours, without its notes."""
-    return [re.sub(rb', note: "[^"]*"|#.*\n', b"", min(hardware.FOLDER.glob("*.yaml")).read_bytes())]
+    """Each number once, then by its anchor: YAML's own parser takes most of the time."""
+    known, *others = [
+        name for name, field in hardware.Hardware.model_fields.items() if field.annotation is hardware.Known
+    ]
+    one = f"{known}: &k {{value: 2, low: 1.5, high: 3e9, source: assumed}}\n"
+    rest = "".join(f"{name}: *k\n" for name in others)
+    return [f"name: a\ndevice: b\ngpus: 8\ncores: 9\ngpu_memory_gib: 8\n{one}{rest}".encode()]
 
 
 def suites() -> list[bytes]:

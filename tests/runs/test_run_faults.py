@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import subprocess
 
 import pytest
 import torch
@@ -73,6 +74,31 @@ def test_a_run_folder_that_goes_is_said_and_not_made_anew(begin, tmp_path, monke
     assert "cannot be written (No such file or directory); training goes on" in done.err
     assert len(done.errors) == 1 and "could not be written; there is no checkpoint" in done.errors[0]
     assert not run.exists()
+
+
+def test_a_run_folder_made_read_only_keeps_what_it_holds(begin, tmp_path, monkeypatch):
+    run, before = tmp_path / "r", {}
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("nothing may be mounted here")
+
+    def read_only():
+        subprocess.run(["mount", "--bind", run, run], check=True)
+        remount = ["mount", "-o", "remount,bind,ro", run]
+        while subprocess.run(remount, capture_output=True).returncode:  # refused while a file is open for writing
+            pass
+        before.update(everything(run))
+
+    assert begin("run.max_steps=2").code == 0
+    after(monkeypatch, 1, read_only)
+    try:
+        done = begin("run.checkpoint_every=1", "run.max_steps=8")
+    finally:
+        subprocess.run(["umount", "--lazy", run], check=True)
+    assert done.code == 3 and "Traceback" not in done.err
+    assert "cannot be written (Read-only file system); training goes on" in done.err
+    assert done.err.count("could not be written (") == 3
+    assert len(done.errors) == 1 and "last 3 checkpoints could not be written; step-0000000" in done.errors[0]
+    assert everything(run) == before and not list(run.rglob(".tmp*"))
 
 
 def test_a_full_disk_at_the_start_is_one_line(begin, monkeypatch):
