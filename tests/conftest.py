@@ -57,10 +57,13 @@ def pytest_testnodedown(node, error):
     node.config.stash[_NEED_CUDA] = getattr(node, "workeroutput", {}).get("need_cuda", 0)
 
 
-def pytest_collection_finish(session):
-    """What was imported lives to the end: the collector need not walk through all of torch again and again."""
-    gc.collect()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported lives to the end: the collector need not walk through all of torch again and again."""
+    gc.disable()
+    yield
     gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter, config):
