@@ -27,6 +27,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
+TRACES = "FASTROT_TEST_TRACES"  # names the folder of workers.traced
 
 
 _NEED_CUDA = pytest.StashKey[int]()
@@ -57,10 +58,13 @@ def pytest_testnodedown(node, error):
     node.config.stash[_NEED_CUDA] = getattr(node, "workeroutput", {}).get("need_cuda", 0)
 
 
-def pytest_collection_finish(session):
-    """What was imported lives to the end: the collector need not walk through all of torch again and again."""
-    gc.collect()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported lives to the end: the collector need not walk through all of torch again and again."""
+    gc.disable()
+    yield
     gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -139,12 +143,13 @@ def cpu_decoder(name: str):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
+def cache(tmp_path_factory, made_once):
     """Manifests of tests go to a folder of their own; compiled operators stay in the user's cache."""
     from fastrot import machine
 
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(machine.compiled_folder("torch_extensions")))
     os.environ["FASTROT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ[TRACES] = str(made_once("traces", lambda folder: None))
 
 
 @pytest.fixture(scope="session")
@@ -183,47 +188,12 @@ def narrow():
         yield
 
 
-def structure(model) -> str:
-    """All of a network that a trace of it depends on."""
-    plain = (bool, int, float, str, tuple, type(None))
-    modules = [
-        (name, [kind.__qualname__ for kind in type(module).__mro__], "forward" in vars(module),
-         {key: value for key, value in vars(module).items() if isinstance(value, plain)})
-        for name, module in model.named_modules()
-    ]  # fmt: skip
-    return repr((modules, [(name, p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()]))
-
-
 @pytest.fixture(scope="session")
 def traced_once():
-    """Before its first step a run traces its network twice and times the device, which is most of what a small run
-    costs: in this process once for each network, and for the device."""
-    import torch
-
-    from fastrot.profiling import roofline
-    from fastrot.runs import memory
-
-    known = {}
-
-    def remember(patch, module, name, key_of):
-        work = getattr(module, name)
-
-        def once(first, *rest):
-            key = (name, key_of(first), *rest)
-            if key not in known:
-                known[key] = work(first, *rest)
-            return known[key]
-
-        patch.setattr(module, name, once)
-
-    def built(build):
-        with torch.device("meta"):
-            return structure(build())
+    from workers import traced
 
     with pytest.MonkeyPatch.context() as patch:
-        remember(patch, memory, "peak_of_step", structure)
-        remember(patch, roofline, "step_rows", built)
-        remember(patch, roofline, "measure_rates", str)
+        traced.turn_on(Path(os.environ[TRACES]), patch.setattr)
         yield
 
 

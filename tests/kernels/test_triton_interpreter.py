@@ -28,7 +28,7 @@ ALL = {
 }
 
 
-def interpreted(report: Path, files, marks: str) -> Counter:
+def interpreted(report: Path, files, *words: str) -> Counter:
     """How many tests of each file passed, by a process of its own: TRITON_INTERPRET counts only before triton's import."""
     command = [
         sys.executable,
@@ -37,8 +37,7 @@ def interpreted(report: Path, files, marks: str) -> Counter:
         *(str(TESTS / file) for file in files),
         "-k",
         "cpu-triton",
-        "-m",
-        marks,
+        *words,
         "--tb=short",
     ]
     command += ["-p", "no:cacheprovider", "--maxfail=5", f"--junitxml={report}"]
@@ -53,10 +52,13 @@ def interpreted(report: Path, files, marks: str) -> Counter:
 
 
 @pytest.mark.parametrize(
-    "batteries, marks",
-    [(QUICK, "not slow"), pytest.param(ALL, "slow or not slow", marks=pytest.mark.slow)],
+    "batteries, words",
+    [
+        (QUICK, ["-m", "not slow", "-p", "workers.interpreter"]),
+        pytest.param(ALL, ["-m", "slow or not slow"], marks=pytest.mark.slow),  # the interpreter as it is
+    ],
     ids=["quick", "all"],
 )
-def test_the_interpreted_kernels_pass_the_battery_of_every_backend(tmp_path, batteries, marks):
-    passed = interpreted(tmp_path / "report.xml", batteries, marks)
+def test_the_interpreted_kernels_pass_the_battery_of_every_backend(tmp_path, batteries, words):
+    passed = interpreted(tmp_path / "report.xml", batteries, *words)
     assert all(passed[battery] >= least for battery, least in batteries.items()), passed

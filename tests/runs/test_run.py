@@ -25,7 +25,9 @@ from fastrot.data.manifest import Manifest
 from fastrot.errors import UserError
 from fastrot.runs.arithmetic import arithmetic
 from fastrot.tasks.rotation import RotationTask
-from workers.ranks import as_ranks
+from workers.launched import Start
+from workers.launched import run as under_launcher
+from workers.ranks import as_ranks, forked
 
 pytestmark = pytest.mark.usefixtures("narrow")
 NARROW = "tests/workers/narrow_train.py"  # fastrot/train.py, whose own way to start is tested where ranks are too many
@@ -83,11 +85,15 @@ def whole(images, made_once):
 
 @pytest.fixture(scope="module")
 def two(images, made_once):
-    """The same on two ranks under the deepspeed launcher."""
+    """The same on two ranks under the deepspeed launcher, all forked from one process that has imported what they do."""
 
     def run(folder):
-        code, output = launched("deepspeed", 2, *SMALL, *over(images, folder / "run"), script=NARROW)
-        assert code == 0, output
+        words = [*SMALL, *over(images, folder / "run")]
+        process = forked(under_launcher, Start(0, "deepspeed", 2, words, f"{folder}/output", f"{folder}/notes"))
+        process.join(200)
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.exitcode == 0, (folder / "output").read_text()
 
     return made_once("two", run) / "run"
 

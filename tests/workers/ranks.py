@@ -5,29 +5,16 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from conftest import ROOT, free_port
+from conftest import ROOT, TRACES, free_port
 from workers import narrow
 
 _TIME_OUT_S = 400
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(  # all of a test process's forks share it: nobody else may name another list
-    [
-        "deepspeed",
-        "torch._dynamo.repro.after_aot",
-        "torch.utils.tensorboard",
-        "workers.steps",
-        "fastrot.cli",
-        "fastrot.commands.train",
-        "fastrot.data.decode.turbo",
-        "fastrot.engine.deepspeed",
-        "fastrot.engine.plain",
-        "fastrot.runs.run",
-        "fastrot.runs.finetune",
-    ]
-)
+_CONTEXT.set_forkserver_preload(["workers.preloaded"])  # all of a test process's forks share it
 
 
 def forked(work: Callable, *arguments) -> BaseProcess:
@@ -52,7 +39,9 @@ def as_ranks(world: int, work: Callable, *arguments, killed_when: Callable[[], b
         processes: list[BaseProcess] = []
         try:
             for rank, log in enumerate(logs):
-                processes.append(forked(_rank, rank, world, port, log, narrow.is_on(), work, arguments))
+                processes.append(
+                    forked(_rank, rank, world, port, log, narrow.is_on(), os.environ[TRACES], work, arguments)
+                )
             while killed_when and not killed_when() and all(process.is_alive() for process in processes):
                 time.sleep(0.02)
             for process in processes:
@@ -67,12 +56,15 @@ def as_ranks(world: int, work: Callable, *arguments, killed_when: Callable[[], b
     return said
 
 
-def _rank(rank: int, world: int, port: str, log: Path, small: bool, work: Callable, arguments: tuple) -> None:
+def _rank(
+    rank: int, world: int, port: str, log: Path, small: bool, traces: str, work: Callable, arguments: tuple
+) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(handle, 1), os.dup2(handle, 2)
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in here.items()}, MASTER_ADDR="127.0.0.1")
     if small:
         narrow.turn_on()
+    import_module("workers.traced").turn_on(Path(traces))
     code = work(*arguments)
     os._exit(code or 0)  # as the commands do: a library's thread may outlive the interpreter
