@@ -35,7 +35,7 @@ def calibrate(
     scores = _scores(source, network)
     others = None if without_up is None else _scores(without_up, network)
     chosen = trust.choose(scores, others)
-    judged = trust.judge_by_halves(scores, others)
+    judged = trust.judge_by_tenths(scores, others)
     measured = {"held_out": {"source": source} | judged.figures}
     if without_up is not None:
         measured["held_out"]["without_up"]["source"] = without_up

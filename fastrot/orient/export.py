@@ -147,7 +147,7 @@ def _calibrated(trust: Trust | None) -> list[str]:
         "|---|---|---|---|---|---|",
         *(_row(figures) for figures in trust.measured.values()),
         "",
-        "Of the first, each half was judged by what the other half chose.",
+        "Of the first, each tenth was judged by what the other nine chose.",
         *(
             f"Of {others['pictures']:,} pictures without an up (`{others['source']}`) {_percent(others['answered'])} got an answer."
             for others in (trust.measured["held_out"].get("without_up"),)

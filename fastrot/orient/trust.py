@@ -19,6 +19,7 @@ COVERAGES = (0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
 RISK = 0.01  # of the answers that count, the share that may be wrong
 MISTAKEN = 0.05  # of the pictures without an up, the share that may get an answer
 _BINS = 15
+_TENTHS = 10
 WIDEST = np.log(20)  # of the logarithm of a temperature, either way
 
 
@@ -126,10 +127,16 @@ def judge(scores: Floats, chosen: Chosen, without_up: Floats | None = None) -> J
     return _judged(scores, [chosen], without_up)
 
 
-def judge_by_halves(scores: Floats, without_up: Floats | None = None) -> Judged:
-    """What choosing is worth on images that it has not seen: every second image by what the others chose."""
-    halves = [choose(scores[at::2], None if without_up is None else without_up[at::2]) for at in (1, 0)]
-    return _judged(scores, halves, without_up)
+def judge_by_tenths(scores: Floats, without_up: Floats | None = None) -> Judged:
+    """What choosing is worth on images that it has not seen: every tenth image by what the nine tenths chose."""
+
+    def others(rows: Floats, at: int) -> Floats:
+        return rows[np.arange(len(rows)) % _TENTHS != at]
+
+    chosen = [
+        choose(others(scores, at), None if without_up is None else others(without_up, at)) for at in range(_TENTHS)
+    ]
+    return _judged(scores, chosen, without_up)
 
 
 def _judged(scores: Floats, chosen: list[Chosen], without_up: Floats | None) -> Judged:

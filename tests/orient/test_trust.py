@@ -112,15 +112,15 @@ def test_the_threshold_keeps_both_promises_and_is_the_least_that_does(found, oth
     assert all(count == 0 for count in decided) or max(decided) <= (confidence >= least).sum()
 
 
-def test_halves_are_judged_by_what_the_other_half_chose():
+def test_tenths_are_judged_by_what_the_other_nine_chose():
     scores, labels = drawn(4000, 1.5)
     scores = upright(scores, labels)
-    scores[::2] *= 2  # the halves differ, so that a half's own temperature would show
-    judged = trust.judge_by_halves(scores)
+    scores[::10] *= 9  # the tenths differ, so that a tenth's own temperature would show
+    judged = trust.judge_by_tenths(scores)
     p = np.empty_like(scores)
-    for mine, other in ((0, 1), (1, 0)):
-        temperature = trust.fit_temperature(scores[other::2], np.zeros(2000, int))
-        p[mine::2] = np.exp(normalised(scores[mine::2], temperature))
+    for mine in range(10):
+        others = np.delete(scores, np.s_[mine::10], 0)
+        p[mine::10] = np.exp(normalised(scores[mine::10], trust.fit_temperature(others, np.zeros(3600, int))))
     assert judged.figures["cross_entropy"] == pytest.approx(
         [log_loss(np.zeros(4000, int), q, labels=range(4)) for q in (np.exp(normalised(scores)), p)]
     )
