@@ -75,6 +75,10 @@ def opened(name: str) -> tuple[Path, int]:
 def laid(name: str, data: bytes) -> Path:
     """A file of these bytes, over what was in it: to make one anew takes as long as to parse it."""
     path, handle = opened(name)
+    if not os.fstat(handle).st_nlink:  # who read it last has removed it
+        anew = os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.dup2(anew, handle)
+        os.close(anew)
     os.ftruncate(handle, 0)
     os.pwrite(handle, data, 0)
     return path
