@@ -46,7 +46,8 @@ def _unplaced(value: object) -> object:
 
 
 def trained(run: Path) -> dict:
-    """How a network came to be."""
+    """How a network came to be: a run, or one of its checkpoints."""
+    run = run.parents[1] if run.parent.name == "checkpoints" else run
     config = configs.load(str(run / "config.yaml"), [])[0]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = max(line["step"] for line in lines) + 1
@@ -144,7 +145,9 @@ def put_upright(run: Path, source: Path) -> dict:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=QUESTION)
-    options.add_argument("--runs", type=Path, nargs="+", required=True, help="run folders, which are calibrated")
+    options.add_argument(
+        "--runs", type=Path, nargs="+", required=True, help="runs, or checkpoints; they are calibrated"
+    )
     options.add_argument("--near", type=Path, required=True, help="held-out images of the set trained on")
     options.add_argument("--far", type=Path, required=True, help="images of another set")
     options.add_argument("--odd", help="images of another kind, which fastrot odd should rank before --near's")
@@ -164,7 +167,8 @@ def main() -> None:
             odd = {"drawn, without an up": separation(network, args.near, folder)}
         if args.odd:
             odd[args.odd.rpartition("/")[2]] = separation(network, args.near, args.odd)
-        result["networks"][run.name] = {
+        result["networks"][network.run.name] = {
+            "checkpoint": network.path.name,
             "training": trained(run),
             "parameters": sum(p.numel() for p in network.model.parameters()),
             "calibrated": calibrated,

@@ -252,7 +252,7 @@ class DaliDecoder:
 
     def _put(self, pipe: Pipeline, work: Work) -> None:
         files = [TensorCPU(work.batch.buffers[at]) for at in work.by_dali]
-        pipe.feed_input("data", TensorListCPU(files, contiguous=False))
+        pipe.feed_input("data", TensorListCPU(files, contiguous=False))  # type: ignore[call-overload]  # its stubs lack it
         for name, array in _arguments(work.stored, work.batch.size, self._resampler is None).items():
             pipe.feed_input(name, np.ascontiguousarray(array))
 
