@@ -19,11 +19,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# Each process of tests has a core of its own, and so have the processes that it starts: threads of two training runs on
-# the same cores wait for one another's, and oneDNN's in torch 2.11 overrun the narrow network's buffers. Before torch counts them.
 worker = os.environ.get("PYTEST_XDIST_WORKER")
-_cores = sorted(os.sched_getaffinity(0))
-os.sched_setaffinity(0, {_cores[int((worker or "gw0").removeprefix("gw")) % len(_cores)]})
+
+
+def _take_a_core(number: int) -> None:
+    """Each process of tests has a core of its own, and so have the processes that it starts: threads of two training runs
+    on the same cores wait for one another's, and oneDNN's in torch 2.11 overrun the narrow network's buffers."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[number % len(cores)]})
+
+
+if worker:  # before torch counts them
+    _take_a_core(int(worker.removeprefix("gw")))
+
+
+def pytest_configure(config):
+    if not worker and not config.getoption("numprocesses", None):  # whoever only hands tests out keeps all of them
+        _take_a_core(0)
+
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
