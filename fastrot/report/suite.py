@@ -111,12 +111,13 @@ def _where(tree: dict[str, Any], loc: tuple[int | str, ...]) -> str:
     words: list[str] = []
     value: Any = tree
     for part in loc:
+        listed = isinstance(value, list)
         value = _keys(value).get(part)
-        if isinstance(part, int):
+        if listed:
             name = value.get("name") if isinstance(value, dict) else None
-            words[-1] = f"{words[-1].removesuffix('s') if len(words) == 1 else words[-1]} {name or part + 1}"
+            words[-1] = f"{words[-1].removesuffix('s') if len(words) == 1 else words[-1]} {name or int(part) + 1}"
         else:
-            words.append(part)
+            words.append(str(part))  # a key of YAML's may be a number
     return ", ".join(words)
 
 

@@ -60,9 +60,12 @@ class Parser:
 
 @cache
 def place() -> Path:
-    """A folder in memory, which goes with this process."""
-    made = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    """A folder in memory, which goes with this process, and with none that it forks."""
+    made, here = (
+        Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)),
+        os.getpid(),
+    )
+    atexit.register(lambda: shutil.rmtree(made, ignore_errors=True) if os.getpid() == here else None)
     return made
 
 

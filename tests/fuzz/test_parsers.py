@@ -56,7 +56,7 @@ FOUND = {
     "deepspeed": [b"[" * 100_000],
     "bundle": [b"[" * 100_000],
     "hardware": [b"a: " + b"[" * 500, b"a: !!timestamp x", b"a: !!float x", b"a: 2024-99-01"],
-    "suite": [b"a: " + b"[" * 500, b"a: !!float x"],
+    "suite": [b"a: " + b"[" * 500, b"a: !!float x", b"runs:\n2:\n  - {name: a}\n"],
     "pieces": [b"9 'v'\n" + b"1" * 5000 + b" 3\n"],
 }
 MOST_KIB = 256 << 10  # of more memory, whatever the bytes say
