@@ -46,8 +46,7 @@ def _unplaced(value: object) -> object:
 
 
 def trained(run: Path) -> dict:
-    """How a network came to be: a run, or one of its checkpoints."""
-    run = run.parents[1] if run.parent.name == "checkpoints" else run
+    """How a network came to be."""
     config = configs.load(str(run / "config.yaml"), [])[0]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = max(line["step"] for line in lines) + 1
@@ -134,11 +133,11 @@ def put_upright(run: Path, source: Path) -> dict:
     levels = {"calibrated": decided} | {f"{level:g}": sure >= level for level in LEVELS}
     counts = {
         name: {
-            "upright": int((told & right).sum()),
-            "wrong": int((told & ~right).sum()),
-            "left_for_the_eye": int((~told).sum()),
+            "upright": int((counted & right).sum()),
+            "wrong": int((counted & ~right).sum()),
+            "left_for_the_eye": int((~counted).sum()),
         }
-        for name, told in levels.items()
+        for name, counted in levels.items()
     }
     return {"photographs": len(files), "turned": int((turns > 0).sum()), "by_least_confidence": counts}
 
@@ -169,7 +168,7 @@ def main() -> None:
             odd[args.odd.rpartition("/")[2]] = separation(network, args.near, args.odd)
         result["networks"][network.run.name] = {
             "checkpoint": network.path.name,
-            "training": trained(run),
+            "training": trained(network.run),
             "parameters": sum(p.numel() for p in network.model.parameters()),
             "calibrated": calibrated,
             args.near.parent.name: told(network, args.near),

@@ -38,14 +38,7 @@ NATIVE: dict[str, tuple[list[str], Callable[[], list[bytes]]]] = {
 CHECKS = ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
 LIMITS = ["-max_len=8192", "-timeout=20", "-rss_limit_mb=2048", "-print_final_stats=1"]
 LED = 100_000
-HEADER = {
-    "parser": "parser",
-    "executions": "executions",
-    "led": "by coverage",
-    "seconds": "seconds",
-    "coverage": "coverage",
-    "crashes": "crashes",
-}
+HEADER = {key: key for key in ("parser", "executions", "seconds", "coverage", "crashes")} | {"led": "by coverage"}
 LINE = "{parser:12}{executions:>12}{led:>13}{seconds:>9}{coverage:>10}  {crashes}"
 
 

@@ -61,10 +61,8 @@ class Parser:
 @cache
 def place() -> Path:
     """A folder in memory, which goes with this process, and with none that it forks."""
-    made, here = (
-        Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)),
-        os.getpid(),
-    )
+    made = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    here = os.getpid()
     atexit.register(lambda: shutil.rmtree(made, ignore_errors=True) if os.getpid() == here else None)
     return made
 
@@ -243,6 +241,7 @@ def columns() -> list[str]:
 
 def make_run(run: Path) -> None:
     (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("data: {train: /a}\n")
     (run / "STATUS.json").write_text(json.dumps({"state": "done", "steps": 2, "of": 2, "pid": 1, "host": "h"}))
     lines = [{"step": n, "epoch": n / 2, "loss": 1.5, "views_per_s": 9.0, "held_out_accuracy": 0.5} for n in range(2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -361,6 +360,7 @@ PARSERS = {
             "stream.json": read_stream,
             "loggers.json": loggers._kept,
             "environment.json": look_at,
+            "config.yaml": look_at,
             "checkpoints/best": checkpoint.find_best,
             f"{STEP}/state.json": checkpoint.find_best,
             f"{STEP}/manifest.json": checkpoint.find_best,

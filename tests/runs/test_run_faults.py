@@ -84,8 +84,10 @@ def test_a_run_folder_made_read_only_keeps_what_it_holds(begin, tmp_path, monkey
     def read_only():
         subprocess.run(["mount", "--bind", run, run], check=True)
         remount = ["mount", "-o", "remount,bind,ro", run]
-        while subprocess.run(remount, capture_output=True).returncode:  # refused while a file is open for writing
-            pass
+        for _ in range(1000):  # refused while a file is open for writing
+            if not (last := subprocess.run(remount, capture_output=True, text=True)).returncode:
+                break
+        assert not last.returncode, last.stderr
         before.update(everything(run))
 
     assert begin("run.max_steps=2").code == 0

@@ -1,6 +1,5 @@
-"""A plugin of pytest's: Triton's interpreter without what it does again at every call of a kernel or of a function of
-one, which is half of its time: putting its operations in the place of triton.language's, and looking whether each
-integer sum overflows, which none does at the sizes of the default tests."""
+"""A plugin of pytest's: Triton's interpreter puts its operations in the place of triton.language's once, and not again
+at every call of a kernel or of a function of one."""
 
 from triton.runtime import interpreter
 
@@ -17,4 +16,3 @@ def _put_once(function) -> interpreter._LangPatchScope:
 
 
 interpreter._patch_lang = _put_once
-object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
